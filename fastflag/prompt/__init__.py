@@ -1,0 +1,1 @@
+"""How the world is told to a language model. Imports no torch."""
