@@ -193,7 +193,7 @@ _NOT_TEXT = re.compile("[\\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _SENTIMENT = re.compile(r"\s*\(sentiment:\s*(\w+)\)$", re.IGNORECASE)
 # A full stop sooner than this is an abbreviation's more often than a sentence's.
 _SENTENCE = re.compile(r"(.{40,}?[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z])")
-_HEADLINE_CHARACTERS = 1000
+_HEADLINE_CHARACTERS = 400  # several times what HEADLINE_TOKENS hold
 
 # Names by which a company is known in news, as beginnings of words.
 NAMES = {
