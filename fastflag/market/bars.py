@@ -1,0 +1,161 @@
+"""The market: aligned arrays and dated texts, checked once so that nothing later checks again."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from fastflag.files import InputError
+from fastflag.market.metrics import calendar_of
+
+ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_PRICES = ("open", "high", "low", "close")
+_COLUMNS = (*_PRICES, "volume", "split", "dividend")
+_CLOSE_TIMES = {
+    "stock": np.timedelta64(16 * 3600, "s"),
+    # A market without a closing bell: the last second of the date.
+    "crypto": np.timedelta64(24 * 3600 - 1, "s"),
+}
+
+
+@dataclass(frozen=True)
+class News:
+    """A text and when it could first be read. Times are the exchange's local ones."""
+
+    published: np.datetime64  # [s]
+    available: np.datetime64  # [s]
+    symbol: str  # "": concerns every symbol
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Market:
+    """T days of N symbols. Prices are RAW, as traded; a bar is tradable iff all four are finite.
+
+    Raises InputError, with the symbol and the date, for dates unsorted or repeated, a price not
+    above 0, a high or low that open or close exceeds, a volume or dividend below 0, infinities,
+    arrays of other shapes, news not sorted by `available`.
+    """
+
+    dates: np.ndarray  # [T] datetime64[D], strictly increasing
+    symbols: tuple[str, ...]  # N
+    open: np.ndarray  # [T, N] float64; NaN: no bar that day
+    high: np.ndarray
+    low: np.ndarray
+    close: np.ndarray
+    volume: np.ndarray  # [T, N] float64, raw shares; NaN: not known
+    split: np.ndarray  # [T, N] float64: shares held are multiplied by it before the open; 1: none
+    dividend: np.ndarray  # [T, N] float64: cash per share held after the split, before the open
+    news: tuple[News, ...] = ()  # sorted by `available`
+
+    def __post_init__(self) -> None:
+        shape = (len(self.dates), len(self.symbols))
+        if 0 in shape:
+            raise InputError(f"no bars, market of {shape[0]} days and {shape[1]} symbols")
+        for name in _COLUMNS:
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype != np.float64:
+                found = f"{array.dtype} {list(array.shape)}"
+                raise InputError(f"{name} is {found}, not float64 {list(shape)}, market")
+        backwards = np.flatnonzero(np.diff(self.dates) <= np.timedelta64(0, "D"))
+        if len(backwards):
+            raise InputError(
+                f"dates not strictly increasing, {self.dates[backwards[0]]} before "
+                f"{self.dates[backwards[0] + 1]}"
+            )
+        for name in _COLUMNS:
+            self._refuse(np.isinf(getattr(self, name)), f"{name} is infinite")
+        for name in _PRICES:
+            self._refuse(getattr(self, name) <= 0, f"{name} is not above 0")
+        self._refuse(self.high < np.fmax(self.open, self.close), "high is below open or close")
+        self._refuse(self.low > np.fmin(self.open, self.close), "low is above open or close")
+        self._refuse(self.high < self.low, "high is below low")
+        self._refuse(self.volume < 0, "volume is below 0")
+        self._refuse(~(self.split > 0), "split is not above 0")
+        self._refuse(~(self.dividend >= 0), "dividend is below 0")
+        times = [item.available for item in self.news]
+        if any(later < earlier for earlier, later in pairwise(times)):
+            raise InputError("news is not sorted by its available time, market")
+
+    def _refuse(self, wrong: np.ndarray, what: str) -> None:
+        if wrong.any():
+            day, column = np.argwhere(wrong)[0]
+            raise InputError(f"{what}, {self.symbols[column]} {self.dates[day]}")
+
+    @cached_property
+    def close_time(self) -> np.timedelta64:
+        """Time of day [s] of the decision: 16:00:00; 23:59:59 where weekends are traded."""
+        return _CLOSE_TIMES[calendar_of(self.dates)]
+
+    @cached_property
+    def closes(self) -> np.ndarray:
+        """[T] datetime64[s]: the moment at which day t's decision is made."""
+        return self.dates.astype("datetime64[s]") + self.close_time
+
+    def column(self, symbol: str = "") -> int:
+        """Column of `symbol`; empty: of the only one. Raises InputError where there is none."""
+        if not symbol and len(self.symbols) == 1:
+            return 0
+        if symbol not in self.symbols:
+            wrong = f"unknown symbol {symbol!r}" if symbol else "no symbol chosen"
+            raise InputError(f"{wrong} of {', '.join(self.symbols)}, market")
+        return self.symbols.index(symbol)
+
+    def days(self, start: str, end: str) -> range:
+        """Indices of the days START..END, both inclusive ("2020-07-01").
+
+        Raises InputError for a malformed date, an empty period, and one not inside the data.
+        """
+        first, last = _date(start), _date(end)
+        if first < self.dates[0] or last > self.dates[-1]:
+            raise InputError(
+                f"period {start}..{end} is not inside the data, {self.dates[0]}..{self.dates[-1]}"
+            )
+        found = range(
+            int(np.searchsorted(self.dates, first)),
+            int(np.searchsorted(self.dates, last, side="right")),
+        )
+        if not found:
+            raise InputError(f"no day of the market, period {start}..{end}")
+        return found
+
+
+def parse_period(text: str) -> tuple[str, str]:
+    """ "A..B" -> ("A", "B"). Raises InputError unless both are dates and A is not after B."""
+    start, dots, end = text.partition("..")
+    if not dots:
+        raise InputError(f"not START..END, period {text!r}")
+    if _date(start) > _date(end):
+        raise InputError(f"start after end, period {text!r}")
+    return start, end
+
+
+def split_days(market: Market, train: str, test: str) -> tuple[range, range]:
+    """Indices of the training days and of the held-out days; `train`, `test` as in DataConfig.
+
+    Raises InputError where a period has fewer than the two days of one decision, and where testing
+    begins before training has ended.
+    """
+    total = len(market.dates)
+    train_days = market.days(*parse_period(train)) if train else range(total * 4 // 5)
+    test_days = market.days(*parse_period(test)) if test else range(train_days.stop, total)
+    for name, days in (("training", train_days), ("test", test_days)):
+        if len(days) < 2:
+            raise InputError(f"fewer than 2 days, {name} period of a market of {total} days")
+    if test_days.start < train_days.stop:
+        raise InputError(
+            f"test begins on {market.dates[test_days[0]]}, before training ends on "
+            f"{market.dates[train_days[-1]]}"
+        )
+    return train_days, test_days
+
+
+def _date(text: str) -> np.datetime64:
+    try:
+        if not ISO_DATE.fullmatch(text):
+            raise ValueError
+        return np.datetime64(text, "D")
+    except ValueError:
+        raise InputError(f"not a date (YYYY-MM-DD), {text!r}") from None
