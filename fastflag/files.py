@@ -1,0 +1,45 @@
+"""How files are written and refused: atomically, and with one line that says what and where."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class InputError(Exception):
+    """What the user gave is wrong. Its text is one line, `WHAT, WHERE`; the command exits with 2."""
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes `path` whole or not at all: a reader sees the old file or the new one, never a part.
+
+    Raises OSError where the folder can't be written or the disk is full; `path` is then as it was.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The JSON document in `path`.
+
+    Raises InputError for a missing, unreadable, empty or malformed file.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{error.strerror or error}, {path}") from None
+    except ValueError as error:
+        raise InputError(f"not valid JSON ({error}), {path}") from None

@@ -1,0 +1,34 @@
+"""Advantages: [B, H] arrays in, [B, H] arrays out; pure. B environments, H steps."""
+
+import numpy as np
+
+
+def generalised_advantage(
+    reward: np.ndarray,
+    value: np.ndarray,
+    next_value: np.ndarray,
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> np.ndarray:
+    """GAE (arXiv 1506.02438, eq. 16): A_t = delta_t + gamma lambda A_{t+1} within an episode,
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t). All arrays [B, H] -> [B, H] float64.
+
+    `next_value` is the value of the state a step led to, before any restart. A termination has no
+    value after it; a truncation keeps it and ends the sum, as the end of the batch does.
+    """
+    delta = reward + gamma * next_value * ~terminated - value
+    decay = gamma * gae_lambda * ~(terminated | truncated)
+    advantage = np.zeros_like(delta)
+    following = np.zeros(delta.shape[0])
+    for step in reversed(range(delta.shape[1])):
+        following = delta[:, step] + decay[:, step] * following
+        advantage[:, step] = following
+    return advantage
+
+
+def explained_variance(value: np.ndarray, target: np.ndarray) -> float:
+    """1 - Var(target - value) / Var(target); 0 where the targets do not vary."""
+    variance = target.var()
+    return float(1 - (target - value).var() / variance) if variance > 0 else 0.0

@@ -1,0 +1,133 @@
+"""A training run on disk: RUN/checkpoint/state.json names the one complete safetensors file.
+
+The tensors are written first, under a name of their own, then state.json is replaced: a run killed
+at any moment leaves a checkpoint that is whole. Nothing executable is ever loaded.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fastflag.files import InputError, read_json, write_atomic
+from fastflag.market.simulator import Accounts
+from fastflag.policy.table import Policy
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int  # updates done
+    fingerprint: str  # of the model's weights
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]  # what of the optimiser's state is no tensor
+
+
+def write_checkpoint(
+    run: Path,
+    step: int,
+    fingerprint: str,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    accounts: list[Accounts],
+) -> None:
+    """Raises OSError where the disk is full or the folder can't be written; the checkpoint before
+    stays."""
+    state = optimizer.state_dict()
+    tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
+    scalars: dict[str, dict[str, Any]] = {}
+    for parameter, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{parameter}.{name}"] = value
+            else:
+                scalars.setdefault(str(parameter), {})[name] = value
+    for group, group_accounts in enumerate(accounts):
+        for name, array in group_accounts.arrays().items():
+            tensors[f"accounts.{group}.{name}"] = torch.from_numpy(array)
+    folder = run / "checkpoint"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{step:08d}.safetensors"
+    write_atomic(
+        folder / name, save({key: value.contiguous().cpu() for key, value in tensors.items()})
+    )
+    document = {"step": step, "tensors": name, "fingerprint": fingerprint, "optimizer": scalars}
+    write_atomic(folder / "state.json", json.dumps(document, indent=1))
+    for old in folder.glob("*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def read_checkpoint(run: Path) -> Checkpoint:
+    """Raises InputError for a checkpoint that is missing, truncated or malformed."""
+    state_file = run / "checkpoint" / "state.json"
+    document = read_json(state_file)
+    try:
+        step, name = int(document["step"]), str(document["tensors"])
+        fingerprint, scalars = str(document["fingerprint"]), dict(document["optimizer"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"not a checkpoint, {state_file}") from None
+    tensor_file = state_file.parent / Path(name).name
+    try:
+        tensors = load(tensor_file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{error.strerror}, {tensor_file}") from None
+    except SafetensorError as error:
+        raise InputError(f"truncated or damaged safetensors ({error}), {tensor_file}") from None
+    return Checkpoint(step, fingerprint, tensors, scalars)
+
+
+def restore_policy(checkpoint: Checkpoint, policy: Policy, fingerprint: str, where: Path) -> None:
+    """Raises InputError where the checkpoint is of another model or another policy."""
+    if checkpoint.fingerprint != fingerprint:
+        raise InputError(f"the checkpoint was trained on other model weights, {where}")
+    saved = _under(checkpoint.tensors, "policy.")
+    expected = policy.state_dict()
+    wrong = next(
+        (
+            name
+            for name in sorted(saved.keys() | expected.keys())
+            if name not in saved
+            or name not in expected
+            or saved[name].shape != expected[name].shape
+        ),
+        None,
+    )
+    if wrong is not None:
+        raise InputError(f"the checkpoint does not fit this policy at {wrong!r}, {where}")
+    policy.load_state_dict(saved)
+
+
+def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    state = optimizer.state_dict()
+    restored: dict[int, dict[str, Any]] = {}
+    for key, tensor in _under(checkpoint.tensors, "optimizer.").items():
+        parameter, name = key.split(".", 1)
+        restored.setdefault(int(parameter), {})[name] = tensor
+    for parameter, values in checkpoint.optimizer.items():
+        restored.setdefault(int(parameter), {}).update(values)
+    optimizer.load_state_dict({"state": restored, "param_groups": state["param_groups"]})
+
+
+def restore_accounts(checkpoint: Checkpoint, groups: int, where: Path) -> list[Accounts]:
+    """Raises InputError where an account's array is missing."""
+    try:
+        return [
+            Accounts.from_arrays(
+                {
+                    name: tensor.numpy().copy()
+                    for name, tensor in _under(checkpoint.tensors, f"accounts.{group}.").items()
+                }
+            )
+            for group in range(groups)
+        ]
+    except (KeyError, TypeError):
+        raise InputError(f"the checkpoint's accounts are incomplete, {where}") from None
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,99 @@
+"""Losses: tensors in, (loss, statistics) out; pure. N samples, A actions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastflag.config import AlgorithmConfig
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a batch remembers of each sample; none of it carries a gradient."""
+
+    action: Tensor  # [N] int64
+    advantage: Tensor  # [N]
+    target: Tensor  # [N] value target
+    old_log_probability: Tensor  # [N] of the action, when it was sampled
+    old_value: Tensor  # [N]
+    initial: Tensor  # [N, A] log-probabilities of the untrained policy
+
+    def take(self, index: Tensor) -> "Samples":
+        return Samples(*(tensor[index] for tensor in vars(self).values()))
+
+
+def loss_of(
+    log_probabilities: Tensor, value: Tensor, samples: Samples, config: AlgorithmConfig
+) -> tuple[Tensor, dict[str, float]]:
+    """The whole loss: policy + vf_coef value - ent_coef entropy + kl_coef KL(policy || initial).
+
+    log_probabilities [N, A], -inf where not allowed; value [N]; both with gradient.
+    """
+    chosen = log_probabilities.gather(1, samples.action[:, None])[:, 0]
+    advantage = whiten(samples.advantage) if config.norm_adv else samples.advantage
+    log_ratio = chosen - samples.old_log_probability
+    if config.algorithm == "ppo":
+        policy_loss = clipped_surrogate(log_ratio, advantage, config.clip_coef)
+    else:
+        policy_loss = -(advantage * chosen).mean()
+    clip_value = config.clip_coef if config.algorithm == "ppo" and config.clip_vloss else None
+    value_loss = squared_error(value, samples.target, samples.old_value, clip_value)
+    entropy = entropies(log_probabilities).mean()
+    divergence = kl_divergences(log_probabilities, samples.initial).mean()
+    loss = (
+        policy_loss
+        + config.vf_coef * value_loss
+        - config.ent_coef * entropy
+        + config.kl_coef * divergence
+    )
+    with torch.no_grad():
+        ratio = log_ratio.exp()
+        statistics = {
+            "policy_loss": policy_loss.item(),
+            "value_loss": value_loss.item(),
+            "entropy": entropy.item(),
+            "kl_initial": divergence.item(),
+            # Schulman's low-variance estimate, http://joschu.net/blog/kl-approx.html
+            "kl": (ratio - 1 - log_ratio).mean().item(),
+            "clip_fraction": ((ratio - 1).abs() > config.clip_coef).float().mean().item(),
+            "ratio_min": ratio.min().item(),
+            "ratio_max": ratio.max().item(),
+        }
+    return loss, statistics
+
+
+def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's loss (arXiv 1707.06347, eq. 7), to be minimised. [N], [N] -> scalar"""
+    ratio = log_ratio.exp()
+    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)).mean()
+
+
+def squared_error(value: Tensor, target: Tensor, old_value: Tensor, clip: float | None) -> Tensor:
+    """0.5 (V - target)^2; with `clip`, the larger of that and the same with V held within `clip` of
+    its old value, as CleanRL has it. [N] each -> scalar"""
+    loss = (value - target).pow(2)
+    if clip is not None:
+        held = old_value + (value - old_value).clamp(-clip, clip)
+        loss = torch.max(loss, (held - target).pow(2))
+    return 0.5 * loss.mean()
+
+
+def entropies(log_probabilities: Tensor) -> Tensor:
+    """-sum p log p over the allowed actions, in nats. [N, A] -> [N]"""
+    finite = log_probabilities.masked_fill(log_probabilities.isinf(), 0.0)
+    return -(log_probabilities.exp() * finite).sum(-1)
+
+
+def kl_divergences(log_probabilities: Tensor, reference: Tensor) -> Tensor:
+    """KL(policy || reference), exact, in nats; both forbid the same actions. [N, A] each -> [N]"""
+    difference = (log_probabilities - reference).masked_fill(reference.isinf(), 0.0)
+    return (log_probabilities.exp() * difference).sum(-1)
+
+
+def whiten(advantage: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 (ddof 1), as CleanRL has it; one sample has no deviation and
+    stays as it is."""
+    if len(advantage) < 2:
+        return advantage
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)

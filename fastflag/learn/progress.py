@@ -1,0 +1,100 @@
+"""What the user sees and keeps of a run: the progress bar, metrics.jsonl, TensorBoard, phase times."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastflag.files import write_atomic
+
+
+class PhaseTimer:
+    """Wall-clock seconds of each phase of an update. Timed where it happens, in every run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last take."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+class Log:
+    """Writes each update to RUN/metrics.jsonl, to TensorBoard under RUN/tensorboard and to the
+    console. Lines of updates from `start` on, left by a run that was killed, are dropped."""
+
+    def __init__(self, run: Path, start: int, steps: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = run / "metrics.jsonl"
+        write_atomic(self._path, "".join(_lines_before(self._path, start)))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self._progress = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        self._task = self._progress.add_task("training", total=steps, completed=start, text="")
+
+    def __enter__(self) -> "Log":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._file.close()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One update's record: scalars, and the seconds of its phases."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, float):
+                self._board.add_scalar(name, value, record["step"])
+        for name, value in record["seconds"].items():
+            self._board.add_scalar(f"seconds/{name}", value, record["step"])
+        text = (
+            f"return {record['return']:+.3f}  sharpe {record['sharpe']:+.2f}  entropy {record['entropy']:.3f}"
+            f"  kl {record['kl']:.4f}  clip {record['clip_fraction']:.2f}"
+            f"  {_thousands(record['steps_per_second'])} steps/s"
+        )
+        self._progress.update(self._task, completed=record["step"] + 1, text=text)
+        if not self._progress.console.is_terminal:
+            print(f"update {record['step'] + 1}  {text}", flush=True)
+
+
+def _lines_before(path: Path, start: int) -> Iterator[str]:
+    """The complete lines of updates before `start`; a line cut off by a kill is not one."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < start:
+                yield line + os.linesep
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def _thousands(value: float) -> str:
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"

@@ -1,0 +1,84 @@
+"""A run's folder: whose configuration it holds, and the world and policy made from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fastflag
+from fastflag.config import TrainConfig, from_dict, to_dict
+from fastflag.files import InputError, read_json, write_atomic
+from fastflag.learn.checkpoint import read_checkpoint, restore_policy
+from fastflag.learn.rollout import World
+from fastflag.market.bars import Market
+from fastflag.policy.table import Policy
+from fastflag.policy.weights import Weights, open_weights
+from fastflag.prompt.template import Prompter
+from fastflag.prompt.tokens import Tokenizer
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises InputError for a folder that is no run.
+    """
+    document = read_json(run / "config.json")
+    if not isinstance(document, dict):
+        raise InputError(f"not a run's configuration, {run / 'config.json'}")
+    document.pop("fastflag", None)
+    return from_dict(document, str(run / "config.json"))
+
+
+def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
+    """Raises InputError for a run that is in the way, or, with `resume`, is of another configuration."""
+    if not (run / "config.json").exists():
+        return
+    if not resume:
+        raise InputError(f"holds a run already: go on with --resume or name another, {run}")
+    difference = _first_difference(to_dict(read_config(run)), to_dict(config))
+    if difference:
+        raise InputError(f"the run to resume was started with another {difference}, {run}")
+
+
+def claim(run: Path, config: TrainConfig) -> bool:
+    """Makes RUN/ this configuration's; True where it has a checkpoint to go on from."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "config.json").exists():
+        document = to_dict(config) | {"fastflag": fastflag.__version__}
+        write_atomic(run / "config.json", json.dumps(document, indent=1))
+    return (run / "checkpoint" / "state.json").exists()
+
+
+def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World, Policy]:
+    """The world that a configuration names, and its untrained policy.
+
+    Raises InputError where the symbol is not there, or the policy does not fit the model.
+    """
+    symbol = market.symbols[market.column(config.data.symbol)]
+    tokenizer = Tokenizer.load(weights.tokenizer_path)
+    prompter = Prompter(config.prompt, market, symbol, config.simulator, tokenizer)
+    action_tokens = [int(tokenizer.encode(word)[0]) for word in prompter.action_words]
+    policy = Policy(weights, config.policy, action_tokens, config.seed)
+    return World(prompter.bars, config.simulator, prompter, config.seed), policy
+
+
+def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, Policy]:
+    """The trained policy of a run, and its world over `market`.
+
+    Raises InputError for a checkpoint that is missing, damaged, or of another model.
+    """
+    checkpoint = read_checkpoint(run)
+    weights = open_weights(config.policy.model)
+    world, policy = build(config, market, weights)
+    restore_policy(checkpoint, policy, weights.fingerprint, run)
+    return world, policy
+
+
+def _first_difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:
+    """The first key whose values differ, with both values; empty where none does."""
+    for key, value in stored.items():
+        if isinstance(value, dict):
+            if inner := _first_difference(value, asked[key]):
+                return inner
+        elif value != asked[key]:
+            return f"{key} ({value!r}, not {asked[key]!r})"
+    return ""

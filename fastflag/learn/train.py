@@ -1,0 +1,108 @@
+"""The loop."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastflag.config import TrainConfig
+from fastflag.files import InputError
+from fastflag.learn.checkpoint import (
+    read_checkpoint,
+    restore_accounts,
+    restore_optimizer,
+    restore_policy,
+    write_checkpoint,
+)
+from fastflag.learn.progress import Log, PhaseTimer
+from fastflag.learn.rollout import Batch, World, rollout, start_accounts
+from fastflag.learn.run import build, check_claim, claim
+from fastflag.learn.update import estimate, make_optimizer, set_learning_rates, update
+from fastflag.market.bars import Market, split_days
+from fastflag.market.simulator import Accounts
+from fastflag.policy.table import Policy
+from fastflag.policy.weights import Weights
+
+_TRADING_DAYS = 252
+
+
+def train(
+    config: TrainConfig, market: Market, weights: Weights, run: Path, resume: bool
+) -> tuple[World, Policy]:
+    """Trains into RUN/, from its checkpoint with `resume` where it has one.
+
+    Raises InputError for a run that is in the way, belongs to another configuration or model, or
+    a configuration that fits neither data nor model.
+    """
+    if config.steps < 1:
+        raise InputError(
+            f"total_timesteps {config.total_timesteps} is less than one update of "
+            f"{config.rollout.num_envs} x {config.rollout.num_steps}, config"
+        )
+    check_claim(run, config, resume)
+    days, _ = split_days(market, config.data.train, config.data.test)
+    world, policy = build(config, market, weights)
+    optimizer = make_optimizer(policy, config.algorithm)
+    accounts = start_accounts(config.rollout, config.simulator.cash)
+    start = 0
+    if claim(run, config):
+        checkpoint = read_checkpoint(run)
+        restore_policy(checkpoint, policy, weights.fingerprint, run)
+        restore_optimizer(checkpoint, optimizer)
+        accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
+        start = checkpoint.step
+
+    phase = PhaseTimer()
+    with Log(run, start, config.steps) as log:
+        for step in range(start, config.steps):
+            began = time.perf_counter()
+            factor = set_learning_rates(optimizer, config.algorithm, step, config.steps)
+            table, batch = rollout(policy, world, days, accounts, config.rollout, step, phase)
+            with phase("advantage"):
+                advantage = estimate(table, batch, config.algorithm)
+            with phase("update"):
+                statistics = update(
+                    policy,
+                    optimizer,
+                    table,
+                    batch,
+                    advantage,
+                    config.algorithm,
+                    _seed(config, step),
+                )
+            statistics["learning_rate"] = config.algorithm.learning_rate * factor
+            elapsed = time.perf_counter() - began
+            log.step(_record(step, batch, accounts, statistics, elapsed, phase.take()))
+            done = step + 1
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                write_checkpoint(run, done, weights.fingerprint, policy, optimizer, accounts)
+    return world, policy
+
+
+def _seed(config: TrainConfig, step: int) -> int:
+    """The seed of one update's shuffles: a function of the run's and the step, so that nothing but
+    the step need be kept to resume."""
+    return int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _record(
+    step: int,
+    batch: Batch,
+    accounts: list[Accounts],
+    statistics: dict[str, float],
+    elapsed: float,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. `return` is the mean sum of rewards of an environment over the
+    update's steps, `sharpe` the mean annualised Sharpe ratio of the episodes so far."""
+    sharpe = np.concatenate([group.sharpe for group in accounts]).mean() * np.sqrt(_TRADING_DAYS)
+    return {
+        "step": step,
+        "env_steps": (step + 1) * batch.action.size,
+        "return": float(batch.reward.sum(1).mean()),
+        "sharpe": float(sharpe),
+        "distinct_prompts": len(batch.prompts.pairs),
+        "steps_per_second": batch.action.size / elapsed,
+        "seconds": seconds,
+    } | statistics

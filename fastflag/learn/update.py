@@ -1,0 +1,138 @@
+"""Epochs, minibatches, clipping, optimiser: one batch in, a better policy out."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from fastflag.config import AlgorithmConfig
+from fastflag.files import InputError
+from fastflag.learn.advantage import explained_variance, generalised_advantage
+from fastflag.learn.objective import Samples, loss_of
+from fastflag.learn.rollout import Batch
+from fastflag.policy.table import Policy, Table
+
+
+def make_optimizer(policy: Policy, config: AlgorithmConfig) -> torch.optim.Optimizer:
+    """AdamW with epsilon 1e-5 (CleanRL's); the heads' weights are not decayed.
+
+    Raises InputError where bitsandbytes' 8-bit optimiser is asked for without a GPU.
+    """
+    layers, heads = policy.parameter_groups()
+    groups = [
+        {"params": layers, "lr": config.layer_learning_rate, "weight_decay": config.weight_decay},
+        {"params": heads, "lr": config.learning_rate, "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, eps=1e-5)
+    if policy.device.type != "cuda":
+        raise InputError("bitsandbytes' 8-bit AdamW needs a CUDA GPU, --optimizer adamw8bit")
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(groups, eps=1e-5)
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, config: AlgorithmConfig, step: int, steps: int
+) -> float:
+    """Linear annealing, 1 at the first update, 1/steps at the last; returns the factor."""
+    factor = 1.0 - step / steps if config.anneal_lr else 1.0
+    for group, rate in zip(
+        optimizer.param_groups, (config.layer_learning_rate, config.learning_rate), strict=True
+    ):
+        group["lr"] = rate * factor
+    return factor
+
+
+def estimate(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarray:
+    """The batch's advantages, [B, H]; values are the table's."""
+    value = table.value.detach().double().cpu().numpy()
+    return generalised_advantage(
+        batch.reward,
+        value[batch.row],
+        value[batch.next_row],
+        batch.terminated,
+        batch.truncated,
+        config.gamma,
+        config.gae_lambda,
+    )
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    table: Table,
+    batch: Batch,
+    advantage: np.ndarray,
+    config: AlgorithmConfig,
+    seed: int,
+) -> dict[str, float]:
+    """Steps the optimiser over the batch and returns the mean statistics of its gradient steps.
+
+    The first step differentiates `table`, the very forward that the rollout read: its ratios are
+    exactly 1. Later steps evaluate anew. `seed` shuffles the minibatches.
+    """
+    rows, samples = _samples(policy, table, batch, advantage)
+    policy.running.track(table.statistics)
+    size = config.minibatch_size or len(rows)
+    generator = torch.Generator().manual_seed(seed)
+    history: list[dict[str, float]] = []
+    current: Table | None = table
+    for _ in range(config.update_epochs):
+        for index in _minibatches(len(rows), size, generator):
+            current = current or policy.evaluate(batch.prompts)
+            chosen = rows[index]
+            loss, statistics = loss_of(
+                current.log_probabilities[chosen],
+                current.value[chosen],
+                samples.take(index),
+                config,
+            )
+            statistics["grad_norm"] = _step(policy, optimizer, loss, config.max_grad_norm)
+            history.append(statistics)
+            current = None
+        if config.target_kl and history[-1]["kl"] > config.target_kl:
+            break
+    means = {key: float(np.mean([entry[key] for entry in history])) for key in history[0]}
+    means["first_ratio_error"] = max(1 - history[0]["ratio_min"], history[0]["ratio_max"] - 1)
+    means["explained_variance"] = explained_variance(
+        samples.old_value.cpu().numpy(), samples.target.cpu().numpy()
+    )
+    return means
+
+
+def _samples(
+    policy: Policy, table: Table, batch: Batch, advantage: np.ndarray
+) -> tuple[Tensor, Samples]:
+    """The rows [N] and the memory of the valid samples of a batch."""
+
+    def flat(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(values[batch.valid]).to(policy.device, dtype)
+
+    rows, action = flat(batch.row, torch.int64), flat(batch.action, torch.int64)
+    value, advantage = table.value.detach()[rows], flat(advantage, torch.float32)
+    chosen = table.log_probabilities.detach()[rows].gather(1, action[:, None])[:, 0]
+    initial = policy.initial_log_probabilities(batch.prompts)[rows]
+    return rows, Samples(action, advantage, advantage + value, chosen, value, initial)
+
+
+def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Every sample once, shuffled; in order where one minibatch holds them all."""
+    if size >= count:
+        return iter([torch.arange(count)])
+    return iter(torch.randperm(count, generator=generator).split(size))
+
+
+def _step(
+    policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float
+) -> float:
+    """One step of the optimiser; returns the gradient's norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf)
+    if not torch.isfinite(norm):
+        raise InputError("the gradient is not finite: lower the learning rates, training")
+    optimizer.step()
+    return norm.item()

@@ -1,0 +1,1 @@
+"""The world: prices, news and accounts. Imports no torch."""

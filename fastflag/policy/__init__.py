@@ -1,0 +1,1 @@
+"""What decides: a language model with a trained top, read as a table."""

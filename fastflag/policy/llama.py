@@ -1,0 +1,188 @@
+"""The one forward of Llama-like models, over prompts that share prefixes.
+
+A prompt is a prefix (one a day) and a suffix (the account). Attention is causal, so a prefix never
+sees a suffix: it is computed once, and each suffix attends to its prefix's keys and values and to
+itself, its positions going on where the prefix ends. One softmax spans both.
+
+Shapes: D prefixes, P prefix tokens, U prompts, S suffix tokens, C width, H query heads, G key/value
+heads, E head size. Both batches are padded on the right; padding is never attended to.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastflag.files import InputError
+from fastflag.policy import ops
+from fastflag.policy.weights import ModelConfig, Weights
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one layer's prefixes, each [D, G, P, E]."""
+
+LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
+"""(matrix [O, I], bias [O] or None), both on the CPU -> the layer that holds them on the device."""
+
+_LINEARS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+class Block(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + swiglu(norm(x)).
+
+    Its norms are frozen, also where the matrices are trained in full.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        make_linear: LinearFactory,
+    ):
+        super().__init__()
+        self.config = weights.config
+        names = set(weights.names())
+
+        def optional(name: str) -> Tensor | None:
+            full_name = f"model.layers.{index}.{name}"
+            return weights.tensor(full_name, dtype) if full_name in names else None
+
+        def norm(name: str) -> Tensor | None:
+            weight = optional(f"{name}.weight")
+            return None if weight is None else weight.to(device)
+
+        self.input_norm = norm("input_layernorm")
+        self.mlp_norm = norm("post_attention_layernorm")
+        self.q_norm = norm("self_attn.q_norm")
+        self.k_norm = norm("self_attn.k_norm")
+        for short, name in _LINEARS.items():
+            matrix = weights.tensor(f"model.layers.{index}.{name}.weight", dtype)
+            setattr(self, short, make_linear(matrix, optional(f"{name}.bias")))
+
+    def keys_values(self, normed: Tensor, rotary: KeysValues) -> KeysValues:
+        key = self._heads(self.k(normed), self.config.kv_heads, self.k_norm)
+        value = self._heads(self.v(normed), self.config.kv_heads, None)
+        return ops.rotate(key, *rotary), value
+
+    def query(self, normed: Tensor, rotary: KeysValues) -> Tensor:
+        return ops.rotate(self._heads(self.q(normed), self.config.heads, self.q_norm), *rotary)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.input_norm, self.config.rms_eps)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer after attention. x [N, T, C], attended [N, H, T, E] -> [N, T, C]"""
+        x = x + self.o(attended.transpose(1, 2).flatten(2))
+        normed = ops.rms_norm(x, self.mlp_norm, self.config.rms_eps)
+        return x + self.down(ops.swiglu(self.gate(normed), self.up(normed)))
+
+    def _heads(self, x: Tensor, heads: int, norm: Tensor | None) -> Tensor:
+        x = x.unflatten(-1, (heads, self.config.head_dim))
+        if norm is not None:
+            x = ops.rms_norm(x, norm, self.config.rms_eps)
+        return x.transpose(1, 2)
+
+
+def prefix_pass(
+    blocks: Sequence[Block], x: Tensor, keys_values_only: bool = False
+) -> tuple[Tensor, list[KeysValues]]:
+    """Runs prefixes x [D, P, C] through `blocks`.
+
+    Returns their hidden states [D, P, C] and each layer's keys and values. With `keys_values_only`
+    the last layer stops at its keys and values, which is all that suffixes read of it; the hidden
+    states returned are then that layer's input.
+    """
+    collected = []
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    for number, block in enumerate(blocks):
+        rotary = rotary_tables(block.config, positions, x.dtype)
+        normed = block.norm(x)
+        key, value = block.keys_values(normed, rotary)
+        collected.append((key, value))
+        if keys_values_only and number == len(blocks) - 1:
+            break
+        x = block.finish(x, ops.causal_attention(block.query(normed, rotary), key, value))
+    return x, collected
+
+
+@dataclass(frozen=True)
+class SuffixLayout:
+    """Where the tokens of padded suffixes [U, S] stand, and what they may attend to."""
+
+    prefix: Tensor  # [U] int64, row of the prefix of each prompt
+    last: Tensor  # [U] int64, place of the last token in the suffix
+    positions: Tensor  # [U, S] int64
+    mask: Tensor  # [U, 1, S, P + S] bool: keys of the prefix, then of the suffix itself
+
+    @staticmethod
+    def build(
+        prefix: Tensor, prefix_lengths: Tensor, suffix_lengths: Tensor, size: int
+    ) -> "SuffixLayout":
+        """prefix [U] int64; prefix_lengths [D] and suffix_lengths [U] int64, each at least 1; size
+        is S, the padded suffix length."""
+        device = prefix.device
+        own = torch.arange(size, device=device)
+        start = prefix_lengths[prefix]
+        shared = torch.arange(int(prefix_lengths.max()), device=device)[None] < start[:, None]
+        causal = own[None, :] <= own[:, None]
+        count = len(prefix)
+        mask = torch.cat(
+            (shared[:, None, :].expand(count, size, -1), causal[None].expand(count, -1, -1)), dim=-1
+        )
+        return SuffixLayout(prefix, suffix_lengths - 1, start[:, None] + own, mask[:, None])
+
+
+def suffix_pass(
+    blocks: Sequence[Block],
+    x: Tensor,
+    prefixes: Sequence[KeysValues],
+    layout: SuffixLayout,
+    last_only: bool = False,
+) -> Tensor:
+    """Runs suffixes x [U, S, C] through `blocks` on top of their prefixes' keys and values.
+
+    Returns hidden states [U, S, C], or [U, C] of the last tokens with `last_only`: the last layer
+    then computes queries, output and MLP for those alone.
+    """
+    rows = torch.arange(len(x), device=x.device)
+    for number, (block, (prefix_key, prefix_value)) in enumerate(
+        zip(blocks, prefixes, strict=True)
+    ):
+        normed = block.norm(x)
+        rotary = rotary_tables(block.config, layout.positions, x.dtype)
+        own_key, own_value = block.keys_values(normed, rotary)
+        mask = layout.mask
+        if last_only and number == len(blocks) - 1:
+            x, normed = x[rows, layout.last][:, None], normed[rows, layout.last][:, None]
+            rotary = tuple(table[rows, :, layout.last][:, None] for table in rotary)
+            mask = mask[rows, :, layout.last][:, None]
+        attended = ops.masked_attention(
+            block.query(normed, rotary),
+            torch.cat((prefix_key[layout.prefix], own_key), dim=2),
+            torch.cat((prefix_value[layout.prefix], own_value), dim=2),
+            mask,
+        )
+        x = block.finish(x, attended)
+    return x[:, 0] if last_only else x
+
+
+def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> KeysValues:
+    """cos and sin [N, 1, T, E] of RoPE's angles at positions [N, T], computed in fp32."""
+    if config.rope_scaling is not None:
+        raise InputError(
+            f"rope scaling {config.rope_scaling} is not supported, {config.architecture}"
+        )
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    angles = positions[..., None].float() * (1.0 / config.rope_theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,0 +1,63 @@
+"""Linear layers of the model: frozen, trained in full, or frozen with a trained low-rank adapter."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastflag.policy.quant import NF4Weight
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + b with W kept as a tensor or in NF4; neither is trained. [..., I] -> [..., O]"""
+
+    def __init__(self, weight: Tensor | NF4Weight, bias: Tensor | None):
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stored = self.weight
+        weight = stored.dequantise(x.dtype) if isinstance(stored, NF4Weight) else stored.to(x.dtype)
+        return functional.linear(x, weight, self.bias)
+
+
+class TrainedLinear(nn.Module):
+    """y = x W^T + b with W (and b) trained. The master copy is fp32: bf16 would lose updates below
+    1/256 of a weight. [..., I] -> [..., O]"""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight = nn.Parameter(weight.float())
+        self.bias = None if bias is None else nn.Parameter(bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + alpha / rank * (x A^T) B^T (LoRA, arXiv 2106.09685, eq. 3). [..., I] -> [..., O]
+
+    A [rank, I] starts uniform as in PEFT, B [O, rank] at zero, so training starts at the base model.
+    """
+
+    def __init__(self, base: FrozenLinear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        outputs, inputs = base.shape
+        self.base = base
+        self.scale = alpha / rank
+        bound = 1 / math.sqrt(inputs)
+        self.lora_a = nn.Parameter(
+            torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+        )
+        self.lora_b = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = functional.linear(x, self.lora_a.to(x.dtype))
+        return self.base(x) + functional.linear(low, self.scale * self.lora_b.to(x.dtype))

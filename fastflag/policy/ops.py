@@ -1,0 +1,53 @@
+"""Every op a layer needs, by one name. Triton or reference is chosen here, once, with the reason.
+
+Shapes: N rows (days or prompts), T tokens, C width, H query heads, G key/value heads, E head size.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# What `fastflag doctor` prints. The Triton kernels are not written yet, so every op is PyTorch's.
+IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
+    "rms_norm": ("torch", "no fused kernel yet"),
+    "rotate": ("torch", "no fused kernel yet"),
+    "swiglu": ("torch", "no fused kernel yet"),
+    "attention": ("torch scaled_dot_product_attention", "no fused kernel yet"),
+    "nf4": ("bitsandbytes dequantise + torch matmul", "no fused kernel yet"),
+}
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, the mean in fp32. [..., C] -> [..., C]"""
+    wide = x.float()
+    normed = wide * (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
+    return weight * normed.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer, eq. 34) in the half-split layout.
+
+    x [N, heads, T, E]; cos and sin [N or 1, 1, T, E].
+    """
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise."""
+    return functional.silu(gate) * up
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Each token attends to itself and those before it. query [N,H,T,E], key and value [N,G,T,E]."""
+    return functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """One softmax over the keys where mask is True. query [N,H,Q,E], key and value [N,G,K,E],
+    mask [N,1,Q,K]; every query sees at least one key."""
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
+    )

@@ -1,0 +1,298 @@
+"""The policy as a table: (day, account text) -> logits and value, one row a distinct prompt.
+
+Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
+"""
+
+import hashlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from fastflag.config import PolicyConfig
+from fastflag.files import InputError
+from fastflag.policy import ops
+from fastflag.policy.heads import (
+    RunningStatistics,
+    Statistics,
+    make_action_head,
+    make_value_head,
+    masked_log_softmax,
+)
+from fastflag.policy.llama import (
+    Block,
+    KeysValues,
+    LinearFactory,
+    SuffixLayout,
+    prefix_pass,
+    suffix_pass,
+)
+from fastflag.policy.lora import FrozenLinear, LoRALinear, TrainedLinear
+from fastflag.policy.quant import NF4Weight
+from fastflag.policy.trunk_cache import TrunkCache
+from fastflag.policy.weights import Weights
+from fastflag.prompt.tokens import PromptSet
+
+ACTIONS = 3
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Prompts of one pass through the trunk. 256 of 14 tokens over prefixes of 150 keep the attention's
+# keys and values near 100 MB a layer on SmolLM2-135M.
+_TRUNK_CHUNK = 256
+# Suffixes are padded to 16 tokens: products of 8 rows or more have the same bits in every batch
+# (measured, CPU fp32 and bf16), products of fewer do not.
+_SUFFIX_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Table:
+    """One row a prompt of the PromptSet that it was made from."""
+
+    log_probabilities: Tensor  # [U, A] fp32, -inf where the action is not allowed
+    value: Tensor  # [U] fp32
+    statistics: Statistics  # those that centred the features
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """[U, A] float64, without gradient, each row's sum 1."""
+        wide = self.log_probabilities.detach().double().exp().cpu().numpy()
+        return wide / wide.sum(1, keepdims=True)
+
+
+class Policy(nn.Module):
+    """A language model with a frozen trunk, a trained top and two heads.
+
+    Raises InputError where the configuration does not fit the model.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: PolicyConfig,
+        action_tokens: Sequence[int],
+        seed: int,
+    ):
+        super().__init__()
+        layers = weights.config.layers
+        if not 1 <= config.top_layers <= layers:
+            raise InputError(
+                f"top_layers must be 1 to {layers}, not {config.top_layers}, {weights.source}"
+            )
+        self.config = config
+        self.model = weights.config
+        self.dtype = _DTYPES[config.dtype]
+        self.device = _device(config.device)
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
+        split = layers - config.top_layers
+        self.trunk = [self._block(weights, index, self._frozen) for index in range(split)]
+        self.top = nn.ModuleList(
+            self._block(weights, index, self._trained(generator)) for index in range(split, layers)
+        )
+        self.final_norm = weights.tensor("model.norm.weight", self.dtype).to(self.device)
+        width = self.model.width
+        if config.head == "lm":
+            unembedding = weights.tensor("lm_head.weight", torch.float32)
+            self.action_words = unembedding[list(action_tokens)].to(self.device)
+            self.action_head = None
+        else:
+            self.action_head = make_action_head(config.head, width, ACTIONS, generator).to(
+                self.device
+            )
+        self.value_head = make_value_head(width).to(self.device)
+        self.running = RunningStatistics(width).to(self.device)
+        self.cache = TrunkCache(config.trunk_cache_mb * 2**20)
+        self._initial = {name: p.detach().clone() for name, p in self.named_parameters()}
+        self._initial_rows: dict[Hashable, Tensor] = {}
+
+    def evaluate(self, prompts: PromptSet, statistics: Statistics | None = None) -> Table:
+        """One pass of the top layers over the distinct prompts; gradients flow where they are enabled.
+
+        `statistics` centre the features; None takes those of `prompts.reference`, with gradient.
+        Which other prompts are in the set never changes a row.
+        """
+        features = self._features(prompts)
+        if statistics is None:
+            statistics = Statistics.of(
+                features[torch.from_numpy(prompts.reference).long().to(self.device)]
+            )
+        centred = statistics.centre(features)
+        if self.action_head is None:
+            logits = features @ self.action_words.T
+        else:
+            logits = self.action_head(centred)
+        allowed = torch.from_numpy(prompts.allowed).to(self.device)
+        return Table(
+            masked_log_softmax(logits, allowed), self.value_head(centred)[:, 0], statistics
+        )
+
+    @torch.no_grad()
+    def initial_log_probabilities(self, prompts: PromptSet) -> Tensor:
+        """The untrained policy's log-probabilities, [U, A]; kept by content.
+
+        With an action head they are uniform over the allowed actions, because its last layer
+        starts at zero; with the language-model head they are the model's own.
+        """
+        allowed = torch.from_numpy(prompts.allowed).to(self.device)
+        if self.action_head is not None:
+            return masked_log_softmax(torch.zeros(allowed.shape, device=self.device), allowed)
+        keys = list(zip(_keys(prompts), map(bytes, prompts.allowed), strict=True))
+        if any(key not in self._initial_rows for key in keys):
+            with self._as_initialised():
+                rows = self.evaluate(prompts).log_probabilities
+            self._initial_rows.update(zip(keys, rows, strict=True))
+        return torch.stack([self._initial_rows[key] for key in keys])
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(parameters of the trained layers, parameters of the heads)."""
+        heads = [*self.value_head.parameters()]
+        if self.action_head is not None:
+            heads += self.action_head.parameters()
+        return list(self.top.parameters()), heads
+
+    def _features(self, prompts: PromptSet) -> Tensor:
+        """Last-token states under the final norm, [U, C] fp32."""
+        prefix_hidden, suffix_hidden = self._trunk_states(prompts)
+        prefixes = pad_sequence(prefix_hidden, batch_first=True)
+        suffixes = pad_sequence(suffix_hidden, batch_first=True)
+        layout = SuffixLayout.build(
+            torch.from_numpy(prompts.pairs[:, 0]).long().to(self.device),
+            _lengths(prefix_hidden, self.device),
+            _lengths(suffix_hidden, self.device),
+            suffixes.shape[1],
+        )
+        _, keys_values = prefix_pass(self.top, prefixes, keys_values_only=True)
+        last = suffix_pass(self.top, suffixes, keys_values, layout, last_only=True)
+        return ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+
+    @torch.no_grad()
+    def _trunk_states(self, prompts: PromptSet) -> tuple[list[Tensor], list[Tensor]]:
+        """What the frozen layers make of each prefix [P, C] and of each prompt's suffix [S, C].
+
+        Days go one by one, so that a text's activations have the same bits whatever it is batched
+        with: a resumed run, whose cache is cold, repeats the uninterrupted one exactly.
+        """
+        digests = [_digest(tokens) for tokens in prompts.prefixes]
+        keys = _keys(prompts)
+        suffixes = [self.cache.get(key) for key in keys]
+        missing: dict[int, list[int]] = {}
+        for row, day in enumerate(prompts.pairs[:, 0]):
+            if suffixes[row] is None:
+                missing.setdefault(int(day), []).append(row)
+        prefixes = []
+        for day, tokens in enumerate(prompts.prefixes):
+            hidden, keys_values = self._prefix_states(tokens, digests[day], needed=day in missing)
+            prefixes.append(hidden)
+            for rows in _chunks(missing.get(day, []), _TRUNK_CHUNK):
+                states = self._suffix_states(
+                    [prompts.suffixes[prompts.pairs[row, 1]] for row in rows], keys_values
+                )
+                for row, state in zip(rows, states, strict=True):
+                    suffixes[row] = (state,)
+                    self.cache.put(keys[row], state)
+        return prefixes, [state for (state,) in suffixes]
+
+    def _prefix_states(
+        self, tokens: np.ndarray, digest: bytes, needed: bool
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """A prefix's hidden states [P, C] and, where `needed`, each trunk layer's keys and values."""
+        hidden = self.cache.get(("hidden", digest))
+        keys_values = self.cache.get(("keys_values", digest)) if needed else ()
+        if hidden is None or keys_values is None:
+            x, collected = prefix_pass(self.trunk, self._embed([tokens]))
+            hidden, keys_values = (x[0],), tuple(tensor for pair in collected for tensor in pair)
+            self.cache.put(("hidden", digest), *hidden)
+            self.cache.put(("keys_values", digest), *keys_values)
+        return hidden[0], list(zip(keys_values[0::2], keys_values[1::2], strict=True))
+
+    def _suffix_states(
+        self, suffixes: list[np.ndarray], keys_values: list[KeysValues]
+    ) -> list[Tensor]:
+        """Hidden states [S, C] of suffixes that share one prefix."""
+        x = self._embed(suffixes, _SUFFIX_MULTIPLE)
+        lengths = _lengths(suffixes, self.device)
+        prefix_length = keys_values[0][0].shape[2] if keys_values else 0
+        layout = SuffixLayout.build(
+            torch.zeros_like(lengths), lengths.new_tensor([prefix_length]), lengths, x.shape[1]
+        )
+        states = suffix_pass(self.trunk, x, keys_values, layout)
+        return [
+            state[:length].clone() for state, length in zip(states, lengths.tolist(), strict=True)
+        ]
+
+    def _embed(self, texts: list[np.ndarray], multiple: int = 1) -> Tensor:
+        """Token ids, padded on the right to a multiple, -> [N, T, C]."""
+        size = _round_up(max(map(len, texts)), multiple)
+        ids = torch.zeros(len(texts), size, dtype=torch.int64)
+        for row, tokens in enumerate(texts):
+            ids[row, : len(tokens)] = torch.from_numpy(tokens)
+        return self.embedding[ids.to(self.device)]
+
+    def _block(self, weights: Weights, index: int, make_linear: LinearFactory) -> Block:
+        return Block(weights, index, self.dtype, self.device, make_linear)
+
+    def _frozen(self, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
+        bias = None if bias is None else bias.to(self.device)
+        if self.config.trunk_weights == "nf4":
+            return FrozenLinear(NF4Weight.quantise(weight.to(self.device)), bias)
+        return FrozenLinear(weight.to(self.device, _DTYPES[self.config.trunk_weights]), bias)
+
+    def _trained(self, generator: torch.Generator) -> LinearFactory:
+        def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
+            if self.config.adaptation == "full":
+                return TrainedLinear(weight, bias).to(self.device)
+            base = FrozenLinear(
+                weight.to(self.device), None if bias is None else bias.to(self.device)
+            )
+            adapter = LoRALinear(base, self.config.lora_rank, self.config.lora_alpha, generator)
+            return adapter.to(self.device)
+
+        return make
+
+    @contextmanager
+    def _as_initialised(self) -> Iterator[None]:
+        """Inside, the parameters are those before training."""
+        trained = {name: p.detach().clone() for name, p in self.named_parameters()}
+        self._assign(self._initial)
+        try:
+            yield
+        finally:
+            self._assign(trained)
+
+    @torch.no_grad()
+    def _assign(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.copy_(values[name])
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("no CUDA GPU is available, --device cuda")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _digest(tokens: np.ndarray) -> bytes:
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def _keys(prompts: PromptSet) -> list[tuple[bytes, bytes]]:
+    """Each prompt by content: (digest of its prefix, its suffix' tokens)."""
+    prefixes = [_digest(tokens) for tokens in prompts.prefixes]
+    suffixes = [tokens.tobytes() for tokens in prompts.suffixes]
+    return [(prefixes[day], suffixes[suffix]) for day, suffix in prompts.pairs]
+
+
+def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _lengths(texts: Iterable[np.ndarray | Tensor], device: torch.device) -> Tensor:
+    return torch.tensor([len(tokens) for tokens in texts], device=device)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

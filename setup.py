@@ -1,0 +1,66 @@
+"""Metadata and layout of the package. Versions that are tested together stand in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "fastflag/__init__.py").read_text()).group(1)
+
+setup(
+    name="fastflag",
+    version=version,
+    description="Teach a language model to trade, on one GPU, by policy gradients: exactly and fast",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "fastflag",
+        "fastflag.market",
+        "fastflag.prompt",
+        "fastflag.policy",
+        "fastflag.learn",
+        "fastflag.evaluate",
+        "fastflag.kernels",
+    ],
+    # Installed under fastflag, because the import name `kernels` is Hugging Face's.
+    package_dir={"fastflag.kernels": "kernels"},
+    entry_points={"console_scripts": ["fastflag=fastflag.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "bitsandbytes>=0.50",
+        "safetensors>=0.5",
+        "numba>=0.61",
+        "numpy>=2.0",
+        "pandas>=2.2",
+        "pyarrow>=18",
+        "tokenizers>=0.21",
+        "huggingface-hub>=0.30",
+        "gguf>=0.17",
+        "tyro>=1.0",
+        "rich>=13",
+        "plotly>=6",
+        "tensorboard>=2.18",
+        "bokeh-sampledata==2026.1",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.8"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "build>=1.2",
+            "transformers>=5.0",
+            "peft>=0.17",
+            "empyrical-reloaded>=0.5.12",
+        ],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
