@@ -49,7 +49,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def track(self, batch: Statistics) -> None:
-        """Moves towards `batch`; the first ones count fully, so that the zeros at the start do not."""
+        """Moves towards `batch`: a plain mean at first, so that the zeros at the start don't count."""
         self.count += 1
         weight = max(self.momentum, 1.0 / int(self.count))
         self.mean.lerp_(batch.mean, weight)
@@ -71,7 +71,7 @@ def make_value_head(width: int) -> nn.Module:
 
 
 def masked_log_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Log-probabilities over the allowed actions; -inf, with no gradient, elsewhere. [U, A] -> [U, A]"""
+    """[U, A] -> log-probabilities over the allowed actions; -inf, with no gradient, elsewhere."""
     return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers of the model: frozen, trained in full, or frozen with a trained low-rank adapter."""
+"""Linear layers of the model: frozen, trained in full, or frozen with a low-rank adapter."""
 
 import math
 
@@ -42,9 +42,10 @@ class TrainedLinear(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + alpha / rank * (x A^T) B^T (LoRA, arXiv 2106.09685, eq. 3). [..., I] -> [..., O]
+    """y = base(x) + alpha / rank * (x A^T) B^T (LoRA, arXiv 2106.09685, eq. 3).
 
-    A [rank, I] starts uniform as in PEFT, B [O, rank] at zero, so training starts at the base model.
+    [..., I] -> [..., O]. A [rank, I] starts uniform as in PEFT, B [O, rank] at zero, so training
+    starts at the base model.
     """
 
     def __init__(self, base: FrozenLinear, rank: int, alpha: float, generator: torch.Generator):

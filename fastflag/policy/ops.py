@@ -18,7 +18,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, the mean in fp32. [..., C] -> [..., C]"""
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, the mean in fp32."""
     wide = x.float()
     normed = wide * (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
     return weight * normed.to(x.dtype)
@@ -39,7 +39,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Each token attends to itself and those before it. query [N,H,T,E], key and value [N,G,T,E]."""
+    """Each token attends to itself and those before it. query [N,H,T,E]; key, value [N,G,T,E]."""
     return functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
     )

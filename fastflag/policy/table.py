@@ -109,7 +109,7 @@ class Policy(nn.Module):
         self._initial_rows: dict[Hashable, Tensor] = {}
 
     def evaluate(self, prompts: PromptSet, statistics: Statistics | None = None) -> Table:
-        """One pass of the top layers over the distinct prompts; gradients flow where they are enabled.
+        """One pass of the top layers over the distinct prompts, with gradient where enabled.
 
         `statistics` centre the features; None takes those of `prompts.reference`, with gradient.
         Which other prompts are in the set never changes a row.
@@ -198,7 +198,7 @@ class Policy(nn.Module):
     def _prefix_states(
         self, tokens: np.ndarray, digest: bytes, needed: bool
     ) -> tuple[Tensor, list[KeysValues]]:
-        """A prefix's hidden states [P, C] and, where `needed`, each trunk layer's keys and values."""
+        """A prefix's hidden states [P, C] and, if `needed`, each trunk layer's keys and values."""
         hidden = self.cache.get(("hidden", digest))
         keys_values = self.cache.get(("keys_values", digest)) if needed else ()
         if hidden is None or keys_values is None:

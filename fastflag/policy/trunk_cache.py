@@ -21,7 +21,7 @@ class TrunkCache:
         return entry
 
     def put(self, key: Hashable, *tensors: Tensor) -> None:
-        """Keeps `tensors`, which must not be changed afterwards; one larger than the budget is not kept."""
+        """Keeps `tensors`, which must not be changed afterwards, unless they exceed the budget."""
         size = _size(tensors)
         if size > self.budget_bytes or key in self._entries:
             return

@@ -1,7 +1,5 @@
 """Text to token ids, and the set of distinct prompts that a policy evaluates."""
 
-import mmap
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from fastflag.files import InputError, read_json
+from fastflag.prompt.gguf_header import read_gguf_metadata
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -130,82 +129,6 @@ def _from_gguf(fields: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
         ]
     )
     return backend
-
-
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_STRING, _ARRAY = 8, 9
-
-
-def read_gguf_metadata(path: Path, prefix: str) -> dict[str, Any]:
-    """The key-value fields of a GGUF file (version 2 or 3) whose key begins with `prefix`.
-
-    SmolLM2's 98,000 strings take a fiftieth of the time (40 ms) that `gguf.GGUFReader` takes, which
-    makes NumPy views of each. Raises InputError for a missing, truncated or foreign file.
-    """
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read_fields(data, prefix)
-    except OSError as error:
-        raise InputError(f"{error.strerror or error}, {path}") from None
-    except (struct.error, ValueError, KeyError):  # an empty file can't be mapped: ValueError
-        raise InputError(f"not a GGUF file of version 2 or 3, or cut short, {path}") from None
-
-
-def _read_fields(data: mmap.mmap, prefix: str) -> dict[str, Any]:
-    magic, version, _, count = struct.unpack_from("<4sIQQ", data, 0)
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError("foreign file")
-    fields = {}
-    offset = 24
-    for _ in range(count):
-        key, offset = _read_string(data, offset)
-        (kind,) = struct.unpack_from("<I", data, offset)
-        value, offset = _read_value(data, offset + 4, kind)
-        if key.startswith(prefix):
-            fields[key] = value
-    return fields
-
-
-def _read_string(data: mmap.mmap, offset: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", data, offset)
-    start, end = offset + 8, offset + 8 + length
-    if end > len(data):
-        raise ValueError("string runs past the end")
-    return data[start:end].decode(), end
-
-
-def _read_value(data: mmap.mmap, offset: int, kind: int) -> tuple[Any, int]:
-    if kind == _STRING:
-        return _read_string(data, offset)
-    if kind != _ARRAY:
-        code = "<" + _SCALARS[kind]
-        return struct.unpack_from(code, data, offset)[0], offset + struct.calcsize(code)
-    kind, length = struct.unpack_from("<IQ", data, offset)
-    offset += 12
-    if length > len(data):
-        raise ValueError("array runs past the end")
-    if kind in _SCALARS:
-        code = f"<{length}{_SCALARS[kind]}"
-        return list(struct.unpack_from(code, data, offset)), offset + struct.calcsize(code)
-    if kind != _STRING:
-        raise ValueError("array of arrays, which no tokenizer has")
-    values = []
-    for _ in range(length):
-        value, offset = _read_string(data, offset)
-        values.append(value)
-    return values, offset
 
 
 def _one_line(error: Exception) -> str:
