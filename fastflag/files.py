@@ -8,7 +8,7 @@ from typing import Any
 
 
 class InputError(Exception):
-    """What the user gave is wrong. Its text is one line, `WHAT, WHERE`; the command exits with 2."""
+    """What the user gave is wrong. Its text is one line, `WHAT, WHERE`; commands exit with 2."""
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
@@ -18,17 +18,21 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        # A full disk's error names no file, others name the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -41,5 +45,5 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{error.strerror or error}, {path}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error}), {path}") from None

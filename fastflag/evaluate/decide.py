@@ -1,5 +1,6 @@
 """One decision: what the policy would do at the close of one day."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from fastflag.evaluate.backtest import greedy
 from fastflag.files import InputError
 from fastflag.learn.rollout import World, prompts_now
-from fastflag.market.bars import Market
+from fastflag.market.bars import ISO_DATE, Market
 from fastflag.market.simulator import ACTIONS, Accounts
 from fastflag.policy.table import Policy
 
@@ -26,24 +27,17 @@ def decide(
     """The most probable action at the close of `date`, with every action's probability and the
     value of the state. Reads nothing after that close.
 
-    `position` is flat, long or short, entered at price `entry` on the day `since`. Raises
-    InputError for a day that is not in the data or a position that is not told whole.
+    `position` is flat, long or short; one that is held was entered on the day `since` at the price
+    `entry`, in shares of that day: splits since then are accounted for. Raises InputError for a day
+    that is not in the data, and for a position that is not told whole or can't be held.
     """
     day = _day(market, date, "--date")
-    accounts = Accounts.start(1, world.simulator.cash)
-    if position != "flat":
-        if not entry > 0:
-            raise InputError(
-                f"a {position} position needs the price it was entered at, --entry {entry}"
-            )
-        opened = _day(market, since, "--since")
-        if opened > day:
-            raise InputError(f"entered after the decision, --since {since}")
-        side = 1 if position == "long" else -1
-        accounts.cash[0] = 0.0 if side > 0 else 2 * world.simulator.cash
-        accounts.shares[0] = side * world.simulator.cash / entry
-        accounts.entry[0], accounts.opened[0] = entry, opened
-        accounts.equity[0] = accounts.cash[0] + accounts.shares[0] * world.bars.mark[day]
+    if position == "flat":
+        if entry or since:
+            raise InputError("a flat position has no entry: give --position, --entry or --since")
+        accounts = Accounts.start(1, world.simulator.cash)
+    else:
+        accounts = _holding(world, market, day, position, entry, since)
     prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
     table = policy.evaluate(prompts, policy.running.current())
     probabilities = table.probabilities[row]
@@ -55,11 +49,40 @@ def decide(
     }
 
 
+def _holding(
+    world: World, market: Market, day: int, position: str, entry: float, since: str
+) -> Accounts:
+    """One account at the close of `day` that put all its cash into a position."""
+    if position == "short" and world.simulator.positions == "long_flat":
+        raise InputError("the run's policy never sells short (long_flat), --position short")
+    if not 0 < entry < math.inf:
+        raise InputError(f"a {position} position needs the price it was entered at, --entry")
+    if not since:
+        raise InputError(f"a {position} position needs the day it was entered on, --since")
+    opened = _day(market, since, "--since")
+    if opened > day:
+        raise InputError(f"{since} is after the decision's day, --since")
+    if not world.bars.tradable[opened]:
+        raise InputError(f"nothing traded on {since}, --since")
+    side = 1 if position == "long" else -1
+    cash = world.simulator.cash
+    shares_of_one = float(np.prod(world.bars.split[opened + 1 : day + 1]))
+    accounts = Accounts.start(1, cash)
+    accounts.cash[0] = 0.0 if side > 0 else 2 * cash
+    accounts.shares[0] = side * cash / entry * shares_of_one
+    accounts.entry[0], accounts.opened[0] = entry / shares_of_one, opened
+    accounts.equity[0] = accounts.cash[0] + accounts.shares[0] * world.bars.mark[day]
+    return accounts
+
+
 def _day(market: Market, date: str, flag: str) -> int:
     try:
+        if not ISO_DATE.fullmatch(date):
+            raise ValueError
         found = np.flatnonzero(market.dates == np.datetime64(date, "D"))
     except ValueError:
         raise InputError(f"not a date (YYYY-MM-DD): {date!r}, {flag}") from None
     if not len(found):
-        raise InputError(f"{date} is not a day of the data, {flag}")
+        first, last = market.dates[[0, -1]]
+        raise InputError(f"{date} is not a day of the data ({first} to {last}), {flag}")
     return int(found[0])
