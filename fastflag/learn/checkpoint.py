@@ -57,7 +57,8 @@ def write_checkpoint(
     )
     document = {"step": step, "tensors": name, "fingerprint": fingerprint, "optimizer": scalars}
     write_atomic(folder / "state.json", json.dumps(document, indent=1))
-    for old in folder.glob("*.safetensors"):
+    # The second pattern is what a kill in mid-write leaves.
+    for old in (*folder.glob("*.safetensors"), *folder.glob(".*.safetensors.*")):
         if old.name != name:
             old.unlink()
 
@@ -125,7 +126,7 @@ def restore_accounts(checkpoint: Checkpoint, groups: int, where: Path) -> list[A
             )
             for group in range(groups)
         ]
-    except (KeyError, TypeError):
+    except (KeyError, ValueError):
         raise InputError(f"the checkpoint's accounts are incomplete, {where}") from None
 
 

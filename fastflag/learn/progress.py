@@ -1,4 +1,4 @@
-"""What the user sees and keeps of a run: the progress bar, metrics.jsonl, TensorBoard, phase times."""
+"""What the user sees and keeps of a run: progress bar, metrics.jsonl, TensorBoard, phase times."""
 
 import json
 import os
@@ -72,8 +72,9 @@ class Log:
         for name, value in record["seconds"].items():
             self._board.add_scalar(f"seconds/{name}", value, record["step"])
         text = (
-            f"return {record['return']:+.3f}  sharpe {record['sharpe']:+.2f}  entropy {record['entropy']:.3f}"
-            f"  kl {record['kl']:.4f}  clip {record['clip_fraction']:.2f}"
+            f"return {record['return']:+.3f}  sharpe {record['sharpe']:+.2f}"
+            f"  entropy {record['entropy']:.3f}  kl {record['kl']:.4f}"
+            f"  clip {record['clip_fraction']:.2f}"
             f"  {_thousands(record['steps_per_second'])} steps/s"
         )
         self._progress.update(self._task, completed=record["step"] + 1, text=text)

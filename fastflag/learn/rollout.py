@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastflag.config import RolloutConfig, SimulatorConfig
 from fastflag.files import InputError
@@ -38,6 +39,7 @@ class Batch:
     """Every step of every environment; rows are those of `prompts`."""
 
     prompts: PromptSet
+    initial: Tensor  # [U, A], log-probabilities of the untrained policy
     row: np.ndarray  # [B, H] int32, the state decided in
     next_row: np.ndarray  # [B, H] int32, the state it led to, before any restart
     action: np.ndarray  # [B, H] int8
@@ -64,11 +66,11 @@ def start_accounts(config: RolloutConfig, cash: float) -> list[Accounts]:
 
     Raises InputError where the environments do not divide into the groups.
     """
-    size, rest = divmod(config.num_envs, max(config.start_groups, 1))
-    if rest or config.start_groups < 1 or config.num_envs < 1 or config.num_steps < 1:
+    size, rest = divmod(config.num_envs, config.start_groups)
+    if rest:
         raise InputError(
-            f"num_envs {config.num_envs} must be a positive multiple of start_groups "
-            f"{config.start_groups}, and num_steps {config.num_steps} positive, rollout"
+            f"num_envs {config.num_envs} must be a multiple of start_groups "
+            f"{config.start_groups}, --num-envs"
         )
     return [Accounts.start(size, cash) for _ in range(config.start_groups)]
 
@@ -82,9 +84,9 @@ def rollout(
     step: int,
     phase: Phase,
 ) -> tuple[Table, Batch]:
-    """Steps every environment num_steps times over `days` under the policy; `accounts` move in place.
+    """Steps every environment num_steps times over `days` under the policy.
 
-    The table carries the gradient, and has every row that the batch names.
+    `accounts` move in place. The table has every row that the batch names, with gradient.
     """
     groups = [
         _Group(
@@ -104,17 +106,18 @@ def rollout(
     ]
     if world.prompter.config.account == "exact":
         with phase("rollout"), torch.no_grad():
-            batch = _concatenate(*_daily(policy, world, groups))
+            prompts, parts = _daily(policy, world, groups)
         with phase("evaluate"):
-            table = policy.evaluate(batch.prompts)
-        return table, batch
-    with phase("evaluate"):
-        prompts, row_of = _reachable_prompts(world, groups)
-        table = policy.evaluate(prompts)
-    with phase("rollout"):
-        cdf = table.probabilities.cumsum(1)
-        parts = [_from_table(world, group, cdf, row_of) for group in groups]
-    return table, _concatenate(prompts, parts)
+            table, initial = _evaluate(policy, prompts)
+    else:
+        with phase("evaluate"):
+            prompts, row_of = _reachable_prompts(world, groups)
+            table, initial = _evaluate(policy, prompts)
+        with phase("rollout"):
+            cdf = table.probabilities.cumsum(1)
+            parts = [_from_table(world, group, cdf, row_of) for group in groups]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return table, Batch(prompts, initial, **joined)
 
 
 def prompts_now(
@@ -138,6 +141,16 @@ def choose(probabilities: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """
     cdf = probabilities.cumsum(1)
     return (uniform[:, None] * cdf[:, -1:] >= cdf[:, :-1]).sum(1).astype(np.int8)
+
+
+def _evaluate(policy: Policy, prompts: PromptSet) -> tuple[Table, Tensor]:
+    """The table, with gradient, and the untrained policy's log-probabilities [U, A].
+
+    Those first: they put the initial weights in place for a moment, and a graph must find its
+    weights as it left them.
+    """
+    initial = policy.initial_log_probabilities(prompts)
+    return policy.evaluate(prompts), initial
 
 
 def _reachable_prompts(world: World, groups: list[_Group]) -> tuple[PromptSet, np.ndarray]:
@@ -246,7 +259,3 @@ def _reference_statistics(policy: Policy, world: World, groups: list[_Group]) ->
     flat = Accounts.start(1, world.simulator.cash)
     sets = [prompts_now(world.prompter, world.bars, flat, day)[0] for day in days]
     return policy.evaluate(merge(sets)[0]).statistics
-
-
-def _concatenate(prompts: PromptSet, parts: list[dict[str, np.ndarray]]) -> Batch:
-    return Batch(prompts, **{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})

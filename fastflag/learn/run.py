@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import fastflag
 from fastflag.config import TrainConfig, from_dict, to_dict
 from fastflag.files import InputError, read_json, write_atomic
@@ -29,7 +31,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises InputError for a run that is in the way, or, with `resume`, is of another configuration."""
+    """Raises InputError for a run in the way, or, with `resume`, one of another configuration."""
     if not (run / "config.json").exists():
         return
     if not resume:
@@ -58,7 +60,7 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
     prompter = Prompter(config.prompt, market, symbol, config.simulator, tokenizer)
     action_tokens = [int(tokenizer.encode(word)[0]) for word in prompter.action_words]
     policy = Policy(weights, config.policy, action_tokens, config.seed)
-    return World(prompter.bars, config.simulator, prompter, config.seed), policy
+    return World(prompter.bars, config.simulator, prompter, _world_seed(config.seed)), policy
 
 
 def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, Policy]:
@@ -71,6 +73,13 @@ def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, 
     world, policy = build(config, market, weights)
     restore_policy(checkpoint, policy, weights.fingerprint, run)
     return world, policy
+
+
+def _world_seed(seed: int) -> int:
+    """Where a run's random numbers start. Environment i of seed s is environment 0 of s + i, so
+    runs of seeds 0 and 1 would share all their environments but one, and their spread would tell
+    nothing; hashed, they share none."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 16)
 
 
 def _first_difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:

@@ -14,6 +14,20 @@ from fastflag.learn.objective import Samples, loss_of
 from fastflag.learn.rollout import Batch
 from fastflag.policy.table import Policy, Table
 
+STATISTICS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "kl_initial",
+    "kl",
+    "clip_fraction",
+    "ratio_min",
+    "ratio_max",
+    "grad_norm",
+    "first_ratio_error",
+    "explained_variance",
+)
+
 
 def make_optimizer(policy: Policy, config: AlgorithmConfig) -> torch.optim.Optimizer:
     """AdamW with epsilon 1e-5 (CleanRL's); the heads' weights are not decayed.
@@ -72,9 +86,12 @@ def update(
     """Steps the optimiser over the batch and returns the mean statistics of its gradient steps.
 
     The first step differentiates `table`, the very forward that the rollout read: its ratios are
-    exactly 1. Later steps evaluate anew. `seed` shuffles the minibatches.
+    exactly 1. Later steps evaluate anew. `seed` shuffles the minibatches. A batch in which every
+    account was ruined before its first step teaches nothing: zeros.
     """
-    rows, samples = _samples(policy, table, batch, advantage)
+    rows, samples = _samples(table, batch, advantage)
+    if not len(rows):
+        return dict.fromkeys(STATISTICS, 0.0)
     policy.running.track(table.statistics)
     size = config.minibatch_size or len(rows)
     generator = torch.Generator().manual_seed(seed)
@@ -83,13 +100,8 @@ def update(
     for _ in range(config.update_epochs):
         for index in _minibatches(len(rows), size, generator):
             current = current or policy.evaluate(batch.prompts)
-            chosen = rows[index]
-            loss, statistics = loss_of(
-                current.log_probabilities[chosen],
-                current.value[chosen],
-                samples.take(index),
-                config,
-            )
+            chosen = _gather(current, rows[index])
+            loss, statistics = loss_of(*chosen, samples.take(index), config)
             statistics["grad_norm"] = _step(policy, optimizer, loss, config.max_grad_norm)
             history.append(statistics)
             current = None
@@ -103,19 +115,26 @@ def update(
     return means
 
 
-def _samples(
-    policy: Policy, table: Table, batch: Batch, advantage: np.ndarray
-) -> tuple[Tensor, Samples]:
+def _samples(table: Table, batch: Batch, advantage: np.ndarray) -> tuple[Tensor, Samples]:
     """The rows [N] and the memory of the valid samples of a batch."""
 
     def flat(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(values[batch.valid]).to(policy.device, dtype)
+        return torch.from_numpy(values[batch.valid]).to(table.value.device, dtype)
 
     rows, action = flat(batch.row, torch.int64), flat(batch.action, torch.int64)
     value, advantage = table.value.detach()[rows], flat(advantage, torch.float32)
     chosen = table.log_probabilities.detach()[rows].gather(1, action[:, None])[:, 0]
-    initial = policy.initial_log_probabilities(batch.prompts)[rows]
-    return rows, Samples(action, advantage, advantage + value, chosen, value, initial)
+    target = advantage + value
+    return rows, Samples(action, advantage, target, chosen, value, batch.initial[rows])
+
+
+def _gather(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient.
+
+    By index_select, whose backward adds in order. That of `tensor[rows]` adds from several threads
+    at once where there are 32,768 numbers or more, in an order that differs from run to run.
+    """
+    return table.log_probabilities.index_select(0, rows), table.value.index_select(0, rows)
 
 
 def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

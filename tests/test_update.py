@@ -1,0 +1,351 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from small import make_opinionated, small_config, small_market, small_world
+
+from fastflag.files import InputError
+from fastflag.learn.advantage import generalised_advantage
+from fastflag.learn.objective import loss_of
+from fastflag.learn.progress import PhaseTimer
+from fastflag.learn.rollout import rollout, start_accounts
+from fastflag.learn.update import (
+    STATISTICS,
+    _gather,
+    _minibatches,
+    _samples,
+    estimate,
+    make_optimizer,
+    set_learning_rates,
+    update,
+)
+from fastflag.policy.heads import Statistics
+from fastflag.policy.table import Table
+from fastflag.prompt.tokens import PromptSet
+
+
+class Run:
+    """A policy with a batch of its own making, ready to be updated."""
+
+    def __init__(self, model, opinionated=True, batches=1, **changes):
+        self.config = small_config(model, **changes)
+        self.algorithm = self.config.algorithm
+        self.world, self.policy, self.days = small_world(self.config, small_market())
+        if opinionated:
+            make_opinionated(self.policy)
+        self.optimizer = make_optimizer(self.policy, self.algorithm)
+        self.accounts = start_accounts(self.config.rollout, self.config.simulator.cash)
+        for step in range(batches):
+            self.collect(step)
+
+    def collect(self, step):
+        self.table, self.batch = rollout(
+            self.policy,
+            self.world,
+            self.days,
+            self.accounts,
+            self.config.rollout,
+            step,
+            PhaseTimer(),
+        )
+        self.advantage = estimate(self.table, self.batch, self.algorithm)
+
+    def update(self, seed=1):
+        return update(
+            self.policy,
+            self.optimizer,
+            self.table,
+            self.batch,
+            self.advantage,
+            self.algorithm,
+            seed,
+        )
+
+    def loss(self):
+        """The loss of the whole batch at the policy's present weights."""
+        rows, samples = _samples(self.table, self.batch, self.advantage)
+        current = self.policy.evaluate(self.batch.prompts)
+        return loss_of(*_gather(current, rows), samples, self.algorithm)
+
+
+@pytest.mark.parametrize("account", ["stepped", "exact"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("minibatch", [0, 5])
+@pytest.mark.parametrize("head", ["linear", "lm"])
+def test_the_first_ratio_is_exactly_one(tiny_model, account, dtype, minibatch, head):
+    run = Run(
+        tiny_model,
+        prompt__account=account,
+        policy__dtype=dtype,
+        policy__head=head,
+        algorithm__minibatch_size=minibatch,
+        batches=2,
+    )
+    assert run.update()["first_ratio_error"] == 0.0
+    run.collect(2)
+    assert run.update()["first_ratio_error"] == 0.0
+
+
+def test_the_ratio_is_not_one_once_the_policy_has_moved(tiny_model):
+    run = Run(tiny_model, algorithm__update_epochs=2)
+    statistics = run.update()
+    assert statistics["first_ratio_error"] == 0.0
+    assert statistics["kl"] > 1e-6
+    assert statistics["ratio_max"] > 1.001 and statistics["ratio_min"] < 0.999
+
+
+def test_minibatches_hold_every_sample_once():
+    for count, size in ((10, 3), (10, 5), (7, 1), (12, 11)):
+        parts = list(_minibatches(count, size, torch.Generator().manual_seed(0)))
+        assert [len(part) for part in parts] == [
+            min(size, count - start) for start in range(0, count, size)
+        ]
+        assert sorted(torch.cat(parts).tolist()) == list(range(count))
+        assert torch.cat(parts).tolist() != list(range(count))
+    for size in (10, 99):
+        assert [p.tolist() for p in _minibatches(10, size, torch.Generator())] == [list(range(10))]
+
+
+def test_each_epoch_shuffles_anew_by_the_seed():
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.cat(list(_minibatches(20, 6, generator))) for _ in range(2))
+    again = torch.cat(list(_minibatches(20, 6, torch.Generator().manual_seed(3))))
+    assert first.tolist() == again.tolist() != second.tolist()
+
+
+def test_the_samples_are_the_valid_steps(tiny_model):
+    run = Run(tiny_model)
+    run.accounts[0].alive[1] = False
+    run.collect(1)
+    valid = run.batch.valid
+    assert valid[1].tolist() == [False] * 3 + [True] * 3  # the next episode starts at step 9
+    assert not valid.all()
+    rows, samples = _samples(run.table, run.batch, run.advantage)
+    assert rows.tolist() == run.batch.row[valid].tolist()
+    assert samples.action.tolist() == run.batch.action[valid].tolist()
+    log_probabilities = run.table.log_probabilities.detach().numpy()
+    value = run.table.value.detach().numpy()
+    for i, (b, h) in enumerate(np.argwhere(valid)):
+        row, action = run.batch.row[b, h], run.batch.action[b, h]
+        assert samples.old_log_probability[i] == log_probabilities[row, action]
+        assert samples.old_value[i] == value[row]
+        assert samples.advantage[i] == np.float32(run.advantage[b, h])
+        assert samples.target[i] == np.float32(run.advantage[b, h]) + value[row]
+
+
+def test_advantages_come_from_the_tables_values(tiny_model):
+    run = Run(tiny_model, batches=3)
+    value = run.table.value.detach().numpy().astype(np.float64)
+    batch, algorithm = run.batch, run.algorithm
+    expected = generalised_advantage(
+        batch.reward,
+        value[batch.row],
+        value[batch.next_row],
+        batch.terminated,
+        batch.truncated,
+        algorithm.gamma,
+        algorithm.gae_lambda,
+    )
+    assert batch.truncated.any() and (value != 0).all()
+    np.testing.assert_array_equal(run.advantage, expected)
+
+
+def one_prompt(prompts: PromptSet, row: int) -> PromptSet:
+    """A prompt alone, as a trainer without a table would see it."""
+    prefix, suffix = prompts.pairs[row]
+    return PromptSet(
+        (prompts.prefixes[prefix],),
+        (prompts.suffixes[suffix],),
+        np.zeros((1, 2), np.int32),
+        prompts.allowed[[row]],
+        np.zeros(1, np.int32),
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_the_gradient_is_that_of_one_forward_per_environment_step(
+    tiny_model, algorithm, adaptation
+):
+    """Every step's prompt through the whole model by itself, in a batch of one."""
+    run = Run(
+        tiny_model,
+        policy__adaptation=adaptation,
+        policy__top_layers=2,
+        algorithm__algorithm=algorithm,
+        algorithm__kl_coef=0.1,
+    )
+    rows, samples = _samples(run.table, run.batch, run.advantage)
+    loss, _ = loss_of(*_gather(run.table, rows), samples, run.algorithm)
+    loss.backward()
+    gradients = [p.grad.clone() for p in run.policy.parameters()]
+    run.policy.zero_grad()
+
+    prompts = run.batch.prompts
+    reference = [run.policy._features(one_prompt(prompts, row)) for row in prompts.reference]
+    statistics = Statistics.of(torch.cat(reference))
+    tables = [run.policy.evaluate(one_prompt(prompts, row), statistics) for row in rows.tolist()]
+    naive, _ = loss_of(
+        torch.cat([table.log_probabilities for table in tables]),
+        torch.cat([table.value for table in tables]),
+        samples,
+        run.algorithm,
+    )
+    naive.backward()
+    assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
+    for ours, parameter in zip(gradients, run.policy.parameters(), strict=True):
+        scale = parameter.grad.norm()
+        assert scale > 0
+        assert (ours - parameter.grad).norm() <= 1e-5 * scale
+
+
+def test_gathering_gives_the_same_gradient_bits_every_time():
+    """tensor[rows] does not: from 32,768 numbers on, several threads add at once."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 500, (60_000,), generator=generator)
+    weight = torch.randn(60_000, 3, generator=generator)
+    logits, value = torch.randn(500, 3, generator=generator), torch.randn(500, generator=generator)
+    seen = set()
+    for _ in range(6):
+        one, two = logits.clone().requires_grad_(), value.clone().requires_grad_()
+        table = Table(one, two, Statistics.of(logits))
+        gathered, values = _gather(table, rows)
+        assert torch.equal(gathered, logits[rows]) and torch.equal(values, value[rows])
+        ((gathered * weight).sum() + (values * weight[:, 0]).sum()).backward()
+        seen.add(one.grad.numpy().tobytes() + two.grad.numpy().tobytes())
+    assert len(seen) == 1
+
+
+def test_the_gradient_of_a_whole_epoch_of_minibatches_moves_the_policy_once_each(tiny_model):
+    run = Run(tiny_model, algorithm__minibatch_size=5, algorithm__update_epochs=2)
+    evaluate, calls = run.policy.evaluate, []
+    run.policy.evaluate = lambda prompts: calls.append(1) or evaluate(prompts)
+    run.update()
+    steps = {int(state["step"]) for state in run.optimizer.state.values()}
+    assert steps == {2 * 5}  # 24 samples: 5, 5, 5, 5, 4
+    assert len(calls) == 9  # the first reads the rollout's table
+
+
+def test_the_updates_step_is_adamw_on_the_clipped_gradient(tiny_model):
+    """Against the optimiser's formula, first step: p -= lr * g / (|g| + eps)."""
+    limit = 0.01
+    run = Run(tiny_model, algorithm__max_grad_norm=limit)
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    run.loss()[0].backward()
+    gradients = [p.grad.clone() for p in run.policy.parameters()]
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert norm > 10 * limit
+    statistics = run.update()
+    assert statistics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    rates = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    for old, parameter, gradient in zip(before, run.policy.parameters(), gradients, strict=True):
+        clipped = gradient * limit / norm
+        expected = old - rates[id(parameter)] * clipped / (clipped.abs() + 1e-5)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-3, atol=2e-6)
+
+
+def test_a_limit_of_0_does_not_clip(tiny_model):
+    run = Run(tiny_model, algorithm__max_grad_norm=0.0)
+    run.loss()[0].backward()
+    expected = [p.grad.clone() for p in run.policy.parameters()]
+    run.update()
+    for parameter, gradient in zip(run.policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_weight_decay_spares_the_heads(tiny_model):
+    run = Run(tiny_model, algorithm__weight_decay=0.3)
+    layers, heads = run.policy.parameter_groups()
+    of = {id(p): g["weight_decay"] for g in run.optimizer.param_groups for p in g["params"]}
+    assert {of[id(p)] for p in layers} == {0.3} and {of[id(p)] for p in heads} == {0.0}
+    assert len(of) == len(list(run.policy.parameters()))
+    assert all(g["eps"] == 1e-5 for g in run.optimizer.param_groups)
+
+
+def test_learning_rates_fall_linearly(tiny_model):
+    run = Run(tiny_model)
+    base = (run.algorithm.layer_learning_rate, run.algorithm.learning_rate)
+    for step, factor in ((0, 1.0), (1, 0.75), (2, 0.5), (3, 0.25)):
+        assert set_learning_rates(run.optimizer, run.algorithm, step, 4) == factor
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        assert rates == [rate * factor for rate in base]
+    constant = dataclasses.replace(run.algorithm, anneal_lr=False)
+    assert set_learning_rates(run.optimizer, constant, 3, 4) == 1.0
+    assert [group["lr"] for group in run.optimizer.param_groups] == list(base)
+
+
+@pytest.mark.parametrize(("target", "epochs"), [(0.0, 6), (1e9, 6), (1e-7, 2)])
+def test_epochs_stop_above_the_target_kl(tiny_model, target, epochs):
+    """The first epoch's KL is 0, the second's is not: CleanRL breaks after it."""
+    run = Run(tiny_model, algorithm__target_kl=target, algorithm__update_epochs=6)
+    run.update()
+    assert {int(state["step"]) for state in run.optimizer.state.values()} == {epochs}
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "lm"])
+@pytest.mark.parametrize("account", ["stepped", "exact"])
+def test_the_divergence_from_the_initial_policy_starts_at_0_and_grows(tiny_model, head, account):
+    run = Run(tiny_model, opinionated=False, policy__head=head, prompt__account=account)
+    # To the rounding of softmax: log_softmax of zeros differs from itself in no bit.
+    assert run.update()["kl_initial"] == 0.0
+    for step in (1, 2):
+        run.collect(step)
+        statistics = run.update()
+    assert statistics["kl_initial"] > 1e-5
+
+
+def test_the_divergence_is_to_the_untrained_weights(tiny_model):
+    """Against a second policy, never trained, on the same prompts."""
+    run = Run(tiny_model, opinionated=False, policy__head="lm")
+    fresh = small_world(run.config, small_market())[1]
+    for step in (1, 2):
+        run.update()
+        run.collect(step)
+    rows, samples = _samples(run.table, run.batch, run.advantage)
+    initial = fresh.evaluate(run.batch.prompts).log_probabilities.detach()[rows]
+    torch.testing.assert_close(samples.initial, initial, rtol=1e-4, atol=1e-5)
+    assert (run.table.log_probabilities.detach()[rows] - initial).abs().nan_to_num(0).max() > 1e-3
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+def test_a_step_lowers_the_loss_and_the_running_statistics_follow(tiny_model, algorithm):
+    run = Run(
+        tiny_model,
+        algorithm__algorithm=algorithm,
+        algorithm__learning_rate=1e-3,
+        algorithm__layer_learning_rate=1e-4,
+    )
+    before = run.loss()[0].item()
+    expected = run.table.statistics.mean.detach().clone()
+    run.update()
+    assert run.loss()[0].item() < before
+    torch.testing.assert_close(run.policy.running.mean, expected)
+    assert int(run.policy.running.count) == 1
+
+
+def test_a_batch_of_ruined_accounts_alone_teaches_nothing(tiny_model):
+    run = Run(tiny_model)
+    keys = set(run.update())
+    assert keys == set(STATISTICS)
+    run.batch = dataclasses.replace(run.batch, valid=np.zeros_like(run.batch.valid))
+    before = {name: tensor.clone() for name, tensor in run.policy.state_dict().items()}
+    assert run.update() == dict.fromkeys(STATISTICS, 0.0)
+    for name, tensor in run.policy.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_the_step(tiny_model):
+    run = Run(tiny_model)
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    run.advantage[0, 0] = np.inf
+    with pytest.raises(InputError, match="not finite"):
+        run.update()
+    for parameter, old in zip(run.policy.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_8_bit_optimiser_needs_a_gpu(tiny_model):
+    with pytest.raises(InputError, match="adamw8bit"):
+        Run(tiny_model, algorithm__optimizer="adamw8bit")
