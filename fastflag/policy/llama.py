@@ -14,12 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastflag.files import InputError
 from fastflag.policy import ops
-from fastflag.policy.weights import ModelConfig, Weights
+from fastflag.policy.model_config import ModelConfig
+from fastflag.policy.weights import Weights
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one layer's prefixes, each [D, G, P, E]."""
+
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin of the rotary angles, each [N or 1, 1, T, E / 2]."""
 
 LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
 """(matrix [O, I], bias [O] or None), both on the CPU -> the layer that holds them on the device."""
@@ -69,12 +72,12 @@ class Block(nn.Module):
             matrix = weights.tensor(f"model.layers.{index}.{name}.weight", dtype)
             setattr(self, short, make_linear(matrix, optional(f"{name}.bias")))
 
-    def keys_values(self, normed: Tensor, rotary: KeysValues) -> KeysValues:
+    def keys_values(self, normed: Tensor, rotary: Rotary) -> KeysValues:
         key = self._heads(self.k(normed), self.config.kv_heads, self.k_norm)
         value = self._heads(self.v(normed), self.config.kv_heads, None)
         return ops.rotate(key, *rotary), value
 
-    def query(self, normed: Tensor, rotary: KeysValues) -> Tensor:
+    def query(self, normed: Tensor, rotary: Rotary) -> Tensor:
         return ops.rotate(self._heads(self.q(normed), self.config.heads, self.q_norm), *rotary)
 
     def norm(self, x: Tensor) -> Tensor:
@@ -102,10 +105,12 @@ def prefix_pass(
     the last layer stops at its keys and values, which is all that suffixes read of it; the hidden
     states returned are then that layer's input.
     """
+    if not blocks:
+        return x, []
     collected = []
     positions = torch.arange(x.shape[1], device=x.device)[None]
+    rotary = rotary_tables(blocks[0].config, positions, x.dtype)
     for number, block in enumerate(blocks):
-        rotary = rotary_tables(block.config, positions, x.dtype)
         normed = block.norm(x)
         key, value = block.keys_values(normed, rotary)
         collected.append((key, value))
@@ -154,14 +159,15 @@ def suffix_pass(
     Returns hidden states [U, S, C], or [U, C] of the last tokens with `last_only`: the last layer
     then computes queries, output and MLP for those alone.
     """
+    if not blocks:
+        return x
     rows = torch.arange(len(x), device=x.device)
+    rotary, mask = rotary_tables(blocks[0].config, layout.positions, x.dtype), layout.mask
     for number, (block, (prefix_key, prefix_value)) in enumerate(
         zip(blocks, prefixes, strict=True)
     ):
         normed = block.norm(x)
-        rotary = rotary_tables(block.config, layout.positions, x.dtype)
         own_key, own_value = block.keys_values(normed, rotary)
-        mask = layout.mask
         if last_only and number == len(blocks) - 1:
             x, normed = x[rows, layout.last][:, None], normed[rows, layout.last][:, None]
             rotary = tuple(table[rows, :, layout.last][:, None] for table in rotary)
@@ -176,13 +182,8 @@ def suffix_pass(
     return x[:, 0] if last_only else x
 
 
-def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> KeysValues:
-    """cos and sin [N, 1, T, E] of RoPE's angles at positions [N, T], computed in fp32."""
-    if config.rope_scaling is not None:
-        raise InputError(
-            f"rope scaling {config.rope_scaling} is not supported, {config.architecture}"
-        )
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    angles = positions[..., None].float() * (1.0 / config.rope_theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
+    """cos and sin [N, 1, T, E / 2] of RoPE's angles at positions [N, T], computed in fp32."""
+    frequencies = torch.from_numpy(config.rotary_frequencies()).to(positions.device, torch.float32)
+    angles = (positions[..., None] * frequencies)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -27,10 +27,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, eq. 34) in the half-split layout.
 
-    x [N, heads, T, E]; cos and sin [N or 1, 1, T, E].
+    x [N, heads, T, E]; cos and sin [N or 1, 1, T, E / 2].
     """
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
