@@ -277,7 +277,7 @@ def _parse(command: type, program: str, arguments: list[str]) -> Any:
 
 
 def _train_default(arguments: list[str]) -> Any:
-    """Train's defaults: the preset that the arguments name, with the config file's values over it."""
+    """Train's defaults: the preset that the arguments name, the config file's values over it."""
     preset, config = _value_of("--preset", arguments) or "default", _value_of("--config", arguments)
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}, one of {', '.join(PRESETS)} is expected")

@@ -1,0 +1,268 @@
+"""The house rules that a machine can check: who may import what, and what an import may do."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LEVELS = ("files", "config", "market", "prompt", "policy", "learn", "evaluate", "cli", "__main__")
+KERNELS = "fastflag.kernels"
+
+
+def modules() -> dict[str, str]:
+    """Each module's name and source."""
+    names = {}
+    for folder in ("fastflag", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = ("fastflag", *parts) if folder == "kernels" else parts
+            names[".".join(parts).removesuffix(".__init__")] = path.read_text(encoding="utf-8")
+    return names
+
+
+def imports(source: str, known: set[str]) -> Iterator[str]:
+    """What a source imports, wherever in it; `from package import module` counts as the module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                module = f"{base}.{alias.name}"
+                yield module if module in known else base
+
+
+def broken_rules(sources: dict[str, str]) -> list[str]:
+    """One line for each import that the design forbids."""
+    known = {*sources, KERNELS}
+    graph = {name: sorted(set(imports(source, known))) for name, source in sources.items()}
+    wrong = []
+    for module, imported in graph.items():
+        for other in imported:
+            if reason := _forbidden(module, other):
+                wrong.append(f"{module} imports {other}: {reason}")
+    try:
+        ours = {m: [o for o in others if o in sources] for m, others in graph.items()}
+        tuple(TopologicalSorter(ours).static_order())
+    except CycleError as error:
+        wrong.append(f"cycle: {' -> '.join(error.args[1])}")
+    return wrong
+
+
+def _forbidden(module: str, other: str) -> str:
+    """Why `module` may not import `other`; empty where it may."""
+    root = other.partition(".")[0]
+    if root in ("", "tests", "bench", "kernels"):
+        return "not by this name" if root in ("", "kernels") else "no part of the package"
+    if root != "fastflag":
+        return ""
+    if module == "fastflag":
+        return "the package itself imports nothing of its own"
+    if module.startswith(KERNELS):
+        return "" if other.startswith(KERNELS) else "kernels know nothing of fastflag"
+    if other.startswith(KERNELS):
+        return "" if module == "fastflag.policy.ops" else "only policy/ops.py chooses kernels"
+    if other != "fastflag" and _level(other) > _level(module):
+        return "imports go down the levels only"
+    if module.startswith("fastflag.policy."):
+        if other.startswith("fastflag.market"):
+            return "the policy knows nothing of markets"
+        if other == "fastflag.prompt.template":
+            return "the policy knows no more of prompts than their tokens"
+    return ""
+
+
+def _level(module: str) -> int:
+    return LEVELS.index(module.split(".")[1])
+
+
+def run(code: str, *paths: Path, cwd: Path, **variables: str) -> str:
+    """What Python prints for `code`, with `paths` as its PYTHONPATH."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), **variables}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_imports_follow_the_design():
+    sources = modules()
+    assert {name.split(".")[1] for name in sources if "." in name} == {*LEVELS, "kernels"}
+    assert broken_rules(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "told"),
+    [
+        ("fastflag.config", "from fastflag.market import bars", "down the levels"),
+        ("fastflag.files", "import fastflag.config", "down the levels"),
+        ("fastflag.market.bars", "def f():\n    from fastflag.learn.train import train", "down"),
+        ("fastflag.policy.table", "from fastflag.market.bars import Market", "nothing of markets"),
+        ("fastflag.policy.table", "from fastflag.prompt.template import Prompter", "tokens"),
+        ("fastflag.policy.table", "from fastflag.kernels.rmsnorm import rms_norm", "ops.py"),
+        ("fastflag.policy.llama", "from fastflag import kernels", "ops.py"),
+        ("fastflag.policy.ops", "import kernels.rmsnorm", "not by this name"),
+        ("fastflag.kernels.rmsnorm", "from fastflag.files import InputError", "know nothing"),
+        ("fastflag.learn.train", "from . import update", "not by this name"),
+        ("fastflag.learn.train", "import bench.train", "no part"),
+        ("fastflag.evaluate.report", "from tests import oracles", "no part"),
+        ("fastflag.learn.advantage", "from fastflag.learn import train", "cycle"),
+        ("fastflag", "from fastflag.config import PRESETS", "imports nothing"),
+    ],
+)
+def test_a_broken_rule_is_told(module, statement, told):
+    sources = modules()
+    sources |= {"fastflag.kernels.rmsnorm": sources.get("fastflag.kernels.rmsnorm", "")}
+    sources["fastflag.learn.train"] += "\nimport fastflag.learn.advantage\n"
+    assert broken_rules(sources) == []
+    sources[module] += f"\n{statement}\n"
+    assert [line for line in broken_rules(sources) if told in line]
+
+
+def test_no_file_is_a_drawer_for_everything():
+    names = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_market_and_prompt_import_no_torch():
+    names = [name for name in modules() if name.startswith(("fastflag.market", "fastflag.prompt"))]
+    assert _loaded(f"import {', '.join(names)}", ("torch", "triton")) == "[]"
+
+
+def _loaded(code: str, unwanted: tuple[str, ...]) -> str:
+    """Which of the modules a fresh Python has loaded after `code`, as the list's text."""
+    told = run(
+        f"import sys\n{code}\nprint([m for m in {unwanted} if m in sys.modules])", ROOT, cwd=ROOT
+    )
+    return told.splitlines()[-1]
+
+
+# What an import may not do: start a process, use the network, write a file, ask for a GPU, set an
+# environment variable that was not there.
+WATCHED = """
+import importlib, json, os, sys
+done = []
+def watch(event, arguments):
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and (
+        "__pycache__" not in str(arguments[0]) and str(arguments[0]) != os.devnull)
+    if watching and (writes or event in ("subprocess.Popen", "os.system", "socket.connect")):
+        done.append(f"{event} {arguments[0]}")
+watching = False
+sys.addaudithook(watch)
+import torch, pandas, numba, rich, plotly, tokenizers
+for name in ("is_available", "device_count", "_lazy_init"):
+    def probed(*_, name=name, real=getattr(torch.cuda, name)):
+        done.append(f"torch.cuda.{name}")
+        return real()
+    setattr(torch.cuda, name, probed)
+before = dict(os.environ)
+watching = True
+for name in NAMES:
+    importlib.import_module(name)
+done += [f"environment {k}" for k in os.environ if os.environ[k] != before.get(k)]
+print(json.dumps({"done": done, "initialised": torch.cuda.is_initialized()}))
+"""
+
+
+def test_imports_touch_nothing(tmp_path):
+    names = [name for name in modules() if name not in ("fastflag.__main__",)]
+    told = run(WATCHED.replace("NAMES", repr(names)), ROOT, cwd=tmp_path)
+    assert json.loads(told) == {"done": [], "initialised": False}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["decide", "--help"]])
+def test_help_answers_at_once(arguments, tmp_path):
+    call = f"from fastflag.cli import main\ntry: main({arguments})\nexcept SystemExit: pass"
+    assert _loaded(call, ("torch", "numba", "pandas", "numpy", "pyarrow")) == "[]"
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert "usage: fastflag" in run(call, ROOT, cwd=tmp_path)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this tree, made outside of it and without the network."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("fastflag", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "README.md").write_text("What it is.")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*pip, "-w", "dist", "."], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = (tree / "dist").glob("fastflag-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder that holds the wheel's content and nothing else."""
+    target = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", target, wheel], check=True, capture_output=True)
+    return target
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as content:
+        names = {name for name in content.namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{folder}/{path.relative_to(ROOT / home).as_posix()}"
+        for home, folder in (("fastflag", "fastflag"), ("kernels", "fastflag/kernels"))
+        for path in (ROOT / home).rglob("*.py")
+    }
+    assert names == expected
+
+
+@pytest.mark.parametrize("where", ["clone", "wheel"])
+def test_kernels_is_ours_only_under_fastflag(where, installed, tmp_path):
+    """`kernels` is the name of Hugging Face's package, which wins where it is installed."""
+    home = ROOT if where == "clone" else installed
+    site = tmp_path / "site"
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text("")
+    found = run("import kernels; print(kernels.__file__)", home, site, cwd=tmp_path)
+    assert Path(found) == site / "kernels" / "__init__.py"
+    code = (
+        "import importlib.util as u, fastflag, fastflag.cli\n"
+        "print(fastflag.__file__)\n"
+        "print(*u.find_spec('fastflag.kernels').submodule_search_locations)\n"
+    )
+    package, kernels = run(code, home, site, cwd=tmp_path).splitlines()
+    assert Path(package) == home / "fastflag" / "__init__.py"
+    expected = ROOT / "kernels" if where == "clone" else installed / "fastflag" / "kernels"
+    assert Path(kernels) == expected
+    if where == "wheel":
+        alone = run("import importlib.util as u; print(u.find_spec('kernels'))", home, cwd=tmp_path)
+        assert "fastflag" not in alone
+
+
+def test_the_installed_wheel_runs(installed, tmp_path):
+    names = [name for name in modules() if not name.endswith("__main__")]
+    run(f"import {', '.join(names)}", installed, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastflag", "--version"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "0.1.0"
+    script = installed / "bin" / "fastflag"
+    assert "from fastflag.cli import main" in script.read_text()
