@@ -172,21 +172,23 @@ class Policy(nn.Module):
     def _trunk_states(self, prompts: PromptSet) -> tuple[list[Tensor], list[Tensor]]:
         """What the frozen layers make of each prefix [P, C] and of each prompt's suffix [S, C].
 
-        Days go one by one, so that a text's activations have the same bits whatever it is batched
-        with: a resumed run, whose cache is cold, repeats the uninterrupted one exactly.
+        Days go one by one and suffixes by padded length, so that a text's activations have the same
+        bits whatever it is batched with: a resumed run, whose cache is cold, repeats the
+        uninterrupted one exactly.
         """
         digests = [_digest(tokens) for tokens in prompts.prefixes]
         keys = _keys(prompts)
         suffixes = [self.cache.get(key) for key in keys]
-        missing: dict[int, list[int]] = {}
-        for row, day in enumerate(prompts.pairs[:, 0]):
+        missing: dict[int, dict[int, list[int]]] = {}
+        for row, (day, text) in enumerate(prompts.pairs.tolist()):
             if suffixes[row] is None:
-                missing.setdefault(int(day), []).append(row)
+                size = _round_up(len(prompts.suffixes[text]), _SUFFIX_MULTIPLE)
+                missing.setdefault(day, {}).setdefault(size, []).append(row)
         prefixes = []
         for day, tokens in enumerate(prompts.prefixes):
             hidden, keys_values = self._prefix_states(tokens, digests[day], needed=day in missing)
             prefixes.append(hidden)
-            for rows in _chunks(missing.get(day, []), _TRUNK_CHUNK):
+            for rows in _chunks(missing.get(day, {}).values(), _TRUNK_CHUNK):
                 states = self._suffix_states(
                     [prompts.suffixes[prompts.pairs[row, 1]] for row in rows], keys_values
                 )
@@ -254,18 +256,21 @@ class Policy(nn.Module):
 
     @contextmanager
     def _as_initialised(self) -> Iterator[None]:
-        """Inside, the parameters are those before training."""
-        trained = {name: p.detach().clone() for name, p in self.named_parameters()}
-        self._assign(self._initial)
+        """Inside, the parameters are those before training.
+
+        Their storage is swapped, not written to: a forward that waits for its backward pass
+        keeps the values that it saved.
+        """
+        trained = {name: p.data for name, p in self.named_parameters()}
+        self._point_to(self._initial)
         try:
             yield
         finally:
-            self._assign(trained)
+            self._point_to(trained)
 
-    @torch.no_grad()
-    def _assign(self, values: dict[str, Tensor]) -> None:
+    def _point_to(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.named_parameters():
-            parameter.copy_(values[name])
+            parameter.data = values[name]
 
 
 def _device(name: str) -> torch.device:
@@ -286,8 +291,10 @@ def _keys(prompts: PromptSet) -> list[tuple[bytes, bytes]]:
     return [(prefixes[day], suffixes[suffix]) for day, suffix in prompts.pairs]
 
 
-def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def _chunks(groups: Iterable[list[int]], size: int) -> Iterator[list[int]]:
+    """Parts of at most `size` rows, each of one group."""
+    for rows in groups:
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _lengths(texts: Iterable[np.ndarray | Tensor], device: torch.device) -> Tensor:
