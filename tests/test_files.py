@@ -1,0 +1,116 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastflag.files import InputError, read_json, write_atomic
+
+
+def test_written_whole_over_the_old_one(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomic(path, "new £\n")
+    assert path.read_bytes() == b"new \xc2\xa3\n"
+    write_atomic(str(path), b"newer")
+    assert path.read_bytes() == b"newer"
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "chmod"])
+def test_a_failure_leaves_the_old_file_and_no_other(failing, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomic(path, "new")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_interrupted_in_mid_write(tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "a.json", "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_replaced_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, real=real: calls.append(name) or real(*a)
+        )
+    write_atomic(tmp_path / "a.json", "new")
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files stands in for it: the write fails half-way."""
+    (tmp_path / "a.json").write_text("old")
+    code = """
+import resource, signal
+from fastflag.files import write_atomic
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomic("a.json", "x" * 5000)
+except OSError as error:
+    print(error.filename)
+"""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("a.json", "")
+    assert (tmp_path / "a.json").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("folder", ["missing", "file", "/proc"])
+def test_a_folder_that_can_not_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / folder / "a.json"
+    with pytest.raises(OSError) as caught:
+        write_atomic(path, "new")
+    assert caught.value.filename == str(path)
+
+
+def test_read_json(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1, null, "ü"]}', encoding="utf-8")
+    assert read_json(path) == {"a": [1, None, "ü"]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"a": 1', b"{'a': 1}", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b"{} {}"],
+)
+def test_refused_json(content, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not valid JSON") as caught:
+        read_json(path)
+    assert str(caught.value).endswith(f", {path}")
+
+
+def test_unreadable_json(tmp_path):
+    with pytest.raises(InputError, match="No such file or directory, .*none.json"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(InputError, match="Is a directory"):
+        read_json(tmp_path)
