@@ -74,12 +74,13 @@ def test_every_setting_is_of_a_type_that_is_checked():
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_has_a_range(name):
     """None is NaN or infinite, and each has an end below which it is refused."""
-    kind = type(dict((n, v) for n, _, v in leaves(TrainConfig()))[name])
+    kind = next(type(value) for other, _, value in leaves(TrainConfig()) if other == name)
     wrong = [-1, -(10**30)] if kind is int else [-1.0, -1e30, math.nan, math.inf, -math.inf]
     for value in wrong:
         flag = f"--{name.rpartition('.')[2].replace('_', '-')}"
-        with pytest.raises(InputError, match=f"must be .*, not {value:}, {flag} in there"):
+        with pytest.raises(InputError) as caught:
             from_dict(nested(name, value), "there")
+        assert str(caught.value).endswith(f", not {value}, {flag} in there")
 
 
 @pytest.mark.parametrize(
@@ -169,11 +170,7 @@ def test_steps():
 
 def test_paper_preset_is_table_3():
     paper = PRESETS["paper"]
-    assert (paper.total_timesteps, paper.rollout.num_envs, paper.rollout.num_steps) == (
-        13_860,
-        1,
-        40,
-    )
+    assert (paper.total_timesteps, paper.rollout) == (13_860, RolloutConfig(1, 40))
     algorithm = paper.algorithm
     assert (algorithm.learning_rate, algorithm.gamma, algorithm.gae_lambda) == (5e-4, 0.95, 0.98)
     assert (algorithm.ent_coef, algorithm.vf_coef, algorithm.kl_coef) == (0.05, 0.5, 0.05)

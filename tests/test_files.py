@@ -47,11 +47,12 @@ def test_interrupted_in_mid_write(tmp_path, monkeypatch):
 
 def test_nothing_is_replaced_before_it_is_on_the_disk(tmp_path, monkeypatch):
     calls = []
+
+    def recorded(name, real):
+        return lambda *arguments: calls.append(name) or real(*arguments)
+
     for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, name=name, real=real: calls.append(name) or real(*a)
-        )
+        monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
     write_atomic(tmp_path / "a.json", "new")
     assert calls == ["fsync", "replace"]
 
@@ -110,7 +111,7 @@ def test_refused_json(content, tmp_path):
 
 
 def test_unreadable_json(tmp_path):
-    with pytest.raises(InputError, match="No such file or directory, .*none.json"):
+    with pytest.raises(InputError, match=r"No such file or directory, .*none\.json"):
         read_json(tmp_path / "none.json")
     with pytest.raises(InputError, match="Is a directory"):
         read_json(tmp_path)
