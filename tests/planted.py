@@ -46,7 +46,6 @@ def planted_market(days: int, seed: int, shuffled: bool = False, drift: float = 
     returns = np.concatenate([[0.0], (np.where(up, size, -size) + drift)[:-1]])
     close = 100 * np.exp(np.cumsum(returns))
     opened = np.concatenate([[100.0], close[:-1]])
-    dates = np.datetime64("2001-01-01", "D") + np.arange(days)
     dates = np.busday_offset("2001-01-01", np.arange(days)).astype("datetime64[D]")
     telling = random.permutation(up) if shuffled else up
     news = []
@@ -88,12 +87,14 @@ def write_tiny_model(folder: Path, tokenizer_json: str, seed: int = 0, width: in
             stem + "mlp.up_proj.weight": (mlp, width),
             stem + "mlp.down_proj.weight": (width, mlp),
         }
-    tensors = {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * (1.0 if "embed" in name else shape[1] ** -0.5)
-        for name, shape in shapes.items()
-    }
+
+    def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape)
+        scale = 1.0 if "embed" in name else shape[1] ** -0.5
+        return torch.randn(shape, generator=generator) * scale
+
+    tensors = {name: initial(name, shape) for name, shape in shapes.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     config = {

@@ -1,0 +1,111 @@
+"""Does it learn? On a market whose news tells the next day, and on one whose news does not."""
+
+from dataclasses import replace
+
+import pytest
+from planted import planted_market
+
+import fastflag.learn.train
+from fastflag.config import (
+    AlgorithmConfig,
+    DataConfig,
+    PolicyConfig,
+    PromptConfig,
+    RolloutConfig,
+    SimulatorConfig,
+    TrainConfig,
+)
+from fastflag.evaluate.backtest import backtest
+from fastflag.learn.train import train
+from fastflag.policy.weights import open_weights
+
+TRAIN, TEST = 400, 250
+
+REINFORCE = AlgorithmConfig(
+    algorithm="reinforce", learning_rate=0.02, layer_learning_rate=2e-3, gamma=0.9
+)
+PPO = replace(REINFORCE, algorithm="ppo", update_epochs=2, minibatch_size=3840)
+SMALL = TrainConfig(
+    prompt=PromptConfig(window=3, news_tokens=48),
+    # The log return of a day depends on that day's position alone; the change of the Sharpe ratio
+    # so far is as telling but several times noisier, and takes as many times the updates.
+    simulator=SimulatorConfig(fee_bps=0, slippage_bps=0, reward="log_return", horizon=15),
+    policy=PolicyConfig(top_layers=1, adaptation="full", trunk_weights="fp32", dtype="fp32"),
+    rollout=RolloutConfig(num_envs=512, num_steps=15, start_groups=16),
+    backtest_episodes=8,
+)
+
+
+def held_out(config, updates, run, shuffled=False):
+    """Trains on the market's first days and backtests on the rest."""
+    market = planted_market(TRAIN + TEST, seed=1, shuffled=shuffled, drift=0.0003)
+    dates = market.dates
+    config = replace(
+        config,
+        data=DataConfig(
+            data="planted",
+            train=f"{dates[0]}..{dates[TRAIN - 1]}",
+            test=f"{dates[TRAIN]}..{dates[-1]}",
+        ),
+        total_timesteps=updates * config.rollout.num_envs * config.rollout.num_steps,
+    )
+    world, policy = train(config, market, open_weights(config.policy.model), run, resume=False)
+    return backtest(policy, world, market, config, "test")
+
+
+def has_learnt(document):
+    """Above 99% of random policies, and a Sharpe ratio at least twice always-long's."""
+    sharpe, always_long = (
+        document["policies"][name]["metrics"]["standard"]["sr"] or 0.0
+        for name in ("greedy", "buy_and_hold")
+    )
+    beats = document["random"]["percentile"]["greedy"]
+    print(f"Sharpe {sharpe:.2f}, always long {always_long:.2f}, beats {beats:.1f}% of random")
+    return beats >= 99 and sharpe >= 2 * abs(always_long)
+
+
+def small(tiny_model, algorithm):
+    policy = replace(SMALL.policy, model=str(tiny_model))
+    return replace(SMALL, policy=policy, algorithm=algorithm)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "updates"), [(REINFORCE, 80), (PPO, 40)], ids=["reinforce", "ppo"]
+)
+def test_news_that_tells_is_learnt(tiny_model, tmp_path, algorithm, updates):
+    assert has_learnt(held_out(small(tiny_model, algorithm), updates, tmp_path / "run"))
+
+
+def test_news_dealt_at_random_teaches_nothing(tiny_model, tmp_path):
+    config = small(tiny_model, PPO)
+    assert not has_learnt(held_out(config, 40, tmp_path / "run", shuffled=True))
+
+
+def test_the_check_sees_a_flipped_sign(tiny_model, tmp_path, monkeypatch):
+    estimate = fastflag.learn.train.estimate
+    monkeypatch.setattr(fastflag.learn.train, "estimate", lambda *arguments: -estimate(*arguments))
+    assert not has_learnt(held_out(small(tiny_model, PPO), 40, tmp_path / "run"))
+
+
+def large(smollm, algorithm):
+    """SmolLM2-135M with two LoRA layers; learning rates a tenth of the small model's, whose width
+    is a ninth."""
+    rates = {"learning_rate": 2e-3, "layer_learning_rate": 2e-4}
+    return replace(
+        SMALL,
+        policy=PolicyConfig(model=smollm, trunk_weights="nf4", dtype="bf16"),
+        rollout=RolloutConfig(num_envs=512, num_steps=15, start_groups=4),
+        algorithm=replace(algorithm, minibatch_size=0, **rates),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [REINFORCE, PPO], ids=["reinforce", "ppo"])
+def test_smollm2_learns_news_that_tells(smollm, tmp_path, algorithm):
+    assert has_learnt(held_out(large(smollm, algorithm), 60, tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_smollm2_learns_nothing_from_shuffled_news(smollm, tmp_path):
+    config = large(smollm, REINFORCE)
+    assert not has_learnt(held_out(config, 60, tmp_path / "run", shuffled=True))
