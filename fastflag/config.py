@@ -201,6 +201,11 @@ class TrainConfig(_Checked):
 
 PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(),
+    # As many training days as the paper has, and the last half year of the data held out.
+    "demo": TrainConfig(
+        data=DataConfig(train="2012-06-04..2012-08-31", test="2012-09-04..2013-03-01"),
+        total_timesteps=30 * 256 * 63,
+    ),
     # The FLAG-Trader paper, Table 3. Its minibatch of 32 comes as 8 accumulated parts of 4: the
     # gradient is the minibatch's. Its 65 steps an episode exceed the 63 that 64 days allow.
     "paper": TrainConfig(
