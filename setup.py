@@ -25,6 +25,7 @@ setup(
         "fastflag.evaluate",
         "fastflag.kernels",
     ],
+    package_data={"fastflag.evaluate": ["report.html", "report.css", "report.js"]},
     # Installed under fastflag, because the import name `kernels` is Hugging Face's.
     package_dir={"fastflag.kernels": "kernels"},
     entry_points={"console_scripts": ["fastflag=fastflag.cli:main"]},

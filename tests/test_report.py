@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fastflag import config as settings
-from fastflag.evaluate.report import ACTION_COLOURS, write_report
+from fastflag.evaluate.figures import ACTION_COLOURS
+from fastflag.evaluate.report import write_report
 from fastflag.files import InputError
 from fastflag.market.simulator import ACTIONS
 
@@ -115,7 +116,7 @@ def make_backtest(days=150, seed=3, position=None):
         "random": {
             "episodes": 1000,
             "equity": band(chance),
-            "sharpe": {**spread(sharpes), "p99": float(np.percentile(sharpes, 99))},
+            "sharpe": {f"p{q:02}": float(np.percentile(sharpes, q)) for q in (5, 50, 95, 99)},
             "percentile": {"greedy": ahead[0], "sampled_median": 61.0},
             "sharpes": sharpes.tolist(),
         },
@@ -286,8 +287,8 @@ def test_hostile_text_stays_text(tmp_path):
     backtest["symbol"] = backtest["split"] = HOSTILE
     backtest["news"][backtest["dates"][0]] = [HOSTILE]
     backtest["news"][HOSTILE] = [HOSTILE, HOSTILE]
-    for policy in backtest["policies"].values():
-        policy["metrics"][HOSTILE] = policy["metrics"]["flag"]
+    for part in (*backtest["policies"].values(), backtest["sampled"]):
+        part["metrics"][HOSTILE] = part["metrics"]["flag"]
     updates = make_updates()
     updates[0]["seconds"][HOSTILE] = 1.0
     run = make_run(tmp_path / "hostile <b>", backtest, updates)
@@ -353,6 +354,14 @@ def test_missing_measures_and_undefined_numbers(tmp_path):
     assert "sharpe" not in figures(page)
     assert 1 not in page.tables["standard"]["Greedy"]  # a dash, not a number
     assert "Always flat: it took no position" in page.text
+
+
+def test_last_update_cut_off_by_a_kill_is_none(tmp_path):
+    run = make_run(tmp_path, updates=make_updates(4))
+    whole = write_report(run).read_bytes()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "env_st')
+    assert write_report(run).read_bytes() == whole
 
 
 def test_long_runs_are_thinned(tmp_path):
@@ -451,14 +460,20 @@ BROKEN = {
     "config truncated": ("config.json", lambda: '{"data": {'),
     "config not an object": ("config.json", lambda: "[]"),
     "config unknown key": ("config.json", lambda: '{"data": {"dta": 1}}'),
-    "metrics truncated": ("metrics.jsonl", lambda: '{"step": 0, "seconds": {}}\n{"step": 1, "sec'),
+    "metrics truncated": (
+        "metrics.jsonl",
+        lambda: '{"step": 0, "sec\n{"step": 1, "seconds": {}}\n',
+    ),
     "metrics not an object": ("metrics.jsonl", lambda: "3\n"),
     "metrics without step": ("metrics.jsonl", lambda: '{"seconds": {}}\n'),
     "metrics line break in a key": (
         "metrics.jsonl",
-        lambda: '{"step": 0, "seconds": {"a\\nb": ""}}',
+        lambda: '{"step": 0, "seconds": {"a\\nb": ""}}\n',
     ),
-    "metrics text for number": ("metrics.jsonl", lambda: '{"step": 0, "seconds": {}, "kl": "0"}\n'),
+    "metrics text for number": (
+        "metrics.jsonl",
+        lambda: '{"step": 0, "seconds": {}, "kl": "low"}\n',
+    ),
     "backtest truncated": ("backtest.json", lambda: broken(lambda b: None)[:5000]),
     "backtest empty": ("backtest.json", lambda: ""),
     "backtest without random": ("backtest.json", lambda: broken(lambda b: b.pop("random"))),
@@ -474,8 +489,8 @@ BROKEN = {
         lambda: broken(lambda b: b["random"]["equity"]["p05"].__setitem__(0, 0)),
     ),
     "huge number": ("backtest.json", lambda: broken(lambda b: b["close"].__setitem__(0, 10**400))),
-    "metrics nested too deep": ("metrics.jsonl", lambda: "[" * 100_000),
-    "bad number": ("backtest.json", lambda: broken(lambda b: b["close"].__setitem__(0, "1"))),
+    "metrics nested too deep": ("metrics.jsonl", lambda: "[" * 100_000 + "\n"),
+    "bad number": ("backtest.json", lambda: broken(lambda b: b["close"].__setitem__(0, "high"))),
     "two probabilities": (
         "backtest.json",
         lambda: broken(lambda b: b["policies"]["greedy"]["probabilities"][4].pop()),
