@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -293,7 +294,7 @@ def _train_default(arguments: list[str]) -> Any:
 def _value_of(flag: str, arguments: list[str]) -> str | None:
     """The flag's value; of several the last, as tyro takes it."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in pairwise([*arguments, None]):
         if argument == flag:
             value = following
         elif argument.startswith(f"{flag}="):
@@ -325,7 +326,9 @@ def _progress(text: str) -> Callable[[Iterable[int]], Iterable[int]]:
     from rich.console import Console
     from rich.progress import track
 
-    return lambda days: track(days, text, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return lambda days: track(days, text, console=console, transient=True, disable=hidden)
 
 
 def _verdict(document: dict[str, Any]) -> str:
