@@ -116,7 +116,7 @@ def backtest(
     days = period_days(market, config, split)
     episodes = config.backtest_episodes
     best = run_episodes(policy, world, days, 1, greedy, track)
-    sampled = run_episodes(policy, world, days, episodes, sampler(config.seed, episodes), track)
+    sampled = run_episodes(policy, world, days, episodes, sampler(world.seed, episodes), track)
     random = random_equities(world.bars, config.simulator, days, RANDOM_EPISODES, config.seed)
     held = fixed_action_equity(world.bars, config.simulator, days, BUY)
     dates = market.dates[days.start : days.stop]
@@ -171,9 +171,7 @@ def backtest(
                 "sampled_median": _percentile(float(np.median(sampled_sharpes)), sharpes),
             },
         },
-        "trades": _trades(
-            best, [str(date) for date in dates], world.bars.close[days.start : days.stop]
-        ),
+        "trades": _trades(best, world, days, dates),
     }
 
 
@@ -213,18 +211,21 @@ def _summary(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean())} | percentiles
 
 
-def _trades(lived: Episodes, dates: list[str], close: np.ndarray) -> list[dict[str, Any]]:
-    """Days on which the first account's position changed sign, at that day's close."""
+def _trades(lived: Episodes, world: World, days: range, dates: np.ndarray) -> list[dict[str, Any]]:
+    """The fills by which the first account's position changed sign: the day's open or close, before
+    slippage, and the shares held after it."""
+    fill, bars = world.simulator.fill, world.bars
+    price = bars.open if fill == "next_open" else bars.close
+    delay = 0 if fill == "same_close" else 1
     side = np.sign(lived.shares[0]).astype(int)
     return [
         {
-            "date": dates[at],
-            "action": "Buy" if side[at] > side[at - 1] else "Sell",
-            "price": _number(close[at]),
-            "shares": float(lived.shares[0, at]),
+            "date": str(dates[number + delay]),
+            "action": "Buy" if side[number + 1] > side[number] else "Sell",
+            "price": _number(price[days[number + delay]]),
+            "shares": float(lived.shares[0, number + 1]),
         }
-        for at in range(1, len(side))
-        if side[at] != side[at - 1]
+        for number in np.flatnonzero(np.diff(side)).tolist()
     ]
 
 

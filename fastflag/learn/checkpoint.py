@@ -1,16 +1,17 @@
 """A training run on disk: RUN/checkpoint/state.json names the one complete safetensors file.
 
 The tensors are written first, under a name of their own, then state.json is replaced: a run killed
-at any moment leaves a checkpoint that is whole. Nothing executable is ever loaded.
+at any moment leaves a checkpoint that is whole. state.json holds the tensors' digest, so a damaged
+file is refused rather than resumed. Nothing executable is ever loaded.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -52,10 +53,15 @@ def write_checkpoint(
     folder = run / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{step:08d}.safetensors"
-    write_atomic(
-        folder / name, save({key: value.contiguous().cpu() for key, value in tensors.items()})
-    )
-    document = {"step": step, "tensors": name, "fingerprint": fingerprint, "optimizer": scalars}
+    content = save({key: value.contiguous().cpu() for key, value in tensors.items()})
+    write_atomic(folder / name, content)
+    document = {
+        "step": step,
+        "tensors": name,
+        "digest": _digest(content),
+        "fingerprint": fingerprint,
+        "optimizer": scalars,
+    }
     write_atomic(folder / "state.json", json.dumps(document, indent=1))
     # The second pattern is what a kill in mid-write leaves.
     for old in (*folder.glob("*.safetensors"), *folder.glob(".*.safetensors.*")):
@@ -64,22 +70,22 @@ def write_checkpoint(
 
 
 def read_checkpoint(run: Path) -> Checkpoint:
-    """Raises InputError for a checkpoint that is missing, truncated or malformed."""
+    """Raises InputError for a checkpoint that is missing, truncated, damaged or malformed."""
     state_file = run / "checkpoint" / "state.json"
     document = read_json(state_file)
     try:
-        step, name = int(document["step"]), str(document["tensors"])
+        step, name, digest = int(document["step"]), str(document["tensors"]), document["digest"]
         fingerprint, scalars = str(document["fingerprint"]), dict(document["optimizer"])
     except (KeyError, TypeError, ValueError):
         raise InputError(f"not a checkpoint, {state_file}") from None
     tensor_file = state_file.parent / Path(name).name
     try:
-        tensors = load(tensor_file.read_bytes())
+        content = tensor_file.read_bytes()
     except OSError as error:
         raise InputError(f"{error.strerror}, {tensor_file}") from None
-    except SafetensorError as error:
-        raise InputError(f"truncated or damaged safetensors ({error}), {tensor_file}") from None
-    return Checkpoint(step, fingerprint, tensors, scalars)
+    if _digest(content) != digest:
+        raise InputError(f"truncated, or not what was written, {tensor_file}")
+    return Checkpoint(step, fingerprint, load(content), scalars)
 
 
 def restore_policy(checkpoint: Checkpoint, policy: Policy, fingerprint: str, where: Path) -> None:
@@ -126,8 +132,12 @@ def restore_accounts(checkpoint: Checkpoint, groups: int, where: Path) -> list[A
             )
             for group in range(groups)
         ]
-    except (KeyError, ValueError):
+    except ValueError:
         raise InputError(f"the checkpoint's accounts are incomplete, {where}") from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastflag.files import write_atomic
@@ -33,23 +34,58 @@ class PhaseTimer:
         return seconds
 
 
+class _Board:
+    """Scalars for TensorBoard, in an events file under `folder`. What earlier files have of steps
+    from `start` on is void.
+
+    TensorBoard's own writer hands events to a thread over a queue; Ctrl-C while the queue's lock is
+    held leaves it held, and the program hangs when it closes the writer. This one has no thread.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.fastflag"
+        self._writer = RecordWriter((folder / name).open("xb"))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
+
+
 class Log:
     """Writes each update to RUN/metrics.jsonl, to TensorBoard under RUN/tensorboard and to the
     console. Lines of updates from `start` on, left by a run that was killed, are dropped."""
 
     def __init__(self, run: Path, start: int, steps: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = run / "metrics.jsonl"
         write_atomic(self._path, "".join(_lines_before(self._path, start)))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self._board = _Board(run / "tensorboard", start)
+        console = Console()
         self._progress = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("training", total=steps, completed=start, text="")
 
@@ -66,11 +102,9 @@ class Log:
         """One update's record: scalars, and the seconds of its phases."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for name, value in record.items():
-            if isinstance(value, float):
-                self._board.add_scalar(name, value, record["step"])
-        for name, value in record["seconds"].items():
-            self._board.add_scalar(f"seconds/{name}", value, record["step"])
+        scalars = {name: value for name, value in record.items() if isinstance(value, float)}
+        seconds = {f"seconds/{name}": value for name, value in record["seconds"].items()}
+        self._board.add(record["step"], scalars | seconds)
         text = (
             f"return {record['return']:+.3f}  sharpe {record['sharpe']:+.2f}"
             f"  entropy {record['entropy']:.3f}  kl {record['kl']:.4f}"
