@@ -1,7 +1,5 @@
 """Small models and prompts, and what transformers makes of them, prompt by prompt."""
 
-import dataclasses
-
 import numpy as np
 import torch
 from transformers import (
@@ -65,9 +63,6 @@ class Given:
         if name == "lm_head.weight" and self.config.tied_embeddings:
             name = "model.embed_tokens.weight"
         return self.tensors[name].to(dtype or self.tensors[name].dtype)
-
-    def first_layers(self, layers):
-        return Given(dataclasses.replace(self.config, layers=layers), self.tensors)
 
 
 def texts(lengths, seed, first=1):

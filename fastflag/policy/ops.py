@@ -12,7 +12,11 @@ IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     "rms_norm": ("torch", "no fused kernel yet"),
     "rotate": ("torch", "no fused kernel yet"),
     "swiglu": ("torch", "no fused kernel yet"),
-    "attention": ("torch scaled_dot_product_attention", "no fused kernel yet"),
+    "causal_attention": ("torch scaled_dot_product_attention", "no fused kernel yet"),
+    "masked_attention": (
+        "torch scaled_dot_product_attention on CUDA, products by group of heads on a CPU",
+        "no fused kernel yet",
+    ),
     "nf4": ("bitsandbytes dequantise + torch matmul", "no fused kernel yet"),
 }
 
@@ -48,6 +52,22 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """One softmax over the keys where mask is True. query [N,H,Q,E], key and value [N,G,K,E],
     mask [N,1,Q,K]; every query sees at least one key."""
+    if not query.is_cuda:
+        return _masked_attention_by_group(query, key, value, mask)
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def _masked_attention_by_group(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Scores and softmax in fp32, probabilities rounded to the values' dtype, as flash attention's.
+
+    On a CPU core in bf16, forward and backward of 128 suffixes of 16 tokens over 170 keys (9 heads,
+    3 for keys) take 48 ms, and 92 by scaled_dot_product_attention; for one query each, 20 and 96.
+    """
+    groups = key.shape[1]
+    queries = query.unflatten(1, (groups, -1)).flatten(2, 3).float() * query.shape[-1] ** -0.5
+    scores = (queries @ key.float().transpose(-1, -2)).unflatten(2, (-1, query.shape[2]))
+    weights = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).to(value.dtype)
+    attended = weights.flatten(2, 3) @ value
+    return attended.unflatten(2, (-1, query.shape[2])).flatten(1, 2)
