@@ -29,6 +29,15 @@ DATES = [str(date) for date in small_market().dates]
 TEST_DAYS = DAYS - TRAIN_DAYS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A model this small waits longer for its threads than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def bars(tmp_path_factory) -> Path:
     """A small market's CSV, with news beside it."""
@@ -100,7 +109,7 @@ def command(*arguments: object, cwd: Path, prepare: str = "") -> subprocess.Comp
     """The command line in a process of its own, after the statements of `prepare`."""
     words = [str(argument) for argument in arguments]
     code = f"{prepare}\nfrom fastflag.cli import main\nmain({words})"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
     )
