@@ -18,6 +18,8 @@ from fastflag.prompt.tokens import PromptSet
 
 WORDS = (7, 11, 13)
 PREFIXES, SUFFIXES = texts((9, 30, 17, 1), 0), texts((1, 5, 16, 17, 30), 1)
+for prefix in PREFIXES:
+    prefix[0] = 5  # days begin with the same words
 PROMPTS = prompt_set(PREFIXES, SUFFIXES)
 
 
