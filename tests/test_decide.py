@@ -1,0 +1,175 @@
+"""decide against the backtest that lived through the same days."""
+
+import dataclasses
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+from small import make_opinionated, small_config, small_market, small_world
+
+from fastflag.config import PromptConfig, SimulatorConfig
+from fastflag.evaluate import backtest
+from fastflag.evaluate.decide import decide
+from fastflag.files import InputError
+from fastflag.market import simulator
+from fastflag.market.simulator import BUY, HOLD, SELL
+
+DAYS = range(4, 36)
+
+
+def split_market():
+    """A 2:1 split, a reverse split and a day without a bar."""
+    market = small_market()
+    split = np.ones_like(market.split)
+    split[12], split[25] = 2.0, 0.25
+    prices = {name: getattr(market, name) / np.cumprod(split)[:, None] for name in PRICES}
+    for values in prices.values():
+        values[20] = np.nan
+    return dataclasses.replace(market, split=split, **prices)
+
+
+PRICES = ("open", "high", "low", "close")
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model):
+    """(a market, and its world and policy by position mode)"""
+    market, made = split_market(), {}
+    for positions in ("long_flat", "long_short"):
+        rules = SimulatorConfig(positions=positions, fee_bps=0.0, slippage_bps=0.0)
+        config = small_config(tiny_model, simulator=rules, prompt=PromptConfig(window=2))
+        world, policy, _ = small_world(config, market)
+        make_opinionated(policy)
+        made[positions] = (world, policy)
+    return market, made
+
+
+def lived_through(world, policy, choose):
+    """The episode, and the account as it was at each decision."""
+    accounts = []
+    real = simulator.step
+
+    def step(bars, rules, account, day, action):
+        accounts.append({name: array[0] for name, array in account.arrays().items()})
+        return real(bars, rules, account, day, action)
+
+    with mock.patch.object(simulator, "step", step):
+        return backtest.run_episodes(policy, world, DAYS, 1, choose), accounts
+
+
+def rarely_trades(probabilities, number):
+    """Buys, holds over a split, sells; goes short after that where it may."""
+    allowed = probabilities[0] > 0
+    plan = {0: BUY, 14: SELL, 18: SELL}.get(number, HOLD)
+    # In long_short, Hold is flat: stay on the side.
+    side = BUY if number < 14 else SELL
+    action = plan if allowed[HOLD] and not allowed.all() else side
+    return np.array([action if allowed[action] else HOLD], np.int8)
+
+
+@pytest.mark.parametrize("positions", ["long_flat", "long_short"])
+def test_decides_as_the_backtest_did(positions, small):
+    """Each day's account, told by its entry price as paid on the day, gives the same row."""
+    market, made = small
+    world, policy = made[positions]
+    lived, accounts = lived_through(world, policy, rarely_trades)
+    sides = set()
+    for number, account in enumerate(accounts):
+        day, held = DAYS[number], {}
+        side = int(np.sign(account["shares"]))
+        if side:
+            opened = int(account["opened"])
+            since_then = np.prod(market.split[opened + 1 : day + 1])
+            held = {
+                "position": "long" if side > 0 else "short",
+                "entry": float(account["entry"] * since_then),
+                "since": str(market.dates[opened]),
+            }
+        document = decide(policy, world, market, str(market.dates[day]), **held)
+        assert list(document["probabilities"].values()) == lived.probabilities[0, number].tolist()
+        assert document["date"] == str(market.dates[day])
+        sides.add(side)
+    assert sides == ({0, 1} if positions == "long_flat" else {0, 1, -1})
+
+
+def test_a_split_since_the_entry_is_no_loss(small):
+    """The price paid before a 2:1 split is worth half as much a share after it."""
+    market, made = small
+    world, policy = made["long_flat"]
+    day, before, after = (str(market.dates[number]) for number in (14, 11, 12))
+    paid = float(market.open[11, 0])
+    told = decide(policy, world, market, day, "long", paid, before)
+    wrongly = decide(policy, world, market, day, "long", paid, after)
+    assert told["probabilities"] != wrongly["probabilities"]
+    with mock.patch.object(
+        backtest.simulator, "account_code", wraps=simulator.account_code
+    ) as code:
+        decide(policy, world, market, day, "long", paid, before)
+        accounts = code.call_args.args[1]
+    assert accounts.entry[0] == paid / 2
+    assert accounts.equity[0] / world.simulator.cash == pytest.approx(
+        market.close[14, 0] * 2 / paid, rel=1e-12
+    )
+
+
+def test_a_day_without_a_bar_can_only_be_held(small):
+    market, made = small
+    for world, policy in made.values():
+        document = decide(policy, world, market, str(market.dates[20]))
+        assert document["action"] == "Hold"
+        assert document["probabilities"] == {"Sell": 0.0, "Hold": 1.0, "Buy": 0.0}
+        assert math.isfinite(document["value"])
+
+
+def test_the_most_probable_action_is_taken(small):
+    market, made = small
+    world, policy = made["long_short"]
+    seen = set()
+    for date in market.dates[5:]:
+        document = decide(policy, world, market, str(date))
+        best = max(document["probabilities"], key=document["probabilities"].get)
+        assert document["action"] == best
+        seen.add(best)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("position", "entry", "since", "told"),
+    [
+        ("short", 50.0, 4, r"never sells short \(long_flat\), --position short"),
+        ("long", 0.0, 4, "needs the price it was entered at, --entry"),
+        ("long", -3.0, 4, "needs the price"),
+        ("long", math.nan, 4, "needs the price"),
+        ("long", math.inf, 4, "needs the price"),
+        ("long", 50.0, None, "needs the day it was entered on, --since"),
+        ("long", 50.0, 31, "is after the decision's day, --since"),
+        ("long", 50.0, 20, "nothing traded on .*, --since"),
+        ("flat", 50.0, None, "a flat position has no entry"),
+        ("flat", 0.0, 4, "a flat position has no entry"),
+    ],
+)
+def test_refused_positions(position, entry, since, told, small):
+    market, made = small
+    world, policy = made["long_flat"]
+    since = str(market.dates[since]) if since is not None else ""
+    with pytest.raises(InputError, match=told):
+        decide(policy, world, market, str(market.dates[30]), position, entry, since)
+
+
+def test_entered_on_the_day_itself(small):
+    market, made = small
+    world, policy = made["long_flat"]
+    date = str(market.dates[30])
+    document = decide(policy, world, market, date, "long", float(market.open[30, 0]), date)
+    assert document["probabilities"]["Buy"] == 0 < document["probabilities"]["Sell"]
+
+
+@pytest.mark.parametrize("date", ["2001-01-06", "1990-01-01", "today", "2001-01", "", "2001-13-01"])
+def test_refused_days(date, small):
+    market, made = small
+    world, policy = made["long_flat"]
+    with pytest.raises(InputError, match="--date"):
+        decide(policy, world, market, date)
+    with pytest.raises(InputError, match="--since"):
+        decide(policy, world, market, str(market.dates[30]), "long", 50.0, date)
