@@ -108,14 +108,15 @@ def rollout(
         with phase("rollout"), torch.no_grad():
             prompts, parts = _daily(policy, world, groups)
         with phase("evaluate"):
-            table, initial = _evaluate(policy, prompts)
+            table = policy.evaluate(prompts)
     else:
         with phase("evaluate"):
             prompts, row_of = _reachable_prompts(world, groups)
-            table, initial = _evaluate(policy, prompts)
+            table = policy.evaluate(prompts)
         with phase("rollout"):
             cdf = table.probabilities.cumsum(1)
             parts = [_from_table(world, group, cdf, row_of) for group in groups]
+    initial = policy.initial_log_probabilities(prompts)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return table, Batch(prompts, initial, **joined)
 
@@ -141,16 +142,6 @@ def choose(probabilities: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """
     cdf = probabilities.cumsum(1)
     return (uniform[:, None] * cdf[:, -1:] >= cdf[:, :-1]).sum(1).astype(np.int8)
-
-
-def _evaluate(policy: Policy, prompts: PromptSet) -> tuple[Table, Tensor]:
-    """The table, with gradient, and the untrained policy's log-probabilities [U, A].
-
-    Those first: they put the initial weights in place for a moment, and a graph must find its
-    weights as it left them.
-    """
-    initial = policy.initial_log_probabilities(prompts)
-    return policy.evaluate(prompts), initial
 
 
 def _reachable_prompts(world: World, groups: list[_Group]) -> tuple[PromptSet, np.ndarray]:

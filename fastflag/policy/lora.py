@@ -1,6 +1,8 @@
 """Linear layers of the model: frozen, trained in full, or frozen with a low-rank adapter."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +18,38 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self._matrix: Tensor | None = None
+
+    @contextmanager
+    def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, the matrix lies ready in `dtype`; else each forward makes it anew."""
+        self._matrix = self._in(dtype)
+        try:
+            yield
+        finally:
+            self._matrix = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        matrix = self._in(x.dtype) if self._matrix is None else self._matrix
+        return functional.linear(x, matrix, self.bias)
+
+    def _in(self, dtype: torch.dtype) -> Tensor:
         stored = self.weight
-        weight = stored.dequantise(x.dtype) if isinstance(stored, NF4Weight) else stored.to(x.dtype)
-        return functional.linear(x, weight, self.bias)
+        return stored.dequantise(dtype) if isinstance(stored, NF4Weight) else stored.to(dtype)
+
+
+@contextmanager
+def unpacked(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, every frozen matrix of `layer` lies ready in `dtype`."""
+    with ExitStack() as stack:
+        for module in layer.modules():
+            if isinstance(module, FrozenLinear):
+                stack.enter_context(module.unpacked(dtype))
+        yield
 
 
 class TrainedLinear(nn.Module):

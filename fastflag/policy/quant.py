@@ -1,4 +1,4 @@
-"""NF4 storage of frozen weights: a number is one of 16 levels times the largest of its block of 64."""
+"""NF4 storage of frozen weights: one of 16 levels times the largest number of its block of 64."""
 
 import logging
 import math
