@@ -188,6 +188,10 @@ def test_decide_on_other_bars(run, bars, tmp_path, capsys):
     assert without_news != own
     news = bars.with_suffix(".news.csv")
     assert decide("--data", f"csv:{copy}", "--news", news) == own
+    settings = json.loads((run / "config.json").read_text())
+    settings["data"]["news"] = str(news)  # of the run's bars, not of others
+    (run / "config.json").write_text(json.dumps(settings))
+    assert decide("--data", f"csv:{copy}") == without_news
     news = pd.read_csv(news).assign(text="Factory fire halts output")
     news.to_csv(tmp_path / "fires.csv", index=False)
     assert decide("--news", tmp_path / "fires.csv") not in (own, without_news)
@@ -592,9 +596,10 @@ def test_broken_models_are_refused(how, tiny_model, config_file, refused, tmp_pa
 def test_a_run_in_the_way(run, config_file, refused):
     words = ["train", "--out", run, "--config", config_file]
     with unchanged(run):
-        assert refused(*words) == (
-            f"holds a run already: go on with --resume or name another, {run}"
-        )
+        in_the_way = f"holds a run already: go on with --resume or name another, {run}"
+        assert refused(*words) == in_the_way
+        # Told at once, before data and model are read.
+        assert refused(*words, "--data", "csv:none.csv", "--model", "none") == in_the_way
         message = refused(*words, "--resume", "--gamma", "0.9")
         assert message == f"the run to resume was started with another gamma (0.95, not 0.9), {run}"
 

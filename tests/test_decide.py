@@ -16,10 +16,11 @@ from fastflag.market import simulator
 from fastflag.market.simulator import BUY, HOLD, SELL
 
 DAYS = range(4, 36)
+PRICES = ("open", "high", "low", "close")
 
 
 def split_market():
-    """A 2:1 split, a reverse split and a day without a bar."""
+    """A market with a 2:1 split, a reverse split and a day without a bar."""
     market = small_market()
     split = np.ones_like(market.split)
     split[12], split[25] = 2.0, 0.25
@@ -27,9 +28,6 @@ def split_market():
     for values in prices.values():
         values[20] = np.nan
     return dataclasses.replace(market, split=split, **prices)
-
-
-PRICES = ("open", "high", "low", "close")
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +56,17 @@ def lived_through(world, policy, choose):
         return backtest.run_episodes(policy, world, DAYS, 1, choose), accounts
 
 
-def rarely_trades(probabilities, number):
-    """Buys, holds over a split, sells; goes short after that where it may."""
-    allowed = probabilities[0] > 0
-    plan = {0: BUY, 14: SELL, 18: SELL}.get(number, HOLD)
-    # In long_short, Hold is flat: stay on the side.
-    side = BUY if number < 14 else SELL
-    action = plan if allowed[HOLD] and not allowed.all() else side
-    return np.array([action if allowed[action] else HOLD], np.int8)
+def long_over_a_split(positions):
+    """Long from the first day to the 14th, then flat; where it may, short from the 18th on."""
+
+    def choose(probabilities, number):
+        if positions == "long_flat":
+            action = {0: BUY, 14: SELL}.get(number, HOLD)
+        else:
+            action = BUY if number < 14 else HOLD if number < 18 else SELL
+        return np.array([action if probabilities[0, action] > 0 else HOLD], np.int8)
+
+    return choose
 
 
 @pytest.mark.parametrize("positions", ["long_flat", "long_short"])
@@ -73,7 +74,7 @@ def test_decides_as_the_backtest_did(positions, small):
     """Each day's account, told by its entry price as paid on the day, gives the same row."""
     market, made = small
     world, policy = made[positions]
-    lived, accounts = lived_through(world, policy, rarely_trades)
+    lived, accounts = lived_through(world, policy, long_over_a_split(positions))
     sides = set()
     for number, account in enumerate(accounts):
         day, held = DAYS[number], {}
@@ -102,15 +103,35 @@ def test_a_split_since_the_entry_is_no_loss(small):
     told = decide(policy, world, market, day, "long", paid, before)
     wrongly = decide(policy, world, market, day, "long", paid, after)
     assert told["probabilities"] != wrongly["probabilities"]
-    with mock.patch.object(
-        backtest.simulator, "account_code", wraps=simulator.account_code
-    ) as code:
-        decide(policy, world, market, day, "long", paid, before)
-        accounts = code.call_args.args[1]
+    accounts = accounts_told(decide, policy, world, market, day, "long", paid, before)
     assert accounts.entry[0] == paid / 2
-    assert accounts.equity[0] / world.simulator.cash == pytest.approx(
-        market.close[14, 0] * 2 / paid, rel=1e-12
-    )
+    on_the_day = accounts_told(decide, policy, world, market, day, "long", paid, after)
+    assert on_the_day.entry[0] == paid
+    worth = world.simulator.cash * market.close[14, 0] * 2 / paid
+    assert accounts.equity[0] == pytest.approx(worth, rel=1e-12)
+
+
+def test_a_short_position_owes_what_it_sold(small):
+    market, made = small
+    world, policy = made["long_short"]
+    day, got, cash = str(market.dates[30]), float(market.close[30, 0]), world.simulator.cash
+    accounts = accounts_told(decide, policy, world, market, day, "short", got, day)
+    assert accounts.equity[0] == pytest.approx(cash, rel=1e-12)
+    assert accounts.shares[0] == pytest.approx(-cash / got, rel=1e-12)
+    assert accounts.cash[0] == 2 * cash
+
+
+def accounts_told(call, *arguments):
+    """The accounts that a decision's prompt is made of."""
+    seen = []
+
+    def code(bars, accounts, day, real=simulator.account_code):
+        seen.append(accounts)
+        return real(bars, accounts, day)
+
+    with mock.patch.object(simulator, "account_code", code):
+        call(*arguments)
+    return seen[0]
 
 
 def test_a_day_without_a_bar_can_only_be_held(small):
