@@ -193,6 +193,7 @@ def _daily(
     """Day by day, for accounts whose texts can't be listed before they are lived.
 
     Features are centred on the flat-account prompts of all the days to come, as the update does.
+    So the probabilities drawn from are the table's but for the rounding of smaller products.
     """
     statistics = _reference_statistics(policy, world, groups)
     sets: list[tuple[PromptSet, np.ndarray]] = []
