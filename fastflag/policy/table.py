@@ -45,9 +45,9 @@ _TRUNK_CHUNK = 256
 # Days that go through the trunk together. Keys and values of 64 days of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _TRUNK_DAYS = 64
-# Suffixes are padded to 16 tokens: products of 8 rows or more have the same bits in every batch
+# Suffixes are padded to 8 tokens: products of 8 rows or more have the same bits in every batch
 # (measured, CPU fp32 and bf16), products of fewer do not.
-_SUFFIX_MULTIPLE = 16
+_SUFFIX_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
