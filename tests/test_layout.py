@@ -219,13 +219,14 @@ def installed(wheel, tmp_path_factory) -> Path:
     return target
 
 
-def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+def test_the_wheel_holds_every_file_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as content:
         names = {name for name in content.namelist() if ".dist-info/" not in name}
     expected = {
         f"{folder}/{path.relative_to(ROOT / home).as_posix()}"
         for home, folder in (("fastflag", "fastflag"), ("kernels", "fastflag/kernels"))
-        for path in (ROOT / home).rglob("*.py")
+        for path in (ROOT / home).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == expected
 
