@@ -1,4 +1,4 @@
-"""Metadata and layout of the package. Versions that are tested together stand in constraints.txt."""
+"""Metadata and layout of the package; versions tested together stand in constraints.txt."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "fastflag/__init__.py").rea
 setup(
     name="fastflag",
     version=version,
-    description="Teach a language model to trade, on one GPU, by policy gradients: exactly and fast",
+    description="Teach a language model to trade on one GPU by policy gradients, exactly and fast",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
