@@ -140,9 +140,9 @@ class RolloutConfig(_Checked):
 class AlgorithmConfig(_Checked):
     algorithm: Literal["ppo", "reinforce"] = "ppo"
     """Policy gradient: PPO, or REINFORCE with a value baseline."""
-    learning_rate: NotNegative = 5e-3
+    learning_rate: NotNegative = 5e-4
     """Learning rate of the heads."""
-    layer_learning_rate: NotNegative = 5e-4
+    layer_learning_rate: NotNegative = 5e-5
     """Learning rate of the trained layers (adapters, or all their weights)."""
     anneal_lr: bool = True
     """Learning rates fall linearly to 0."""
@@ -164,7 +164,7 @@ class AlgorithmConfig(_Checked):
     """PPO's clip range, of the ratio and of the value."""
     clip_vloss: bool = True
     """Clip the value loss."""
-    ent_coef: NotNegative = 0.01
+    ent_coef: NotNegative = 0.05
     """Weight of the entropy bonus."""
     vf_coef: NotNegative = 0.5
     """Weight of the value loss."""

@@ -177,7 +177,14 @@ def test_a_text_goes_through_the_trunk_once(weights, monkeypatch):
     assert seen == []
     another = prompt_set((*PREFIXES[1:3], texts((4,), 8)[0]), SUFFIXES[1:])
     rows_of(policy, another)
-    assert [x.shape[:2] for x in seen] == [(1, 4), (2, 16), (2, 32)]
+    # The new day's prefix, then the kept and the new day's texts by padded length.
+    assert [x.shape[:2] for x in seen] == [
+        (1, 4),
+        (1, 8),
+        (1, 16),
+        (1, 24),
+        (1, 32),
+    ]
 
 
 def test_padding_never_changes_a_row(weights, monkeypatch):
