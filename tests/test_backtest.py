@@ -6,6 +6,7 @@ import torch
 from small import DAYS, TRAIN_DAYS, make_opinionated, small_config, small_market, small_world
 
 from fastflag.evaluate.backtest import (
+    _percentile,
     backtest,
     greedy,
     period_days,
@@ -214,6 +215,10 @@ def test_percentiles_by_hand(document):
     assert ordered[949] <= random["sharpe"]["p95"] <= ordered[950]
     assert ordered[49] <= random["sharpe"]["p05"] <= ordered[50]
     assert ordered[989] <= random["sharpe"]["p99"] <= ordered[990]
+
+
+def test_to_equal_another_is_not_to_beat_it():
+    assert _percentile(1.0, np.array([0.0, 1.0, 1.0, 2.0])) == 25
 
 
 def test_sampled_episodes_are_summed_up_day_by_day(tiny_model):
