@@ -23,6 +23,15 @@ from fastflag.policy.weights import open_weights
 TEST_DAYS = range(TRAIN_DAYS, DAYS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model this small waits longer for its threads than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def opinionated(model, **changes):
     config = small_config(model, **changes)
     world, policy, _ = small_world(config, small_market())

@@ -16,6 +16,15 @@ from fastflag.market.tasks import schedule
 UPDATES = 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model this small waits longer for its threads than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def holey_market():
     """Two missing bars, a split and a dividend within the training days."""
     market = small_market()

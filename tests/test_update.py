@@ -25,6 +25,15 @@ from fastflag.policy.table import Table
 from fastflag.prompt.tokens import PromptSet
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model this small waits longer for its threads than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Run:
     """A policy with a batch of its own making, ready to be updated."""
 
