@@ -31,8 +31,11 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises InputError for a run in the way, or, with `resume`, one of another configuration."""
-    if not (run / "config.json").exists():
+    """Raises InputError for a run in the way, or, with `resume`, one of another configuration.
+
+    A run that failed before its first checkpoint has nothing to lose and is in nobody's way.
+    """
+    if not _has_checkpoint(run):
         return
     if not resume:
         raise InputError(f"holds a run already: go on with --resume or name another, {run}")
@@ -43,10 +46,15 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
 
 def claim(run: Path, config: TrainConfig) -> bool:
     """Makes RUN/ this configuration's; True where it has a checkpoint to go on from."""
+    if _has_checkpoint(run):
+        return True
     run.mkdir(parents=True, exist_ok=True)
-    if not (run / "config.json").exists():
-        document = to_dict(config) | {"fastflag": fastflag.__version__}
-        write_atomic(run / "config.json", json.dumps(document, indent=1))
+    document = to_dict(config) | {"fastflag": fastflag.__version__}
+    write_atomic(run / "config.json", json.dumps(document, indent=1))
+    return False
+
+
+def _has_checkpoint(run: Path) -> bool:
     return (run / "checkpoint" / "state.json").exists()
 
 

@@ -23,7 +23,6 @@ import numpy as np
 from numba import njit
 
 from fastflag.config import SimulatorConfig
-from fastflag.files import InputError
 
 if TYPE_CHECKING:
     from fastflag.market.bars import Market
@@ -246,17 +245,7 @@ class _Rules(NamedTuple):
 
 
 def _rules_of(config: SimulatorConfig) -> _Rules:
-    """The config as the kernels take it; InputError for a value out of range."""
-    limits = {
-        "fee_bps": 0 <= config.fee_bps < 10_000,
-        "slippage_bps": 0 <= config.slippage_bps < 10_000,
-        "lot": 0 <= config.lot < math.inf,
-        # With no floor, log_return would take the logarithm of 0.
-        "ruin": 0 < config.ruin < 1,
-    }
-    for name, valid in limits.items():
-        if not valid:
-            raise InputError(f"{name} {getattr(config, name)} is out of range, simulator config")
+    """The config as the kernels take it; its ranges were checked when it was made."""
     return _Rules(
         fill=_FILLS[config.fill],
         long_short=config.positions == "long_short",

@@ -172,10 +172,12 @@ def suffix_pass(
             x, normed = x[rows, layout.last][:, None], normed[rows, layout.last][:, None]
             rotary = tuple(table[rows, :, layout.last][:, None] for table in rotary)
             mask = mask[rows, :, layout.last][:, None]
+        # index_select adds up its gradient in order; that of `key[rows]` adds from several threads
+        # at once, in an order that no two runs share.
         attended = ops.masked_attention(
             block.query(normed, rotary),
-            torch.cat((prefix_key[layout.prefix], own_key), dim=2),
-            torch.cat((prefix_value[layout.prefix], own_value), dim=2),
+            torch.cat((prefix_key.index_select(0, layout.prefix), own_key), dim=2),
+            torch.cat((prefix_value.index_select(0, layout.prefix), own_value), dim=2),
             mask,
         )
         x = block.finish(x, attended)
