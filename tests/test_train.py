@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small import small_config, small_market, write_csv
 
 from fastflag.config import PRESETS, to_dict
@@ -23,6 +24,15 @@ from fastflag.learn.train import _seed, train
 from fastflag.policy.weights import open_weights
 
 TIMINGS = ("seconds", "steps_per_second")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model this small waits longer for its threads than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def trained(config, run, resume=False):
@@ -379,7 +389,8 @@ def test_ctrl_c_and_a_full_disk_each_say_one_line_and_lose_nothing(program):
     assert json.loads((run / "checkpoint/state.json").read_text()) == state
     assert os.path.getsize(run / "checkpoint" / state["tensors"]) > 50_000
     assert read_checkpoint(run).step == kept.step
-    assert sorted(os.listdir(run / "checkpoint")) == [state["tensors"], "state.json"]
+    assert len(list((run / "checkpoint").glob("*.safetensors"))) == 1
 
     assert program.run("stopped", "--resume") == (0, "")
     assert outcome(run) == outcome(program.folder / "whole")
+    assert len(os.listdir(run / "checkpoint")) == 2  # nor anything half-written, hidden or not

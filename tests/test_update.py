@@ -24,14 +24,7 @@ from fastflag.policy.heads import Statistics
 from fastflag.policy.table import Table
 from fastflag.prompt.tokens import PromptSet
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model this small waits longer for its threads than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Run:
@@ -231,6 +224,23 @@ def test_gathering_gives_the_same_gradient_bits_every_time(many_threads):
         assert torch.equal(gathered, logits[rows]) and torch.equal(values, value[rows])
         ((gathered * weight).sum() + (values * weight[:, 0]).sum()).backward()
         seen.add(one.grad.numpy().tobytes() + two.grad.numpy().tobytes())
+    assert len(seen) == 1
+
+
+def test_the_whole_gradient_has_the_same_bits_every_time(tiny_model, many_threads):
+    """Many prompts of a day share its keys and values: their gradients are added up too."""
+    run = Run(
+        tiny_model,
+        policy__adaptation="full",
+        policy__top_layers=2,
+        simulator__positions="long_short",
+        rollout__num_steps=20,
+    )
+    seen = set()
+    for _ in range(8):
+        run.policy.zero_grad()
+        run.loss()[0].backward()
+        seen.add(b"".join(p.grad.numpy().tobytes() for p in run.policy.parameters()))
     assert len(seen) == 1
 
 
