@@ -37,3 +37,14 @@ def tiny_model(smollm, tmp_path_factory) -> Path:
 
     tokenizer = Tokenizer.load(open_weights(smollm).tokenizer_path)
     return write_tiny_model(tmp_path_factory.mktemp("tiny_model"), tokenizer.backend.to_str())
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """A model this small waits longer for its threads than it computes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -29,13 +29,7 @@ DATES = [str(date) for date in small_market().dates]
 TEST_DAYS = DAYS - TRAIN_DAYS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small waits longer for its threads than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

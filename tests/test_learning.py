@@ -69,6 +69,7 @@ def small(tiny_model, algorithm):
     return replace(SMALL, policy=policy, algorithm=algorithm)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("algorithm", "updates"), [(REINFORCE, 80), (PPO, 40)], ids=["reinforce", "ppo"]
 )
@@ -76,11 +77,13 @@ def test_news_that_tells_is_learnt(tiny_model, tmp_path, algorithm, updates):
     assert has_learnt(held_out(small(tiny_model, algorithm), 400, updates, tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_news_dealt_at_random_teaches_nothing(tiny_model, tmp_path):
     config = small(tiny_model, PPO)
     assert not has_learnt(held_out(config, 400, 40, tmp_path / "run", shuffled=True))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_check_sees_a_flipped_sign(tiny_model, tmp_path, monkeypatch):
     estimate = fastflag.learn.train.estimate
     monkeypatch.setattr(fastflag.learn.train, "estimate", lambda *arguments: -estimate(*arguments))

@@ -7,7 +7,7 @@ bit for bit. Leaks planted on purpose show that the comparison sees them.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
@@ -15,7 +15,6 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import make_opinionated
@@ -41,13 +40,7 @@ PRICES = ("open", "high", "low", "close")
 WORDS = ("Profit", "Loss", "Merger", "Recall", "Guidance", "Record", "Inquiry", "Strike")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small waits longer for its threads than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclasses.dataclass
