@@ -33,13 +33,7 @@ from fastflag.policy.weights import open_weights
 FINGERPRINT = "of some model"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model this small waits longer for its threads than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Trainer:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from small import small_config, small_market, write_csv
 
 from fastflag.config import PRESETS, to_dict
@@ -26,13 +25,7 @@ from fastflag.policy.weights import open_weights
 TIMINGS = ("seconds", "steps_per_second")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model this small waits longer for its threads than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(config, run, resume=False):
