@@ -7,9 +7,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# What `fastflag doctor` prints. The Triton kernels are not written yet, so every op is PyTorch's.
+from fastflag.kernels.rmsnorm import rms_norm_reference as rms_norm
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "causal_attention",
+    "masked_attention",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+]
+
+# What `fastflag doctor` prints. No Triton kernel has run on a GPU yet, so every op is PyTorch's.
 IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
-    "rms_norm": ("torch", "no fused kernel yet"),
+    "rms_norm": ("torch", "the Triton kernel has not run on a GPU yet"),
     "rotate": ("torch", "no fused kernel yet"),
     "swiglu": ("torch", "no fused kernel yet"),
     "causal_attention": ("torch scaled_dot_product_attention", "no fused kernel yet"),
@@ -19,13 +30,6 @@ IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     ),
     "nf4": ("bitsandbytes dequantise + torch matmul", "no fused kernel yet"),
 }
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, the mean in fp32."""
-    wide = x.float()
-    normed = wide * (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-    return weight * normed.to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
