@@ -72,14 +72,17 @@ def texts(lengths, seed, first=1):
 
 
 def prompt_set(prefixes, suffixes, pairs=None, seed=0):
-    """Every suffix after every prefix, or `pairs`; the first of each day is its reference."""
+    """Every suffix after every prefix, or `pairs`. Sides go round with the suffixes; the
+    first prompt of each day and side is reference."""
     if pairs is None:
         pairs = [(d, s) for d in range(len(prefixes)) for s in range(len(suffixes))]
     pairs = np.array(pairs, dtype=np.int32)
     allowed = np.random.default_rng(seed).random((len(pairs), 3)) < 0.6
     allowed[:, 1] = True
-    reference = [int(np.flatnonzero(pairs[:, 0] == day)[0]) for day in range(len(prefixes))]
-    return PromptSet(prefixes, suffixes, pairs, allowed, np.array(reference, dtype=np.int32))
+    side = np.array([0, 1, -1], dtype=np.int8)[pairs[:, 1] % 3]
+    keys = np.stack([pairs[:, 0], side], axis=1)
+    reference = np.unique(keys, axis=0, return_index=True)[1].astype(np.int32)
+    return PromptSet(prefixes, suffixes, pairs, side, allowed, np.sort(reference))
 
 
 def last_states(model, prompts):

@@ -5,6 +5,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from planted import planted_market
@@ -30,6 +31,18 @@ TRAIN_DAYS = 24
 
 def small_market(**changes: Any) -> Market:
     return dataclasses.replace(planted_market(DAYS, seed=3), **changes)
+
+
+def holey_market():
+    """Two missing bars, a split and a dividend within the training days."""
+    market = small_market()
+    columns = {name: getattr(market, name).copy() for name in ("open", "high", "low", "close")}
+    for column in columns.values():
+        column[[7, 15]] = np.nan
+        column[11:] /= 2
+    split, dividend = market.split.copy(), market.dividend.copy()
+    split[11], dividend[13] = 2.0, 0.3
+    return small_market(split=split, dividend=dividend, **columns)
 
 
 def small_config(model: Path | str, **changes: Any) -> TrainConfig:

@@ -29,15 +29,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def opinionated(model, **changes):
     config = small_config(model, **changes)
     world, policy, _ = small_world(config, small_market())
-    make_opinionated(policy)
+    make_opinionated(policy, seed=1)
     return config, world, policy
 
 
 def always(policy, action):
     """The policy takes one action wherever it is allowed."""
     with torch.no_grad():
-        policy.action_head.weight.zero_()
-        policy.action_head.bias.copy_(torch.eye(3)[action] * 40)
+        policy.action_head.body.weight.zero_()
+        policy.action_head.bias.copy_(torch.eye(3)[action].expand(3, 3) * 40)
     return policy
 
 

@@ -342,7 +342,7 @@ def test_a_loaded_policy_answers_as_the_trained_one(tiny_model, tmp_path):
     weights = open_weights(config.policy.model)
     world, trained = train(config, small_market(), weights, tmp_path / "run", resume=False)
     _, loaded = load_policy(tmp_path / "run", config, small_market())
-    prompts, _ = world.prompter.stepped_prompts([5, 6], np.zeros((2, CODES), bool))
+    prompts, _ = world.prompter.stepped_prompts([5, 6], np.arange(CODES)[None] < [[1], [3]])
     with torch.no_grad():
         ours, theirs = (p.evaluate(prompts, p.running.current()) for p in (loaded, trained))
     assert torch.equal(ours.log_probabilities, theirs.log_probabilities)

@@ -17,41 +17,57 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def test_centring_is_the_formula():
-    reference, features = random(5, 3) * 2 + 10, random(4, 3, seed=1)
-    centred = Statistics.of(reference).centre(features)
-    for row in range(4):
+# Of ten rows three are short, two flat, five long.
+SIDE = torch.tensor([2, 0, 2, 1, 0, 2, 1, 2, 0, 2])
+
+
+def test_centring_is_the_formula_on_each_side():
+    reference, features = random(10, 3) * 2 + 10 * SIDE[:, None], random(4, 3, seed=1)
+    of = torch.tensor([1, 2, 0, 1])
+    centred = Statistics.of(reference, SIDE).centre(features, of)
+    for row, side in enumerate(of):
         for column in range(3):
-            values = reference[:, column].tolist()
-            mean = sum(values) / 5
-            variance = sum((value - mean) ** 2 for value in values) / 5
+            values = [reference[at, column].item() for at in range(10) if SIDE[at] == side]
+            mean = sum(values) / len(values)
+            variance = sum((value - mean) ** 2 for value in values) / len(values)
             expected = (features[row, column].item() - mean) / math.sqrt(variance + 1e-6)
             assert centred[row, column].item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_side_without_reference_takes_that_of_all():
+    reference = random(5, 3)
+    side = torch.tensor([1, 1, 0, 1, 1])
+    statistics = Statistics.of(reference, side)
+    torch.testing.assert_close(statistics.mean[2], reference.mean(0))
+    torch.testing.assert_close(statistics.mean[0], reference[2])
+
+
 def test_the_gradient_goes_through_the_statistics():
-    reference, weight = random(5, 3), random(5, 3, seed=1)
+    reference, weight = random(10, 3), random(10, 3, seed=1)
 
     def loss(values):
-        return (weight * Statistics.of(values).centre(values).tanh()).sum()
+        return (weight * Statistics.of(values, SIDE).centre(values, SIDE).tanh()).sum()
 
     reference.requires_grad_()
     loss(reference).backward()
     step = 1e-6
-    for place in range(15):
-        nudge = torch.zeros(15, dtype=torch.float64)
+    for place in range(30):
+        nudge = torch.zeros(30, dtype=torch.float64)
         nudge[place] = step
-        nudge = nudge.view(5, 3)
+        nudge = nudge.view(10, 3)
         with torch.no_grad():
             slope = (loss(reference + nudge) - loss(reference - nudge)) / (2 * step)
         assert reference.grad.view(-1)[place].item() == pytest.approx(slope.item(), abs=1e-8)
-    # What all rows share is taken away, so that no gradient can move it.
-    assert reference.grad.sum(0).abs().max() < 1e-12 < 0.01 < reference.grad.abs().max()
+    # What all rows of a side share is taken away, so that no gradient can move it.
+    for side in range(3):
+        shared = reference.grad[side == SIDE].sum(0)
+        assert shared.abs().max() < 1e-12 < 0.01 < reference.grad[SIDE == 2].abs().max()
 
 
 def test_a_reference_of_one_row_has_finite_gradients():
     reference = random(1, 3).requires_grad_()
-    centred = Statistics.of(reference).centre(reference)
+    side = torch.zeros(1, dtype=torch.int64)
+    centred = Statistics.of(reference, side).centre(reference, side)
     assert torch.equal(centred, torch.zeros_like(centred))
     centred.sum().backward()
     assert torch.isfinite(reference.grad).all()
@@ -60,10 +76,13 @@ def test_a_reference_of_one_row_has_finite_gradients():
 def test_running_statistics_are_a_mean_that_becomes_an_exponential_average():
     running = RunningStatistics(2)
     batches = [
-        Statistics(torch.tensor([1.0, n]), torch.tensor([n + 2.0, 3.0]).requires_grad_())
+        Statistics(
+            torch.tensor([[1.0, n], [n, 0.0], [2.0, 2.0]]),
+            torch.tensor([[n + 2.0, 3.0], [1.0, 1.0], [1.0, n + 1.0]]).requires_grad_(),
+        )
         for n in range(14)
     ]
-    mean, deviation = torch.zeros(2), torch.zeros(2)
+    mean, deviation = torch.zeros(3, 2), torch.zeros(3, 2)
     for count, batch in enumerate(batches, 1):
         running.track(batch)
         weight = max(1 / count, 0.1)
@@ -72,7 +91,7 @@ def test_running_statistics_are_a_mean_that_becomes_an_exponential_average():
         torch.testing.assert_close(running.current().mean, mean)
         torch.testing.assert_close(running.current().deviation, deviation)
         if count == 8:
-            assert mean[1].item() == pytest.approx(3.5), "a plain mean so far"
+            assert mean[0, 1].item() == pytest.approx(3.5), "a plain mean so far"
     assert not running.current().deviation.requires_grad
     assert int(running.count) == 14
     assert set(running.state_dict()) == {"mean", "deviation", "count"}, "kept in checkpoints"
@@ -82,17 +101,20 @@ def test_running_statistics_are_a_mean_that_becomes_an_exponential_average():
 def test_heads_start_at_zero_but_can_learn(kind):
     generator = torch.Generator().manual_seed(0)
     head = make_action_head(kind, 8, 3, generator)
-    features = random(6, 8).float()
-    assert torch.equal(head(features), torch.zeros(6, 3))
-    assert torch.equal(make_value_head(8)(features), torch.zeros(6, 1))
+    features, side = random(6, 8).float(), torch.tensor([0, 1, 2, 1, 0, 1])
+    assert torch.equal(head(features, side), torch.zeros(6, 3))
+    assert torch.equal(make_value_head(8)(features, side), torch.zeros(6, 1))
     weight = random(6, 3, seed=2).float()
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        (head(features) * weight).sum().backward()
+        (head(features, side) * weight).sum().backward()
         optimizer.step()
     assert all(parameter.grad.norm() > 0 for parameter in head.parameters())
-    assert (head(features) * weight).sum() < 0
+    assert (head(features, side) * weight).sum() < 0
+    # Rows of one side share its bias, and no other's.
+    expected = [-0.3 * weight[side == one].sum(0) for one in range(3)]
+    torch.testing.assert_close(head.bias.detach(), torch.stack(expected))
 
 
 def test_the_mlp_is_drawn_from_the_given_generator():
@@ -101,7 +123,7 @@ def test_the_mlp_is_drawn_from_the_given_generator():
     torch.manual_seed(2)
     same = make_action_head("mlp", 8, 3, torch.Generator().manual_seed(5))
     other = make_action_head("mlp", 8, 3, torch.Generator().manual_seed(6))
-    first = [next(head.parameters()) for head in (one, same, other)]
+    first = [next(head.body.parameters()) for head in (one, same, other)]
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
 

@@ -183,14 +183,18 @@ def loss_of(log_probabilities, value, allowed, seed=4):
 
 def by_hand(states, prompts, action_head, value_head):
     """Centring, heads and masked softmax in plain torch on last states [U, C]."""
-    reference = states[torch.from_numpy(prompts.reference).long()]
-    mean = reference.sum(0) / len(reference)
-    deviation = (((reference - mean) ** 2).sum(0) / len(reference) + 1e-6).sqrt()
-    centred = (states - mean) / deviation
-    logits = centred @ action_head.weight.T + action_head.bias
+    logits, values = [], []
+    for row, side in enumerate(prompts.side.tolist()):
+        reference = states[[at for at in prompts.reference.tolist() if prompts.side[at] == side]]
+        mean = reference.sum(0) / len(reference)
+        deviation = (((reference - mean) ** 2).sum(0) / len(reference) + 1e-6).sqrt()
+        centred = (states[row] - mean) / deviation
+        logits.append(action_head.body.weight @ centred + action_head.bias[side + 1])
+        values.append(value_head.body.weight @ centred + value_head.bias[side + 1])
+    logits = torch.stack(logits)
     allowed = torch.from_numpy(prompts.allowed)
     total = torch.where(allowed, logits.exp(), 0.0).sum(1, keepdim=True)
-    return logits - total.log(), (centred @ value_head.weight.T + value_head.bias)[:, 0]
+    return logits - total.log(), torch.stack(values)[:, 0]
 
 
 PROMPTS = prompt_set(texts((5, 1, 17, 9), 5), texts((1, 3, 16, 7), 6))
@@ -372,7 +376,7 @@ def test_smollm2_logits_equal_transformers(kept, theirs, news_tokens):
         PromptConfig(news_tokens=news_tokens), market, "PLANTED", simulator, kept.tokenizer
     )
     reachable = np.zeros((2, CODES), dtype=bool)
-    reachable[0, 700] = True
+    reachable[0, 700] = reachable[:, 0] = True
     prompts, _ = prompter.stepped_prompts([25, 33], reachable)
     assert len(prompts.pairs) == 3
     assert ("forecast" in kept.tokenizer.decode(prompts.tokens(0))) or news_tokens == 0

@@ -65,7 +65,8 @@ def stack(tiny_model) -> Stack:
     stack = Stack(policy, tokenizer)
     world = stack.world(lively_market(0), PromptConfig(window=3), SimulatorConfig())
     codes = np.zeros((DAYS, simulator.CODES), bool)
-    prompts, _ = world.prompter.stepped_prompts(range(DAYS), codes)
+    codes[:, 0] = True
+    prompts, _ = world.prompter.stepped_prompts(range(DAYS), codes, codes)
     policy.running.track(policy.evaluate(prompts).statistics)
     return stack
 

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from small import make_opinionated, small_config, small_market, small_world
+from small import holey_market, make_opinionated, small_config, small_market, small_world
 
 from fastflag.config import RolloutConfig
 from fastflag.files import InputError
@@ -17,18 +17,6 @@ UPDATES = 4
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def holey_market():
-    """Two missing bars, a split and a dividend within the training days."""
-    market = small_market()
-    columns = {name: getattr(market, name).copy() for name in ("open", "high", "low", "close")}
-    for column in columns.values():
-        column[[7, 15]] = np.nan
-        column[11:] /= 2
-    split, dividend = market.split.copy(), market.dividend.copy()
-    split[11], dividend[13] = 2.0, 0.3
-    return small_market(split=split, dividend=dividend, **columns)
 
 
 def roll(model, market, updates=UPDATES, uniform=False, **changes):

@@ -48,13 +48,13 @@ def take(prompts, rows, days):
     """The given rows of the given days, which stay in order."""
     pairs = prompts.pairs[rows].copy()
     pairs[:, 0] = [days.index(day) for day in pairs[:, 0]]
-    reference = [rows.index(prompts.reference[day]) for day in days]
     return PromptSet(
         tuple(prompts.prefixes[day] for day in days),
         prompts.suffixes,
         pairs,
+        prompts.side[rows],
         prompts.allowed[rows],
-        np.array(reference, dtype=np.int32),
+        np.array([rows.index(row) for row in prompts.reference], dtype=np.int32),
     )
 
 
@@ -77,8 +77,9 @@ def scrambled(prompts, seed):
         tuple(prompts.prefixes[day] for day in days),
         tuple(prompts.suffixes[text] for text in suffixes),
         pairs.astype(np.int32),
+        prompts.side[rows],
         prompts.allowed[rows],
-        np.argsort(rows)[prompts.reference[days]].astype(np.int32),
+        np.argsort(rows)[prompts.reference].astype(np.int32),
     ), rows
 
 
@@ -86,6 +87,7 @@ def scrambled(prompts, seed):
 def test_which_other_prompts_are_in_the_set_never_changes_a_row(weights, top_layers):
     whole = rows_of(made(weights, top_layers=top_layers), PROMPTS)
     rows = [*PROMPTS.reference.tolist(), 3, 19]
+    assert len(set(rows)) == len(rows) < len(PROMPTS.pairs)
     few = rows_of(made(weights, top_layers=top_layers), take(PROMPTS, rows, [0, 1, 2, 3]))
     assert relative(few, whole[rows]) < 1e-5
     other, places = scrambled(PROMPTS, 5)
@@ -98,16 +100,27 @@ def test_statistics_are_of_the_reference_rows_and_can_be_given(weights, model):
     with torch.no_grad():
         states = last_states(model.model, PROMPTS)
         table = policy.evaluate(PROMPTS)
-    reference = states[PROMPTS.reference]
-    assert relative(table.statistics.mean, reference.mean(0)) < 1e-5
-    assert relative(table.statistics.deviation, reference.std(0, correction=0)) < 1e-4
-    given = Statistics(torch.full((64,), 0.5), torch.full((64,), 2.0))
-    expected = (states - 0.5) / 2.0 @ policy.value_head.weight.T.detach()
+    for number, side in enumerate((-1, 0, 1)):
+        of_side = [row for row in PROMPTS.reference if PROMPTS.side[row] == side]
+        mean, deviation = states[of_side].mean(0), states[of_side].std(0, correction=0)
+        assert relative(table.statistics.mean[number], mean) < 1e-5
+        assert relative(table.statistics.deviation[number], deviation) < 1e-4
+    shift = torch.tensor([0.5, 1.5, -0.5])
+    given = Statistics(shift[:, None].expand(3, 64), torch.full((3, 64), 2.0))
+    side = PROMPTS.side + 1
+    head = {name: p.detach() for name, p in policy.value_head.named_parameters()}
+    expected = (states - shift[side][:, None]) / 2.0 @ head["body.weight"].T + head["bias"][side]
     rows = rows_of(policy, PROMPTS, given)
-    assert relative(rows[:, 3], expected[:, 0] + policy.value_head.bias.item()) < 1e-5
-    one = prompt_set(PREFIXES[1:2], SUFFIXES[2:3])
-    # One day given the statistics of all is the same row: how a decision is made.
+    assert relative(rows[:, 3], expected[:, 0]) < 1e-5
+    # One prompt given the statistics of all is the same row: how a decision is made.
+    one = replace(
+        prompt_set(PREFIXES[1:2], SUFFIXES[2:3]),
+        side=PROMPTS.side[7:8],
+        reference=np.zeros(0, dtype=np.int32),
+    )
     assert relative(rows_of(policy, one, given)[0, 3:], rows[7, 3:]) < 1e-5
+    with pytest.raises(ValueError, match="needs statistics"):
+        policy.evaluate(one)
 
 
 # The trunk
@@ -258,7 +271,7 @@ def test_initial_probabilities_of_the_lm_head_stay_those_before_training(weights
     assert torch.equal(rows_of(policy, PROMPTS), after), "the trained parameters are back"
     fewer = PROMPTS.allowed.copy()
     fewer[:, 0] = False
-    masked = PromptSet(PREFIXES, SUFFIXES, PROMPTS.pairs, fewer, PROMPTS.reference)
+    masked = replace(PROMPTS, allowed=fewer)
     assert (policy.initial_log_probabilities(masked).exp()[:, 0] == 0).all()
 
 
@@ -322,8 +335,8 @@ def test_a_missing_gpu_is_said(weights):
 
 
 def test_bf16_is_near_fp32(weights):
-    exact = rows_of(made(weights), PROMPTS)
+    exact = rows_of(made(weights), PROMPTS)[:, :3]
     default = PolicyConfig()
     assert (default.dtype, default.trunk_weights) == ("bf16", "nf4")
-    rough = rows_of(made(weights, dtype="bf16", trunk_weights="bf16"), PROMPTS)
+    rough = rows_of(made(weights, dtype="bf16", trunk_weights="bf16"), PROMPTS)[:, :3]
     assert 0 < (rough - exact).norm() / exact.norm() < 0.1

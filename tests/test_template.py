@@ -14,7 +14,16 @@ from test_tokens import GGUF
 from fastflag.config import PromptConfig, SimulatorConfig
 from fastflag.files import InputError
 from fastflag.market.bars import Market, News
-from fastflag.market.simulator import BUY, CODES, Accounts, account_code, allowed, reachable, step
+from fastflag.market.simulator import (
+    BUY,
+    CODES,
+    Accounts,
+    account_code,
+    allowed,
+    decode,
+    reachable,
+    step,
+)
 from fastflag.prompt.template import Prompter, anonymiser, headline
 from fastflag.prompt.tokens import Tokenizer, _from_gguf, read_gguf_metadata
 
@@ -421,17 +430,24 @@ def test_stepped_prompts(smollm, simulator):
     days = range(4, 16)
     accounts = Accounts.start(64, 1000.0)
     reached = reachable(told.bars, simulator, days, accounts)
-    prompts, row_of = told.stepped_prompts(days, reached)
+    reference = np.zeros_like(reached)
+    reference[:, 0] = True
+    reference[np.arange(12), np.arange(700, 1000, 25)] = True
+    prompts, row_of = told.stepped_prompts(days, reached, reference)
 
     assert len(prompts.prefixes) == len(days) and row_of.shape == (24, CODES)
-    present = reached.copy()
-    present[:, 0] = True
+    present = reached | reference
+    assert (present.sum(1) > reached.sum(1)).any()
     assert np.array_equal(row_of[list(days)] >= 0, present)
     assert (row_of[:4] == -1).all() and (row_of[16:] == -1).all()
     assert len(prompts.pairs) == present.sum() == row_of.max() + 1, "distinct texts, one row each"
     assert len(prompts.suffixes) == present.any(0).sum()
+    rows = row_of[list(days)]
+    assert prompts.reference.tolist() == sorted(rows[reference])
     for i, day in enumerate(days):
-        assert prompts.reference[i] == row_of[day, 0]
+        assert prompts.side[rows[i][present[i]]].tolist() == [
+            decode(code)[0] for code in np.flatnonzero(present[i])
+        ]
         for code in np.flatnonzero(present[i])[::5]:
             expected = np.concatenate([told.prefix(day), told.suffix(int(code))])
             assert np.array_equal(prompts.tokens(row_of[day, code]), expected)
@@ -449,13 +465,13 @@ def test_stepped_prompts(smollm, simulator):
 def test_stepped_prompts_of_days_in_any_order(smollm):
     told = prompter(smollm)
     reached = np.zeros((2, CODES), dtype=bool)
-    reached[0, 7] = True
+    reached[0, 7] = reached[:, 0] = True
     prompts, row_of = told.stepped_prompts([5, 2], reached)
     assert prompts.pairs.tolist() == [[0, 0], [0, 1], [1, 0]]
     assert row_of[5, 0] == 0 and row_of[5, 7] == 1 and row_of[2, 0] == 2
     assert (row_of >= 0).sum() == 3
-    assert prompts.reference.tolist() == [0, 2]
-    with pytest.raises(InputError):
+    assert prompts.reference.tolist() == []
+    with pytest.raises(ValueError, match="twice"):
         told.stepped_prompts([2, 2], reached)
 
 
@@ -467,23 +483,21 @@ def test_exact_prompts(smollm, layout):
         step(told.bars, LONG_SHORT, accounts, np.full(5, day), np.array(action, dtype=np.int8))
     prompts, row = told.exact_prompts(3, accounts)
     assert row[0] == row[1] != row[2] and row[3] == row[4]
-    assert len(prompts.pairs) == len(
-        {told.exact_text(accounts, b, 3) for b in range(5)} | {"flat"}
-    ) - (layout == "default")
+    assert len(prompts.pairs) == len({told.exact_text(accounts, b, 3) for b in range(5)})
     for b in range(5):
         expected = smollm.encode(told.exact_text(accounts, b, 3))
         assert np.array_equal(prompts.tokens(row[b]), np.concatenate([told.prefix(3), expected]))
     assert np.array_equal(prompts.allowed[row], allowed(told.bars, LONG_SHORT, accounts.shares, 3))
-    untouched = smollm.encode(told.exact_text(Accounts.start(1, LONG_SHORT.cash), 0, 3))
-    assert prompts.reference.tolist() == [0]
-    assert np.array_equal(prompts.suffixes[prompts.pairs[0, 1]], untouched)
+    assert prompts.side[row].tolist() == np.sign(accounts.shares).tolist() == [1, 1, 1, 0, 0]
+    assert prompts.reference.tolist() == []
 
 
 def test_exact_prompts_tell_apart_what_looks_flat(smollm):
     """Long of 0.00001 shares reads as none in the paper's JSON, and may sell."""
     told = prompter(smollm, **PAPER, **EXACT, **NAMED)
-    accounts = Accounts.start(1, LONG_FLAT.cash)
-    accounts.shares[:], accounts.entry[:], accounts.opened[:] = 1e-5, 66.0, 3
+    accounts = Accounts.start(2, LONG_FLAT.cash)
+    accounts.shares[1], accounts.entry[1], accounts.opened[1] = 1e-5, 66.0, 3
     prompts, row = told.exact_prompts(3, accounts)
-    assert row.tolist() == [1] and len(prompts.suffixes) == 1
+    assert row.tolist() == [0, 1] and len(prompts.suffixes) == 1
+    assert prompts.side.tolist() == [0, 1]
     assert prompts.allowed.tolist() == [[False, True, True], [True, True, False]]

@@ -263,6 +263,7 @@ GOOD = {
     "suffixes": (ids(7), ids(8, 9)),
     "pairs": np.array([[0, 0], [0, 1], [1, 0]], dtype=np.int32),
     "allowed": np.array([[0, 1, 1], [1, 1, 0], [0, 1, 0]], dtype=bool),
+    "side": np.array([0, 1, -1], dtype=np.int8),
     "reference": ids(0, 2),
 }
 
@@ -285,9 +286,12 @@ def test_prompt_set_joins_prefix_and_suffix():
         {"allowed": GOOD["allowed"][:2]},
         {"allowed": GOOD["allowed"].astype(int)},
         {"allowed": np.zeros((3, 3), dtype=bool)},
-        {"reference": ids(0)},
+        {"side": GOOD["side"][:2]},
+        {"side": GOOD["side"].astype(int)},
+        {"side": 2 * GOOD["side"]},
         {"reference": ids(0, 3)},
-        {"reference": ids(0, 1)},
+        {"reference": ids(0, -1)},
+        {"reference": np.array([0, 2])},
     ],
 )
 def test_prompt_set_refuses_what_does_not_fit(change):

@@ -65,13 +65,10 @@ def _holding(
     if not world.bars.tradable[opened]:
         raise InputError(f"nothing traded on {since}, --since")
     side = 1 if position == "long" else -1
-    cash = world.simulator.cash
     shares_of_one = float(np.prod(world.bars.split[opened + 1 : day + 1]))
-    accounts = Accounts.start(1, cash)
-    accounts.cash[0] = 0.0 if side > 0 else 2 * cash
-    accounts.shares[0] = side * cash / entry * shares_of_one
-    accounts.entry[0], accounts.opened[0] = entry / shares_of_one, opened
-    accounts.equity[0] = accounts.cash[0] + accounts.shares[0] * world.bars.mark[day]
+    accounts = Accounts.start(1, world.simulator.cash)
+    accounts.enter(np.array([side]), np.array([entry / shares_of_one]), np.array([opened]))
+    accounts.equity = accounts.cash + accounts.shares * world.bars.mark[day]
     return accounts
 
 

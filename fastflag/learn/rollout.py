@@ -5,7 +5,7 @@ Shapes: B environments, H steps, U prompts, D days, A actions.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastflag.config import RolloutConfig, SimulatorConfig
 from fastflag.files import InputError
+from fastflag.learn.reference import reference_accounts
 from fastflag.market import simulator
 from fastflag.market.simulator import Accounts, Bars
 from fastflag.market.tasks import schedule
-from fastflag.policy.heads import Statistics
 from fastflag.policy.table import Policy, Table
 from fastflag.prompt.template import Prompter
 from fastflag.prompt.tokens import PromptSet, merge
@@ -153,7 +153,12 @@ def _reachable_prompts(world: World, groups: list[_Group]) -> tuple[PromptSet, n
             for day, row in zip(days, codes, strict=True):
                 reached[day] = reached.get(day, False) | row
     days = sorted(reached)
-    return world.prompter.stepped_prompts(days, np.stack([reached[day] for day in days]))
+    present = np.stack([reached[day] for day in days])
+    accounts, of_day = reference_accounts(world.bars, world.simulator, days)
+    codes = simulator.account_code(world.bars, accounts, of_day)
+    reference = np.zeros_like(present)
+    reference[np.searchsorted(days, of_day), codes] = True
+    return world.prompter.stepped_prompts(days, present, reference)
 
 
 def _episodes(world: World, group: _Group) -> list[tuple[range, Accounts]]:
@@ -192,10 +197,11 @@ def _daily(
 ) -> tuple[PromptSet, list[dict[str, np.ndarray]]]:
     """Day by day, for accounts whose texts can't be listed before they are lived.
 
-    Features are centred on the flat-account prompts of all the days to come, as the update does.
+    Features are centred on the reference prompts of all the days to come, as the update does.
     So the probabilities drawn from are the table's but for the rounding of smaller products.
     """
-    statistics = _reference_statistics(policy, world, groups)
+    reference = _exact_reference(world, groups)
+    statistics = policy.evaluate(reference).statistics
     sets: list[tuple[PromptSet, np.ndarray]] = []
     parts = []
     for group in groups:
@@ -237,7 +243,7 @@ def _daily(
             part["next_set"][step] = len(sets) - 1
             part["next_row"][:, step] = sets[-1][1]
         parts.append(part)
-    merged, rows = merge([prompts for prompts, _ in sets])
+    merged, rows = merge([*(prompts for prompts, _ in sets), reference])
     for part in parts:
         for name in ("", "next_"):
             owners = part.pop(f"{name}set")
@@ -246,8 +252,13 @@ def _daily(
     return merged, parts
 
 
-def _reference_statistics(policy: Policy, world: World, groups: list[_Group]) -> Statistics:
+def _exact_reference(world: World, groups: list[_Group]) -> PromptSet:
+    """The prompts that centre the features of exact accounts, all of them reference."""
     days = sorted({day for group in groups for days, _ in _episodes(world, group) for day in days})
-    flat = Accounts.start(1, world.simulator.cash)
-    sets = [prompts_now(world.prompter, world.bars, flat, day)[0] for day in days]
-    return policy.evaluate(merge(sets)[0]).statistics
+    accounts, of_day = reference_accounts(world.bars, world.simulator, days)
+    sets = [
+        world.prompter.exact_prompts(day, accounts.take(np.flatnonzero(of_day == day)))[0]
+        for day in days
+    ]
+    prompts, _ = merge(sets)
+    return replace(prompts, reference=np.arange(len(prompts.pairs), dtype=np.int32))

@@ -199,6 +199,14 @@ class Accounts:
         """Starts the accounts in `mask` [B] (bool) anew, in place."""
         _reset_nb(self._views(), np.asarray(mask, np.bool_))
 
+    def enter(self, side: np.ndarray, price: np.ndarray, day: np.ndarray) -> None:
+        """Puts the equity of accounts that hold cash alone into a position, in place and free of
+        costs: `side` [B] -1, 0 or 1, `price` and `day` [B] where it is entered."""
+        held = side != 0
+        self.shares[held] = (side * self.cash / price)[held]
+        self.cash[held] *= 1.0 - side[held]
+        self.entry[held], self.opened[held] = price[held], day[held]
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name: the accounts' own, not copies."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -220,6 +228,10 @@ class Accounts:
                 )
             array[...] = given
         return cls(**expected)
+
+    def take(self, rows: np.ndarray) -> "Accounts":
+        """Copies of the accounts in `rows`."""
+        return Accounts(**{name: array[rows].copy() for name, array in self.arrays().items()})
 
     def __len__(self) -> int:
         return len(self.cash)
@@ -673,9 +685,14 @@ def decode(code: int) -> tuple[int, int, int]:
 _SIDE_OF_CODE = np.array([decode(code)[0] for code in range(CODES)], np.int8)
 
 
+def side_of(codes: np.ndarray) -> np.ndarray:
+    """-1, 0 or 1 of each of `codes` [n]: int8 [n]."""
+    return _SIDE_OF_CODE[codes]
+
+
 def allowed_codes(bars: Bars, config: SimulatorConfig, day: Any, codes: np.ndarray) -> np.ndarray:
     """`allowed` of accounts that show `codes` [n]: bool [n, 3]."""
-    return _allowed_sides(bars, config, _SIDE_OF_CODE[codes], day)
+    return _allowed_sides(bars, config, side_of(codes), day)
 
 
 @_kernel

@@ -2,37 +2,49 @@
 
 The last-token states of trading prompts share a vector ten times larger than what tells them apart
 (norm 42 against 3.8 on SmolLM2-135M). A head that sees it goes to one constant action within ten
-updates. So features are standardised over a reference batch, the flat-account prompt of every day,
-*with the gradient through the statistics*: detached ones only delay the collapse, because the
-trained layers move the common vector.
+updates. So features are standardised over a reference batch, *with the gradient through the
+statistics*: detached ones only delay the collapse, because the trained layers move the common
+vector.
+
+Each side of the account has statistics and a bias of its own. Whether the text says flat or long
+moves the last token more than any day does: centred on flat accounts, those of long ones keep a
+common vector of root mean square 7.9, and collapse as if they were not centred.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
+SIDES = 3
+"""Short, flat and long, in this order; `side` is an index into them, int64."""
 _EPSILON = 1e-6
 _MLP_WIDTH = 64
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each feature over a reference batch, [C] each, fp32."""
+    """Mean and standard deviation of each feature over a reference batch, [SIDES, C], fp32."""
 
     mean: Tensor
     deviation: Tensor
 
     @staticmethod
-    def of(reference: Tensor) -> "Statistics":
-        """reference [R, C] -> statistics (population deviation); gradients pass through."""
-        mean = reference.mean(0)
-        variance = (reference - mean).pow(2).mean(0)
-        return Statistics(mean, (variance + _EPSILON).sqrt())
+    def of(reference: Tensor, side: Tensor) -> "Statistics":
+        """reference [R, C], side [R] -> population statistics; gradients pass through.
 
-    def centre(self, features: Tensor) -> Tensor:
-        """[U, C] -> [U, C]"""
-        return (features - self.mean) / self.deviation
+        A side that has no row takes the statistics of all rows.
+        """
+        parts = [reference[side == one] for one in range(SIDES)]
+        parts = [part if len(part) else reference for part in parts]
+        mean = torch.stack([part.mean(0) for part in parts])
+        variance = [(part - at).pow(2).mean(0) for part, at in zip(parts, mean, strict=True)]
+        return Statistics(mean, (torch.stack(variance) + _EPSILON).sqrt())
+
+    def centre(self, features: Tensor, side: Tensor) -> Tensor:
+        """features [U, C], side [U] -> [U, C]"""
+        return (features - embedding(side, self.mean)) / embedding(side, self.deviation)
 
 
 class RunningStatistics(nn.Module):
@@ -43,8 +55,8 @@ class RunningStatistics(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
+        self.register_buffer("mean", torch.zeros(SIDES, width))
+        self.register_buffer("deviation", torch.ones(SIDES, width))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -59,15 +71,29 @@ class RunningStatistics(nn.Module):
         return Statistics(self.mean, self.deviation)
 
 
-def make_action_head(kind: str, width: int, actions: int, generator: torch.Generator) -> nn.Module:
-    """Centred features [U, C] -> logits [U, A]. The last layer starts at zero: the first policy is
-    uniform over the allowed actions. Its bias holds the actions' base rates."""
-    return _mlp(width, actions, generator) if kind == "mlp" else _zero_linear(width, actions)
+class Head(nn.Module):
+    """Centred features [U, C] and side [U] -> [U, O]: what `body` makes of the features, and a bias
+    for each side, which holds the base rates."""
+
+    def __init__(self, body: nn.Module, outputs: int):
+        super().__init__()
+        self.body = body
+        self.bias = nn.Parameter(torch.zeros(SIDES, outputs))
+
+    def forward(self, centred: Tensor, side: Tensor) -> Tensor:
+        return self.body(centred) + embedding(side, self.bias)
 
 
-def make_value_head(width: int) -> nn.Module:
-    """Centred features [U, C] -> value [U, 1], zero at the start."""
-    return _zero_linear(width, 1)
+def make_action_head(kind: str, width: int, actions: int, generator: torch.Generator) -> Head:
+    """A head of logits [U, A]. Its last layer starts at zero: the first policy is uniform over the
+    allowed actions."""
+    mlp = kind == "mlp"
+    return Head(_mlp(width, actions, generator) if mlp else _zero_linear(width, actions), actions)
+
+
+def make_value_head(width: int) -> Head:
+    """A head of values [U, 1], zero at the start."""
+    return Head(_zero_linear(width, 1), 1)
 
 
 def masked_log_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -76,9 +102,8 @@ def masked_log_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+    layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
     return layer
 
 

@@ -133,21 +133,26 @@ class Policy(nn.Module):
         """One pass of the top layers over the distinct prompts, with gradient where enabled.
 
         `statistics` centre the features; None takes those of `prompts.reference`, with gradient.
-        Which other prompts are in the set never changes a row.
+        Which other prompts are in the set never changes a row. Raises ValueError where there are
+        neither statistics nor a reference.
         """
         features = self._features(prompts)
+        side = torch.from_numpy(prompts.side).long().to(self.device) + 1
         if statistics is None:
+            if not len(prompts.reference):
+                raise ValueError("a prompt set without a reference needs statistics")
+            reference = torch.from_numpy(prompts.reference).to(self.device)
             statistics = Statistics.of(
-                features[torch.from_numpy(prompts.reference).long().to(self.device)]
+                features.index_select(0, reference), side.index_select(0, reference)
             )
-        centred = statistics.centre(features)
+        centred = statistics.centre(features, side)
         if self.action_head is None:
             logits = features @ self.action_words.T
         else:
-            logits = self.action_head(centred)
+            logits = self.action_head(centred, side)
         allowed = torch.from_numpy(prompts.allowed).to(self.device)
         return Table(
-            masked_log_softmax(logits, allowed), self.value_head(centred)[:, 0], statistics
+            masked_log_softmax(logits, allowed), self.value_head(centred, side)[:, 0], statistics
         )
 
     @torch.no_grad()

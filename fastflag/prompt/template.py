@@ -23,6 +23,7 @@ from fastflag.market.simulator import (
     allowed,
     allowed_codes,
     decode,
+    side_of,
 )
 from fastflag.prompt.tokens import PromptSet, Tokenizer
 
@@ -415,29 +416,34 @@ class Prompter:
         return self.layout.exact(facts)
 
     def stepped_prompts(
-        self, days: Sequence[int], reachable: np.ndarray
+        self, days: Sequence[int], present: np.ndarray, reference: np.ndarray | None = None
     ) -> tuple[PromptSet, np.ndarray]:
         """The distinct prompts of account codes at `days` (distinct day indices).
 
-        `reachable` is [len(days), CODES] bool; code 0, the flat account, is always added. Returns
-        the prompts, in the order of `days`, and row_of [T, CODES] int32: the row of each day index
-        and code, -1 where absent.
+        `present` is [len(days), CODES] bool, and so is `reference`: the codes whose prompts centre
+        the features; they are added. Returns the prompts, in the order of `days`, and row_of
+        [T, CODES] int32: the row of each day index and code, -1 where absent. Raises ValueError
+        for a day that is named twice.
         """
         days = np.asarray(days, dtype=np.int64)
-        present = reachable.copy()
-        present[:, 0] = True
-        where, codes = np.nonzero(present)
+        if len(np.unique(days)) < len(days):
+            raise ValueError("a day is named twice")
+        if reference is None:
+            reference = np.zeros_like(present)
+        where, codes = np.nonzero(present | reference)
         text_of_code, suffixes = self._distinct_suffixes(np.unique(codes))
         pairs = np.stack([where, text_of_code[codes]], axis=1).astype(np.int32)
         pairs, first, rows = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
         row_of = np.full((len(self._market.dates), CODES), -1, dtype=np.int32)
         row_of[days[where], codes] = rows
+        where_reference, reference_codes = np.nonzero(reference)
         prompts = PromptSet(
             prefixes=tuple(self.prefix(int(day)) for day in days),
             suffixes=suffixes,
             pairs=pairs,
+            side=side_of(codes)[first],
             allowed=allowed_codes(self.bars, self.simulator, days[where], codes)[first],
-            reference=row_of[days, 0],
+            reference=np.unique(row_of[days[where_reference], reference_codes]),
         )
         return prompts, row_of
 
@@ -457,23 +463,22 @@ class Prompter:
     def exact_prompts(self, day: int, accounts: Accounts) -> tuple[PromptSet, np.ndarray]:
         """The distinct prompts of `accounts` at day's close, and the row of each account [B] int32.
 
-        Row 0 is the untouched flat account, the reference.
+        There is no reference.
         """
-        flat = Accounts.start(1, self.simulator.cash)
         # Positions too small for the text's digits look flat and are not: the side is in the key.
-        keys = [(self.exact_text(flat, 0, day), 0)]
         sides = np.sign(accounts.shares).astype(int).tolist()
-        keys += [(self.exact_text(accounts, b, day), side) for b, side in enumerate(sides)]
+        keys = [(self.exact_text(accounts, b, day), side) for b, side in enumerate(sides)]
         row_of_key = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         text_index = {
             text: i for i, text in enumerate(dict.fromkeys(text for text, _ in row_of_key))
         }
-        shares = np.array([side for _, side in row_of_key], dtype=np.float64)
+        side = np.array([side for _, side in row_of_key], dtype=np.int8)
         prompts = PromptSet(
             prefixes=(self.prefix(day),),
             suffixes=tuple(self.tokenizer.encode(text) for text in text_index),
             pairs=np.array([(0, text_index[text]) for text, _ in row_of_key], dtype=np.int32),
-            allowed=allowed(self.bars, self.simulator, shares, np.full(len(shares), day)),
-            reference=np.zeros(1, dtype=np.int32),
+            side=side,
+            allowed=allowed(self.bars, self.simulator, side, day),
+            reference=np.zeros(0, dtype=np.int32),
         )
-        return prompts, np.array([row_of_key[key] for key in keys[1:]], dtype=np.int32)
+        return prompts, np.array([row_of_key[key] for key in keys], dtype=np.int32)

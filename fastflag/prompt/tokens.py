@@ -148,10 +148,12 @@ class PromptSet:
     """S arrays of token ids [n] int32, one for each distinct account text."""
     pairs: np.ndarray
     """[U, 2] int32: (prefix, suffix) of each prompt."""
+    side: np.ndarray
+    """[U] int8: the account's position, -1 short, 0 flat, 1 long."""
     allowed: np.ndarray
     """[U, A] bool: actions with a probability above 0."""
     reference: np.ndarray
-    """[D] int32 rows of `pairs`: the flat account's prompt of each day."""
+    """[R] int32: rows whose prompts centre the features; none where statistics are at hand."""
 
     def __post_init__(self) -> None:
         days, rows = len(self.prefixes), len(self.pairs)
@@ -167,21 +169,23 @@ class PromptSet:
         )
         limits = (days, len(self.suffixes))
         _check(bool(((self.pairs >= 0) & (self.pairs < limits)).all()), "a pair names no text")
+        _check(
+            self.side.dtype == np.int8
+            and self.side.shape == (rows,)
+            and bool((abs(self.side) <= 1).all()),
+            "side is not [U] int8 of -1, 0 and 1",
+        )
         _check(self.allowed.dtype == bool and self.allowed.ndim == 2, "allowed is not [U, A] bool")
         _check(
             len(self.allowed) == rows and bool(self.allowed.any(1).all()),
             "a prompt without actions",
         )
         _check(
-            self.reference.dtype == np.int32 and self.reference.shape == (days,),
-            "reference is not [D] int32",
+            self.reference.dtype == np.int32 and self.reference.ndim == 1,
+            "reference is not [R] int32",
         )
         _check(
             bool(((self.reference >= 0) & (self.reference < rows)).all()), "reference names no row"
-        )
-        _check(
-            np.array_equal(self.pairs[self.reference, 0], np.arange(days)),
-            "reference of another day",
         )
 
     def tokens(self, row: int) -> np.ndarray:
@@ -198,32 +202,32 @@ def _check(fits: bool, problem: str) -> None:
 def merge(sets: Sequence[PromptSet]) -> tuple[PromptSet, list[np.ndarray]]:
     """One set with the distinct prompts of all, and for each set the new rows [U] of its prompts.
 
-    Prefixes with the same tokens are one day.
+    Prefixes with the same tokens are one day. The reference holds that of each set.
     """
     prefixes, suffixes = _Distinct(), _Distinct()
-    pairs: dict[tuple[int, int, bytes], int] = {}
+    place: dict[tuple[int, int, int, bytes], int] = {}
     allowed: list[np.ndarray] = []
-    reference: dict[int, int] = {}
     rows = []
     for prompts in sets:
         days = [prefixes.place(ids) for ids in prompts.prefixes]
         texts = [suffixes.place(ids) for ids in prompts.suffixes]
         new_rows = np.empty(len(prompts.pairs), dtype=np.int32)
-        for row, ((day, text), mask) in enumerate(zip(prompts.pairs, prompts.allowed, strict=True)):
-            key = (days[day], texts[text], mask.tobytes())
-            if key not in pairs:
-                pairs[key] = len(pairs)
+        each = zip(prompts.pairs.tolist(), prompts.side.tolist(), prompts.allowed, strict=True)
+        for row, ((day, text), side, mask) in enumerate(each):
+            key = (days[day], texts[text], side, mask.tobytes())
+            if key not in place:
+                place[key] = len(place)
                 allowed.append(mask)
-            new_rows[row] = pairs[key]
-        for day, row in zip(days, prompts.reference, strict=True):
-            reference.setdefault(day, int(new_rows[row]))
+            new_rows[row] = place[key]
         rows.append(new_rows)
+    references = [new[prompts.reference] for new, prompts in zip(rows, sets, strict=True)]
     merged = PromptSet(
         prefixes=tuple(prefixes.texts),
         suffixes=tuple(suffixes.texts),
-        pairs=np.array([key[:2] for key in pairs], dtype=np.int32),
+        pairs=np.array([key[:2] for key in place], dtype=np.int32),
+        side=np.array([key[2] for key in place], dtype=np.int8),
         allowed=np.stack(allowed),
-        reference=np.array([reference[day] for day in range(len(prefixes.texts))], dtype=np.int32),
+        reference=np.unique(np.concatenate(references)),
     )
     return merged, rows
 

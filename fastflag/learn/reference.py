@@ -1,0 +1,37 @@
+"""Which prompts centre the features: an account of each side on every day, whatever was visited."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastflag.config import SimulatorConfig
+from fastflag.market.simulator import BUY, HOLD, SELL, Accounts, Bars, step
+
+# Bars for which the position has been held, by turns of the day's index: a text of a position tells
+# its age and profit, and the deviation of a side's features must hold what these do to them.
+_HELD = np.array([1, 3, 10, 30])
+
+
+def reference_accounts(
+    bars: Bars, config: SimulatorConfig, days: Sequence[int]
+) -> tuple[Accounts, np.ndarray]:
+    """An account of each side that the position mode knows at the close of each of `days`, and the
+    day of each account [R] int64.
+
+    It put all its cash into that side at a close some bars before and has kept to it since. What
+    it is depends on the day alone: no policy, no other day. Before the first bar it is flat.
+    """
+    sides = np.array([0, 1, -1] if config.positions == "long_short" else [0, 1])
+    keeping = np.repeat(np.array([SELL, HOLD, BUY])[sides + 1], len(days))
+    side, day = np.repeat(sides, len(days)), np.tile(np.asarray(days, np.int64), len(sides))
+    held = np.minimum(_HELD[day % len(_HELD)], day)
+    accounts = Accounts.start(len(day), config.cash)
+    # All take every step; whatever they did before they enter is forgotten when they do.
+    for ago in range(held.max(), -1, -1):
+        now, entering = np.maximum(day - ago, 0), held == ago
+        accounts.reset(entering)
+        priced = entering & np.isfinite(bars.mark[now])
+        accounts.enter(np.where(priced, side, 0), bars.mark[now], now)
+        if ago:
+            step(bars, config, accounts, now, keeping)
+    return accounts, day
