@@ -22,6 +22,7 @@ from fastflag.config import PRESETS, DataConfig, SimulatorConfig, TrainConfig, f
 from fastflag.files import InputError, read_json
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Backtest:
     """Folder of the run."""
     split: str = "test"
     """train, test, or START..END. Only test rewrites RUN/backtest.json and the report."""
+    device: Device = "auto"
+    """Where the policy runs; auto: a CUDA GPU where there is one."""
     json: Switch = False
     """Print the whole document as JSON."""
 
@@ -74,7 +77,7 @@ class Backtest:
         from fastflag.learn.run import load_policy, read_config
         from fastflag.market.sources import load
 
-        config = read_config(self.run_folder)
+        config = _on_device(read_config(self.run_folder), self.device)
         market = load(config.data)
         world, policy = load_policy(self.run_folder, config, market)
         document = backtest(policy, world, market, config, self.split, _progress("backtest"))
@@ -104,6 +107,8 @@ class Decide:
     """Price per share on the day it was entered, fees included."""
     since: str = ""
     """Day on which it was entered."""
+    device: Device = "auto"
+    """Where the policy runs; auto: a CUDA GPU where there is one."""
     json: Switch = False
     """Print one JSON document."""
 
@@ -112,7 +117,7 @@ class Decide:
         from fastflag.learn.run import load_policy, read_config
         from fastflag.market.sources import load
 
-        config = read_config(self.run_folder)
+        config = _on_device(read_config(self.run_folder), self.device)
         named = {"data": self.data, "news": self.news, "symbol": self.symbol}
         changes = {name: value for name, value in named.items() if value}
         if self.data:
@@ -289,6 +294,11 @@ def _train_default(arguments: list[str]) -> Any:
             values.pop("fastflag", None)
         settings = from_dict(values, config, settings)
     return Train(out=tyro.MISSING, settings=settings)
+
+
+def _on_device(config: TrainConfig, device: str) -> TrainConfig:
+    """A run's configuration on this machine, whichever it was trained on."""
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, device=device))
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

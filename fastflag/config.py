@@ -207,7 +207,8 @@ PRESETS: dict[str, TrainConfig] = {
         total_timesteps=30 * 256 * 63,
     ),
     # The FLAG-Trader paper, Table 3. Its minibatch of 32 comes as 8 accumulated parts of 4: the
-    # gradient is the minibatch's. Its 65 steps an episode exceed the 63 that 64 days allow.
+    # gradient is the minibatch's. Its 65 steps an episode exceed the 63 that 64 days allow. It does
+    # not say how many layers it trains; bf16 stands for its fp16.
     "paper": TrainConfig(
         data=DataConfig(
             data="investorbench:msft.json",
@@ -216,6 +217,7 @@ PRESETS: dict[str, TrainConfig] = {
         ),
         prompt=PromptConfig(layout="paper", account="exact", anonymise=False),
         simulator=SimulatorConfig(fill="next_close", fee_bps=0.0, slippage_bps=0.0, horizon=65),
+        policy=PolicyConfig(adaptation="full", trunk_weights="bf16", head="mlp"),
         rollout=RolloutConfig(num_envs=1, num_steps=40),
         algorithm=AlgorithmConfig(
             learning_rate=5e-4,

@@ -168,6 +168,20 @@ def test_decide(run, capsys):
     assert capsys.readouterr().out.startswith(f"{DATES[30]}  {document['action']}  (Sell 0.000")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_run_of_a_gpu_is_read_without_one(run, refused, capsys):
+    document = json.loads((run / "config.json").read_text())
+    document["policy"]["device"] = "cuda"
+    (run / "config.json").write_text(json.dumps(document))
+    told = []
+    for words in (["decide", "--date", DATES[30], "--json"], ["backtest", "--json"]):
+        cli.main([words[0], str(run), *words[1:]])
+        told.append(json.loads(capsys.readouterr().out))
+        no_gpu = refused(words[0], run, *words[1:], "--device", "cuda")
+        assert no_gpu == "no CUDA GPU is available, --device cuda"
+    assert told[0]["date"] == DATES[30] and told[1]["split"] == "test"
+
+
 def test_decide_on_other_bars(run, bars, tmp_path, capsys):
     """--data takes other bars with the news beside them, --news other news of the run's bars."""
 

@@ -328,6 +328,17 @@ def test_top_layers_must_fit_the_model(weights):
         made(weights, top_layers=4)
 
 
+def test_prompts_longer_than_the_models_positions_are_refused(weights):
+    positions = weights.config.max_positions
+    policy = made(weights)
+    fits, over = (
+        prompt_set(texts((5, n), 0), texts((9, 3), 1)) for n in (positions - 9, positions - 8)
+    )
+    rows_of(policy, fits)
+    with pytest.raises(InputError, match=f"a prompt has {positions + 1} tokens, the model reads"):
+        rows_of(policy, over)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said(weights):
     with pytest.raises(InputError, match="--device cuda"):

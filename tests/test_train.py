@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small import small_config, small_market, write_csv
 
-from fastflag.config import PRESETS, to_dict
+from fastflag.config import to_dict
 from fastflag.files import InputError
 from fastflag.learn.checkpoint import read_checkpoint
 from fastflag.learn.progress import Log, PhaseTimer
@@ -255,35 +255,6 @@ def test_phases_add_up(monkeypatch):
     with phase("update"):
         pass
     assert phase.take() == {"update": 0.5}
-
-
-def test_the_paper_preset_is_the_papers_table_3():
-    paper = PRESETS["paper"]
-    algorithm, rollout, simulator = paper.algorithm, paper.rollout, paper.simulator
-    assert paper.total_timesteps == 13_860 and paper.steps == 346
-    assert algorithm.algorithm == "ppo"
-    assert algorithm.learning_rate == algorithm.layer_learning_rate == 5e-4
-    assert (rollout.num_envs, rollout.num_steps, rollout.start_groups) == (1, 40, 1)
-    assert algorithm.anneal_lr and algorithm.norm_adv and algorithm.clip_vloss
-    assert (algorithm.gamma, algorithm.gae_lambda) == (0.95, 0.98)
-    assert algorithm.update_epochs == 1
-    assert (algorithm.clip_coef, algorithm.ent_coef, algorithm.vf_coef) == (0.2, 0.05, 0.5)
-    assert algorithm.kl_coef == 0.05
-    assert algorithm.max_grad_norm == 0.5
-    assert algorithm.target_kl == 0.0
-    assert algorithm.minibatch_size == 32
-    assert simulator.horizon == 65
-    # And from its equations and its prompt:
-    assert (simulator.fill, simulator.positions, simulator.reward) == (
-        "next_close",
-        "long_flat",
-        "sharpe",
-    )
-    assert (simulator.fee_bps, simulator.slippage_bps, simulator.lot) == (0.0, 0.0, 0.0)
-    assert (paper.prompt.layout, paper.prompt.account) == ("paper", "exact")
-    assert not paper.prompt.anonymise
-    assert paper.data.train == "2020-07-01..2020-09-30"
-    assert paper.data.test == "2020-10-01..2021-05-06"
 
 
 # As a user runs it ------------------------------------------------------------------------------

@@ -20,11 +20,10 @@ from fastflag.learn.rollout import Batch, World, rollout, start_accounts
 from fastflag.learn.run import build, check_claim, claim
 from fastflag.learn.update import estimate, make_optimizer, set_learning_rates, update
 from fastflag.market.bars import Market, split_days
+from fastflag.market.metrics import annual_days, calendar_of
 from fastflag.market.simulator import Accounts
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights
-
-_TRADING_DAYS = 252
 
 
 def train(
@@ -45,6 +44,7 @@ def train(
     world, policy = build(config, market, weights)
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
+    annual = annual_days(calendar_of(market.dates))
     start = 0
     if claim(run, config):
         checkpoint = read_checkpoint(run)
@@ -73,7 +73,7 @@ def train(
                 )
             statistics["learning_rate"] = config.algorithm.learning_rate * factor
             elapsed = time.perf_counter() - began
-            log.step(_record(step, batch, accounts, statistics, elapsed, phase.take()))
+            log.step(_record(step, batch, accounts, annual, statistics, elapsed, phase.take()))
             done = step + 1
             if done % config.checkpoint_every == 0 or done == config.steps:
                 write_checkpoint(run, done, weights.fingerprint, policy, optimizer, accounts)
@@ -90,13 +90,14 @@ def _record(
     step: int,
     batch: Batch,
     accounts: list[Accounts],
+    annual: int,
     statistics: dict[str, float],
     elapsed: float,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """One line of metrics.jsonl. `return` is the mean sum of rewards of an environment over the
-    update's steps, `sharpe` the mean annualised Sharpe ratio of the episodes so far."""
-    sharpe = np.concatenate([group.sharpe for group in accounts]).mean() * np.sqrt(_TRADING_DAYS)
+    update's steps, `sharpe` the mean Sharpe ratio of the episodes so far, annualised."""
+    sharpe = np.concatenate([group.sharpe for group in accounts]).mean() * np.sqrt(annual)
     return {
         "step": step,
         "env_steps": (step + 1) * batch.action.size,

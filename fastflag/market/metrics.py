@@ -44,6 +44,11 @@ def calendar_of(dates: np.ndarray) -> Calendar:
     return "stock" if np.is_busday(dates).all() else "crypto"
 
 
+def annual_days(calendar: Calendar) -> int:
+    """Days by which the `standard` convention annualises."""
+    return _CONVENTIONS["standard"].annual[calendar]
+
+
 def metrics(values: np.ndarray, convention: str, calendar: Calendar) -> dict[str, float | int]:
     """Metrics of `values` ([T] daily prices or equity), NaN where one is undefined.
 

@@ -126,7 +126,9 @@ class Policy(nn.Module):
         self.value_head = make_value_head(width).to(self.device)
         self.running = RunningStatistics(width).to(self.device)
         self.cache = TrunkCache(config.trunk_cache_mb * 2**20)
-        self._initial = {name: p.detach().clone() for name, p in self.named_parameters()}
+        # Of the other heads the initial policy is known to be uniform.
+        kept = self.named_parameters() if config.head == "lm" else ()
+        self._initial = {name: p.detach().clone() for name, p in kept}
         self._initial_rows: dict[Hashable, Tensor] = {}
 
     def evaluate(self, prompts: PromptSet, statistics: Statistics | None = None) -> Table:
@@ -134,7 +136,7 @@ class Policy(nn.Module):
 
         `statistics` centre the features; None takes those of `prompts.reference`, with gradient.
         Which other prompts are in the set never changes a row. Raises ValueError where there are
-        neither statistics nor a reference.
+        neither statistics nor a reference, InputError for a prompt that the model can't read.
         """
         features = self._features(prompts)
         side = torch.from_numpy(prompts.side).long().to(self.device) + 1
@@ -181,6 +183,7 @@ class Policy(nn.Module):
 
     def _features(self, prompts: PromptSet) -> Tensor:
         """Last-token states under the final norm, [U, C] fp32."""
+        self._check_lengths(prompts)
         prefix_hidden, suffix_hidden = self._trunk_states(prompts)
         prefixes = pad_sequence(prefix_hidden, batch_first=True)
         suffixes = pad_sequence(suffix_hidden, batch_first=True)
@@ -193,6 +196,15 @@ class Policy(nn.Module):
         _, keys_values = prefix_pass(self.top, prefixes, keys_values_only=True)
         last = suffix_pass(self.top, suffixes, keys_values, layout, last_only=True)
         return ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+
+    def _check_lengths(self, prompts: PromptSet) -> None:
+        sizes = [np.array([*map(len, texts)]) for texts in (prompts.prefixes, prompts.suffixes)]
+        longest = int((sizes[0][prompts.pairs[:, 0]] + sizes[1][prompts.pairs[:, 1]]).max())
+        if longest > self.model.max_positions:
+            raise InputError(
+                f"a prompt has {longest} tokens, the model reads {self.model.max_positions}: lower "
+                "--news-tokens or --window, prompts"
+            )
 
     @torch.no_grad()
     def _trunk_states(self, prompts: PromptSet) -> tuple[list[Tensor], list[Tensor]]:
