@@ -98,8 +98,15 @@ def test_default_layout_stepped(smollm):
         "Closes, newest last: 83.3 90.9 100.0\n"
         "News today: Rates stay | the asset plans a factory\n"
         "Earlier news: Too old for the window of three days\n"
-        "Position: long, profit +10.0%, held 1 day. Action:"
+        "Account: long 1 day, +10.0%. Action:"
     )
+
+
+def test_a_stepped_account_is_told_in_16_tokens(smollm):
+    told = prompter(smollm)
+    lengths = [len(told.suffix(code)) for code in range(CODES)]
+    assert lengths[0] == 6 and max(lengths) == 16
+    assert len({told.stepped_text(code) for code in range(CODES)}) == CODES
 
 
 def test_default_layout_named(smollm):
@@ -108,7 +115,7 @@ def test_default_layout_named(smollm):
     assert named == (
         "Trade ACME on 2021-03-04: buy is long, sell is short, hold is flat.\n"
         "Closes, newest last: 55 60 66\n"
-        "Position: short, profit -10.0%, held 3 days. Action:"
+        "Account: short 3 days, -10.0%. Action:"
     )
 
 
@@ -119,7 +126,7 @@ def test_default_layout_market_closed(smollm):
         "Closes, newest last: 83.3 90.9 100.0\n"
         "News today: After the close\n"
         "Earlier news: Rates stay | the asset plans a factory\n"
-        "Position: flat. Action:"
+        "Account: flat. Action:"
     )
 
 
@@ -131,7 +138,7 @@ def test_before_the_first_bar(smollm):
         "The market is closed today.\nNo prices yet.\n"
     )
     assert told.exact_text(Accounts.start(1, 5.0), 0, 0) == (
-        "Position: flat, cash 5.00, value 5.00. Action:"
+        "Account: flat, cash 5.00, value 5.00. Action:"
     )
 
 
@@ -158,11 +165,11 @@ def test_default_layout_exact(smollm):
     accounts = filled_accounts()
     named = prompter(smollm, **EXACT, **NAMED)
     assert named.exact_text(accounts, 0, 3) == (
-        "Position: long, cash 5.25, shares 10.0000, profit +10.00%, held 1 day, value 665.25. "
+        "Account: long, cash 5.25, shares 10.0000, profit +10.00%, held 1 day, value 665.25. "
         "Action:"
     )
     assert named.exact_text(accounts, 1, 3) == (
-        "Position: flat, cash 1000.00, value 1000.00. Action:"
+        "Account: flat, cash 1000.00, value 1000.00. Action:"
     )
     # In units that cost 100: 10 shares of 66 are 6.6 units.
     assert "shares 6.6000," in prompter(smollm, **EXACT).exact_text(accounts, 0, 3)

@@ -118,13 +118,14 @@ def _default_prefix(day: DayFacts, positions: str) -> str:
 
 
 def _default_stepped(side: int, profit: float, held: int) -> str:
+    """At most 16 tokens of SmolLM2: its layers see every one of them for every distinct prompt."""
     if side == 0:
-        return "Position: flat. Action:"
-    return f"Position: {_SIDES[side]}, profit {profit:+.1%}, held {_days(held)}. Action:"
+        return "Account: flat. Action:"
+    return f"Account: {_SIDES[side]} {_days(held)}, {profit:+.1%}. Action:"
 
 
 def _default_exact(account: AccountFacts) -> str:
-    parts = [f"Position: {_SIDES[account.side]}", f"cash {account.cash:.2f}"]
+    parts = [f"Account: {_SIDES[account.side]}", f"cash {account.cash:.2f}"]
     if account.side != 0:
         parts += [f"shares {account.position:.4f}", f"profit {account.profit:+.2%}"]
         parts += [f"held {_days(account.held)}"]
