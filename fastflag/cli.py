@@ -219,10 +219,15 @@ COMMANDS: dict[str, type] = {
 }
 
 
+_NO_MEMORY = "not enough memory: lower --num-steps, --num-envs or --backtest-episodes, here"
+_TORCH_NO_MEMORY = ("out of memory", "can't allocate memory")  # on CUDA, on a CPU
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line. Exits with 2 and one line on stderr for what the user gave wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        _run(words)
     except InputError as error:
         _refuse(str(error))
     except BrokenPipeError:
@@ -232,12 +237,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         _refuse(f"{error.strerror or error}, {error.filename or 'while writing'}")
     except MemoryError:
-        _refuse("not enough memory: lower --num-envs, --num-steps or --backtest-episodes, here")
+        _refuse(_NO_MEMORY)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _TORCH_NO_MEMORY):
+            raise
+        _refuse(_NO_MEMORY)
     except KeyboardInterrupt:
-        print(
-            "\nfastflag: interrupted; train goes on from its last checkpoint with --resume",
-            file=sys.stderr,
-        )
+        hint = "; --resume goes on from the last checkpoint" if words[:1] == ["train"] else ""
+        print(f"\nfastflag: interrupted{hint}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

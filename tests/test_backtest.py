@@ -6,6 +6,7 @@ import torch
 from small import DAYS, TRAIN_DAYS, make_opinionated, small_config, small_market, small_world
 
 from fastflag.evaluate.backtest import (
+    _SAMPLED,
     _percentile,
     backtest,
     greedy,
@@ -132,7 +133,7 @@ def prompts_of(world, account, day):
     present = np.zeros((1, simulator.CODES), bool)
     present[0, code] = True
     prompts, row_of = prompter.stepped_prompts([day], present)
-    return prompts, row_of[day, code]
+    return prompts, row_of[0, code]
 
 
 def test_an_episode_does_not_depend_on_how_many_run_beside_it(tiny_model):
@@ -227,7 +228,7 @@ def test_to_equal_another_is_not_to_beat_it():
 def test_sampled_episodes_are_summed_up_day_by_day(tiny_model):
     config, world, policy = opinionated(tiny_model)
     told = backtest(policy, world, small_market(), config, "test")["sampled"]
-    lived = run_episodes(policy, world, TEST_DAYS, 3, sampler(world.seed, 3))
+    lived = run_episodes(policy, world, TEST_DAYS, 3, sampler(world.seed ^ _SAMPLED, 3))
     low, middle, high = np.sort(lived.equity, axis=0)
     assert told["episodes"] == 3
     np.testing.assert_allclose(told["equity"]["p50"], middle)
@@ -318,6 +319,7 @@ def test_a_ruined_account_leaves_no_nan(tiny_model):
     assert best["equity"][-1] == 0.0
     assert best["metrics"]["flag"]["cr"] is None
     assert best["metrics"]["standard"]["cr"] == pytest.approx(-100)
+    assert [trade["action"] for trade in told["trades"]] == ["Sell"], "ruin is no fill"
     json.dumps(told, allow_nan=False)
 
 

@@ -21,25 +21,42 @@ def random(*shape, seed=0):
 SIDE = torch.tensor([2, 0, 2, 1, 0, 2, 1, 2, 0, 2])
 
 
-def test_centring_is_the_formula_on_each_side():
+def test_centring_is_the_formula_a_mean_for_each_side_and_a_deviation_over_all():
     reference, features = random(10, 3) * 2 + 10 * SIDE[:, None], random(4, 3, seed=1)
     of = torch.tensor([1, 2, 0, 1])
     centred = Statistics.of(reference, SIDE).centre(features, of)
-    for row, side in enumerate(of):
-        for column in range(3):
-            values = [reference[at, column].item() for at in range(10) if SIDE[at] == side]
-            mean = sum(values) / len(values)
-            variance = sum((value - mean) ** 2 for value in values) / len(values)
-            expected = (features[row, column].item() - mean) / math.sqrt(variance + 1e-6)
+    for column in range(3):
+        values = {
+            side: [reference[at, column].item() for at in range(10) if SIDE[at] == side]
+            for side in range(3)
+        }
+        mean = {side: sum(some) / len(some) for side, some in values.items()}
+        squares = [(x - mean[side]) ** 2 for side, some in values.items() for x in some]
+        deviation = math.sqrt(sum(squares) / 10 + 1e-6)
+        for row, side in enumerate(of.tolist()):
+            expected = (features[row, column].item() - mean[side]) / deviation
             assert centred[row, column].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_side_without_reference_takes_that_of_all():
+def test_a_side_without_reference_takes_the_mean_of_all():
     reference = random(5, 3)
     side = torch.tensor([1, 1, 0, 1, 1])
     statistics = Statistics.of(reference, side)
     torch.testing.assert_close(statistics.mean[2], reference.mean(0))
     torch.testing.assert_close(statistics.mean[0], reference[2])
+    assert statistics.known.tolist() == [True, True, False]
+
+
+def test_decisions_on_a_side_never_met_are_centred_as_flat_ones():
+    running = RunningStatistics(2)
+    mean = torch.tensor([[9.0, 9.0], [1.0, 2.0], [5.0, 6.0]])
+    for known in ([False, True, False], [False, True, True]):
+        running.track(Statistics(mean, torch.ones(2), torch.tensor(known)))
+        expected = mean[2] if known[2] else mean[1]
+        torch.testing.assert_close(
+            running.current().mean, torch.stack([mean[1], mean[1], expected])
+        )
+    assert running.count.tolist() == [0, 2, 1]
 
 
 def test_the_gradient_goes_through_the_statistics():
@@ -78,11 +95,12 @@ def test_running_statistics_are_a_mean_that_becomes_an_exponential_average():
     batches = [
         Statistics(
             torch.tensor([[1.0, n], [n, 0.0], [2.0, 2.0]]),
-            torch.tensor([[n + 2.0, 3.0], [1.0, 1.0], [1.0, n + 1.0]]).requires_grad_(),
+            torch.tensor([n + 2.0, 3.0]).requires_grad_(),
+            torch.ones(3, dtype=torch.bool),
         )
         for n in range(14)
     ]
-    mean, deviation = torch.zeros(3, 2), torch.zeros(3, 2)
+    mean, deviation = torch.zeros(3, 2), torch.zeros(2)
     for count, batch in enumerate(batches, 1):
         running.track(batch)
         weight = max(1 / count, 0.1)
@@ -93,7 +111,7 @@ def test_running_statistics_are_a_mean_that_becomes_an_exponential_average():
         if count == 8:
             assert mean[0, 1].item() == pytest.approx(3.5), "a plain mean so far"
     assert not running.current().deviation.requires_grad
-    assert int(running.count) == 14
+    assert running.count.tolist() == [14, 14, 14]
     assert set(running.state_dict()) == {"mean", "deviation", "count"}, "kept in checkpoints"
 
 

@@ -39,7 +39,7 @@ def pair(request, tmp_path_factory):
 
 def features(policy, prompts):
     with torch.no_grad():
-        return policy._features(prompts)
+        return policy._features(prompts, policy.read(prompts.prefixes))
 
 
 @pytest.mark.parametrize("top_layers", [1, 2, 3])
@@ -183,12 +183,15 @@ def loss_of(log_probabilities, value, allowed, seed=4):
 
 def by_hand(states, prompts, action_head, value_head):
     """Centring, heads and masked softmax in plain torch on last states [U, C]."""
+    mean, squares = {}, []
+    for side in set(prompts.side.tolist()):
+        reference = states[[at for at in prompts.reference.tolist() if prompts.side[at] == side]]
+        mean[side] = reference.sum(0) / len(reference)
+        squares.append((reference - mean[side]) ** 2)
+    deviation = (torch.cat(squares).sum(0) / len(prompts.reference) + 1e-6).sqrt()
     logits, values = [], []
     for row, side in enumerate(prompts.side.tolist()):
-        reference = states[[at for at in prompts.reference.tolist() if prompts.side[at] == side]]
-        mean = reference.sum(0) / len(reference)
-        deviation = (((reference - mean) ** 2).sum(0) / len(reference) + 1e-6).sqrt()
-        centred = (states[row] - mean) / deviation
+        centred = (states[row] - mean[side]) / deviation
         logits.append(action_head.body.weight @ centred + action_head.bias[side + 1])
         values.append(value_head.body.weight @ centred + value_head.bias[side + 1])
     logits = torch.stack(logits)

@@ -107,4 +107,8 @@ def test_unknown_convention():
 def test_calendar():
     dates = np.arange("2024-01-01", "2024-01-06", dtype="datetime64[D]")
     assert calendar_of(dates) == "stock"
-    assert calendar_of(np.append(dates, np.datetime64("2024-01-06"))) == "crypto"
+    every_day = np.arange(dates[0], dates[0] + 100)
+    assert calendar_of(every_day) == calendar_of(every_day[:7]) == "crypto"
+    # A session on one Saturday, later, moves no close of an earlier day.
+    weekdays = every_day[np.is_busday(every_day)]
+    assert calendar_of(np.append(weekdays, np.datetime64("2024-05-04"))) == "stock"

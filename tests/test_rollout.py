@@ -5,6 +5,7 @@ import pytest
 import torch
 from small import holey_market, make_opinionated, small_config, small_market, small_world
 
+import fastflag.learn.rollout as rollout_module
 from fastflag.config import RolloutConfig
 from fastflag.files import InputError
 from fastflag.learn.progress import PhaseTimer
@@ -159,28 +160,50 @@ def test_stepped_and_exact_accounts_live_alike_under_the_untrained_policy(tiny_m
             np.testing.assert_array_equal(getattr(stepped, name), getattr(exact, name))
 
 
-def test_exact_accounts_are_drawn_from_the_table_that_the_update_differentiates(tiny_model):
-    """Day by day or all at once, a prompt's probabilities differ by rounding alone."""
-    config = small_config(tiny_model, prompt__account="exact")
+@pytest.mark.parametrize("account", ["stepped", "exact"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_table_made_day_by_day_is_that_of_one_evaluation(tiny_model, account, groups):
+    """Values and gradients: rows, days and statistics are those of one pass over all prompts."""
+    config = small_config(tiny_model, prompt__account=account, rollout__start_groups=groups)
     world, policy, days = small_world(config, small_market())
     make_opinionated(policy)
-    evaluate, daily = policy.evaluate, []
-
-    def watched(prompts, statistics=None):
-        table = evaluate(prompts, statistics)
-        if statistics is not None:
-            daily.append((prompts, table.probabilities))
-        return table
-
-    policy.evaluate = watched
     accounts = start_accounts(config.rollout, config.simulator.cash)
     table, batch = rollout(policy, world, days, accounts, config.rollout, 0, PhaseTimer())
-    row_of = {batch.prompts.tokens(row).tobytes(): row for row in range(len(batch.prompts.pairs))}
-    assert len(daily) == config.rollout.num_steps
-    for prompts, probabilities in daily:
-        rows = [row_of[prompts.tokens(row).tobytes()] for row in range(len(prompts.pairs))]
-        np.testing.assert_allclose(probabilities, table.probabilities[rows], atol=2e-6)
+    gradients = []
+    for made in (table, policy.evaluate(batch.prompts)):
+        policy.zero_grad()
+        kept = made.log_probabilities.masked_fill(made.log_probabilities.isinf(), 0.0)
+        (kept.square().sum() + made.value.square().sum()).backward()
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+        np.testing.assert_allclose(made.probabilities, table.probabilities, atol=2e-6)
+        torch.testing.assert_close(made.value, table.value)
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() <= 2e-5 * other.norm()
     assert np.ptp(table.probabilities, axis=0).max() > 0.05
+
+
+@pytest.mark.parametrize("positions", ["long_flat", "long_short"])
+def test_prompts_listed_before_or_met_day_by_day_give_the_same_steps(
+    tiny_model, positions, monkeypatch
+):
+    done = []
+    for all_at_once in (False, True):
+        monkeypatch.setattr(rollout_module, "_MANY_STEPS", 1 if all_at_once else 10**9)
+        settings = {"simulator__positions": positions, "rollout__start_groups": 2}
+        done.append(roll(tiny_model, holey_market(), **settings)[2])
+    for (one, lived), (other, listed) in zip(*done, strict=True):
+        assert len(lived.prompts.pairs) < len(listed.prompts.pairs)
+        for name in ("action", "reward", "terminated", "truncated", "valid"):
+            np.testing.assert_array_equal(getattr(lived, name), getattr(listed, name))
+        for name in ("row", "next_row"):
+            np.testing.assert_allclose(
+                one.probabilities[getattr(lived, name)],
+                other.probabilities[getattr(listed, name)],
+                atol=2e-6,
+            )
+        for batch, table in ((lived, one), (listed, other)):
+            told = table.log_probabilities.numpy()[batch.row, batch.action]
+            np.testing.assert_array_equal(batch.log_probability, told)
 
 
 def test_environments_act_as_often_as_the_table_says(tiny_model):

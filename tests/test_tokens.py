@@ -73,7 +73,6 @@ def test_gguf_equals_transformers(smollm, theirs, text):
 
 
 def test_vocabulary_equals_transformers(smollm, theirs):
-    assert smollm.vocabulary_size == 49152
     assert smollm.backend.get_vocab() == theirs.get_vocab()
     assert smollm.backend.token_to_id("<|im_end|>") == 2
 
@@ -295,5 +294,15 @@ def test_prompt_set_joins_prefix_and_suffix():
     ],
 )
 def test_prompt_set_refuses_what_does_not_fit(change):
-    with pytest.raises(InputError):
+    with pytest.raises(ValueError, match="prompt set"):
         PromptSet(**{**GOOD, **change})
+
+
+def test_a_subset_keeps_the_chosen_prompts_and_the_reference():
+    prompts = PromptSet(**{**GOOD, "reference": ids(1)})
+    some, places = prompts.subset(np.array([2]))
+    assert [some.tokens(row).tolist() for row in range(2)] == [[1, 2, 8, 9], [3, 7]]
+    assert (places.tolist(), some.reference.tolist()) == ([1], [0])
+    assert (some.side.tolist(), some.allowed.tolist()) == ([1, -1], GOOD["allowed"][1:].tolist())
+    alone, places = PromptSet(**{**GOOD, "reference": ids()}).subset(np.array([1]))
+    assert (len(alone.prefixes), len(alone.suffixes), places.tolist()) == (1, 1, [0])

@@ -188,7 +188,8 @@ def test_the_gradient_is_that_of_one_forward_per_environment_step(
     run.policy.zero_grad()
 
     prompts = run.batch.prompts
-    reference = [run.policy._features(one_prompt(prompts, row)) for row in prompts.reference]
+    alone = [one_prompt(prompts, row) for row in prompts.reference]
+    reference = [run.policy._features(one, run.policy.read(one.prefixes)) for one in alone]
     side = torch.from_numpy(prompts.side[prompts.reference]).long() + 1
     statistics = Statistics.of(torch.cat(reference), side)
     tables = [run.policy.evaluate(one_prompt(prompts, row), statistics) for row in rows.tolist()]
@@ -223,7 +224,7 @@ def test_gathering_gives_the_same_gradient_bits_every_time(many_threads):
     seen = set()
     for _ in range(6):
         one, two = logits.clone().requires_grad_(), value.clone().requires_grad_()
-        table = Table(one, two, Statistics(logits[:3], logits[:3]))
+        table = Table(one, two, None)
         gathered, values = _gather(table, rows)
         assert torch.equal(gathered, logits[rows]) and torch.equal(values, value[rows])
         ((gathered * weight).sum() + (values * weight[:, 0]).sum()).backward()
@@ -282,7 +283,7 @@ def test_a_limit_of_0_does_not_clip(tiny_model):
     expected = [p.grad.clone() for p in run.policy.parameters()]
     run.update()
     for parameter, gradient in zip(run.policy.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=5e-6)
 
 
 def test_weight_decay_spares_the_heads(tiny_model):
@@ -318,8 +319,8 @@ def test_epochs_stop_above_the_target_kl(tiny_model, target, epochs):
 @pytest.mark.parametrize("account", ["stepped", "exact"])
 def test_the_divergence_from_the_initial_policy_starts_at_0_and_grows(tiny_model, head, account):
     run = Run(tiny_model, opinionated=False, policy__head=head, prompt__account=account)
-    # To the rounding of softmax: log_softmax of zeros differs from itself in no bit.
-    assert run.update()["kl_initial"] == 0.0
+    # A row of the language model's differs in its last bits with what it is evaluated with.
+    assert run.update()["kl_initial"] == pytest.approx(0.0, abs=1e-7 if head == "lm" else 0.0)
     for step in (1, 2):
         run.collect(step)
         statistics = run.update()
@@ -351,8 +352,8 @@ def test_a_step_lowers_the_loss_and_the_running_statistics_follow(tiny_model, al
     expected = run.table.statistics.mean.detach().clone()
     run.update()
     assert run.loss()[0].item() < before
-    torch.testing.assert_close(run.policy.running.mean, expected)
-    assert int(run.policy.running.count) == 1
+    torch.testing.assert_close(run.policy.running.mean[1:], expected[1:])
+    assert run.policy.running.count.tolist() == [0, 1, 1]
 
 
 def test_a_batch_of_ruined_accounts_alone_teaches_nothing(tiny_model):

@@ -24,6 +24,8 @@ from fastflag.market.tasks import fixed_action_equity, random_equities
 from fastflag.policy.table import Policy
 
 RANDOM_EPISODES = 1000
+# Told apart from the seed of training, whose environments draw the first numbers of its streams.
+_SAMPLED = 0x5A3B_1E00_0000
 
 # (probabilities [B, A], index of the decision) -> actions [B]
 Chooser = Callable[[np.ndarray, int], np.ndarray]
@@ -35,6 +37,7 @@ class Episodes:
 
     equity: np.ndarray  # [B, n], marked at each close
     shares: np.ndarray  # [B, n], held at each close
+    alive: np.ndarray  # [B, n] bool, False from ruin on
     action: np.ndarray  # [B, n - 1] int8
     probabilities: np.ndarray  # [B, n - 1, A]
 
@@ -73,20 +76,24 @@ def run_episodes(
     lived = Episodes(
         np.full((episodes, count), world.simulator.cash),
         np.zeros((episodes, count)),
+        np.ones((episodes, count), bool),
         np.zeros((episodes, count - 1), np.int8),
         np.zeros((episodes, count - 1, len(ACTIONS))),
     )
-    for number in track(range(count - 1)):
-        day = days[number]
-        prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
-        table = policy.evaluate(prompts, policy.running.current())
-        probabilities = table.probabilities[row]
-        action = choose_actions(probabilities, number)
-        simulator.step(world.bars, world.simulator, accounts, np.full(episodes, day), action)
-        lived.probabilities[:, number] = probabilities
-        lived.action[:, number] = action
-        lived.equity[:, number + 1] = accounts.equity
-        lived.shares[:, number + 1] = accounts.shares
+    read = policy.read(world.prompter.prefix(day) for day in days[:-1])
+    with policy.unpacked():
+        for number in track(range(count - 1)):
+            day = days[number]
+            prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
+            table = policy.evaluate(prompts, policy.running.current(), read)
+            probabilities = table.probabilities[row]
+            action = choose_actions(probabilities, number)
+            simulator.step(world.bars, world.simulator, accounts, day, action)
+            lived.probabilities[:, number] = probabilities
+            lived.action[:, number] = action
+            lived.equity[:, number + 1] = accounts.equity
+            lived.shares[:, number + 1] = accounts.shares
+            lived.alive[:, number + 1] = accounts.alive
     return lived
 
 
@@ -116,8 +123,9 @@ def backtest(
     days = period_days(market, config, split)
     episodes = config.backtest_episodes
     best = run_episodes(policy, world, days, 1, greedy, track)
-    sampled = run_episodes(policy, world, days, episodes, sampler(world.seed, episodes), track)
-    random = random_equities(world.bars, config.simulator, days, RANDOM_EPISODES, config.seed)
+    seed = world.seed ^ _SAMPLED
+    sampled = run_episodes(policy, world, days, episodes, sampler(seed, episodes), track)
+    random = random_equities(world.bars, config.simulator, days, RANDOM_EPISODES, world.seed)
     held = fixed_action_equity(world.bars, config.simulator, days, BUY)
     dates = market.dates[days.start : days.stop]
     calendar = calendar_of(market.dates)
@@ -213,7 +221,7 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 def _trades(lived: Episodes, world: World, days: range, dates: np.ndarray) -> list[dict[str, Any]]:
     """The fills by which the first account's position changed sign: the day's open or close, before
-    slippage, and the shares held after it."""
+    slippage, and the shares held after it. Ruin closes an account without one."""
     fill, bars = world.simulator.fill, world.bars
     price = bars.open if fill == "next_open" else bars.close
     delay = 0 if fill == "same_close" else 1
@@ -225,7 +233,7 @@ def _trades(lived: Episodes, world: World, days: range, dates: np.ndarray) -> li
             "price": _number(price[days[number + delay]]),
             "shares": float(lived.shares[0, number + 1]),
         }
-        for number in np.flatnonzero(np.diff(side)).tolist()
+        for number in np.flatnonzero((np.diff(side) != 0) & lived.alive[0, 1:]).tolist()
     ]
 
 

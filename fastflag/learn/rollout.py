@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastflag.config import RolloutConfig, SimulatorConfig
@@ -22,6 +21,8 @@ from fastflag.prompt.template import Prompter
 from fastflag.prompt.tokens import PromptSet, merge
 
 Phase = Callable[[str], AbstractContextManager[None]]
+
+_MANY_STEPS = 2**20
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Batch:
     row: np.ndarray  # [B, H] int32, the state decided in
     next_row: np.ndarray  # [B, H] int32, the state it led to, before any restart
     action: np.ndarray  # [B, H] int8
+    log_probability: np.ndarray  # [B, H] fp32, of the action, as it was drawn
     reward: np.ndarray  # [B, H] float64
     terminated: np.ndarray  # [B, H] bool
     truncated: np.ndarray  # [B, H] bool
@@ -104,21 +106,33 @@ def rollout(
         )
         for number, group_accounts in enumerate(accounts)
     ]
-    if world.prompter.config.account == "exact":
-        with phase("rollout"), torch.no_grad():
-            prompts, parts = _daily(policy, world, groups)
-        with phase("evaluate"):
-            table = policy.evaluate(prompts)
+    if _goes_day_by_day(policy, world, config):
+        table, prompts, parts = _day_by_day(policy, world, groups, phase)
     else:
         with phase("evaluate"):
             prompts, row_of = _reachable_prompts(world, groups)
             table = policy.evaluate(prompts)
         with phase("rollout"):
+            told = table.log_probabilities.detach().cpu().numpy()
             cdf = table.probabilities.cumsum(1)
-            parts = [_from_table(world, group, cdf, row_of) for group in groups]
-    initial = policy.initial_log_probabilities(prompts)
+            parts = [_from_table(world, group, told, cdf, row_of) for group in groups]
+    with phase("evaluate"):
+        initial = policy.initial_log_probabilities(prompts)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return table, Batch(prompts, initial, **joined)
+
+
+def _goes_day_by_day(policy: Policy, world: World, config: RolloutConfig) -> bool:
+    """Whether prompts are evaluated as they are visited, and not all that can be reached at once.
+
+    Exact accounts can't be listed. Of stepped ones 256 environments visit a third of what they
+    could reach (63 days of AAPL): on a CPU, where work costs more than calls, that is a third of
+    the work. A GPU takes one large call in less time than many small ones, and of a million steps
+    few prompts are left out.
+    """
+    if world.prompter.config.account == "exact":
+        return True
+    return policy.device.type == "cpu" and config.num_envs * config.num_steps < _MANY_STEPS
 
 
 def prompts_now(
@@ -132,7 +146,7 @@ def prompts_now(
     present = np.zeros((1, simulator.CODES), dtype=bool)
     present[0, codes] = True
     prompts, row_of = prompter.stepped_prompts([day], present)
-    return prompts, row_of[day, codes]
+    return prompts, row_of[0, codes]
 
 
 def choose(probabilities: np.ndarray, uniform: np.ndarray) -> np.ndarray:
@@ -145,7 +159,8 @@ def choose(probabilities: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 
 
 def _reachable_prompts(world: World, groups: list[_Group]) -> tuple[PromptSet, np.ndarray]:
-    """Every (day, account text) that any environment could show, known before the policy acts."""
+    """Every (day, account text) that any environment could show, known before the policy acts, and
+    the row of each, [T, CODES]."""
     reached: dict[int, np.ndarray] = {}
     for group in groups:
         for days, accounts in _episodes(world, group):
@@ -158,7 +173,10 @@ def _reachable_prompts(world: World, groups: list[_Group]) -> tuple[PromptSet, n
     codes = simulator.account_code(world.bars, accounts, of_day)
     reference = np.zeros_like(present)
     reference[np.searchsorted(days, of_day), codes] = True
-    return world.prompter.stepped_prompts(days, present, reference)
+    prompts, row_of = world.prompter.stepped_prompts(days, present, reference)
+    of_day = np.full((len(world.bars), simulator.CODES), -1, np.int32)
+    of_day[days] = row_of
+    return prompts, of_day
 
 
 def _episodes(world: World, group: _Group) -> list[tuple[range, Accounts]]:
@@ -175,7 +193,11 @@ def _episodes(world: World, group: _Group) -> list[tuple[range, Accounts]]:
 
 
 def _from_table(
-    world: World, group: _Group, cdf: np.ndarray, row_of: np.ndarray
+    world: World,
+    group: _Group,
+    log_probabilities: np.ndarray,
+    cdf: np.ndarray,
+    row_of: np.ndarray,
 ) -> dict[str, np.ndarray]:
     part = simulator.rollout(
         world.bars,
@@ -189,76 +211,140 @@ def _from_table(
         group.first_env,
         group.first_step,
     )
-    return part | {"truncated": np.broadcast_to(group.last, part["row"].shape)}
+    return part | {
+        "log_probability": log_probabilities[part["row"], part["action"]],
+        "truncated": np.broadcast_to(group.last, part["row"].shape),
+    }
 
 
-def _daily(
-    policy: Policy, world: World, groups: list[_Group]
-) -> tuple[PromptSet, list[dict[str, np.ndarray]]]:
-    """Day by day, for accounts whose texts can't be listed before they are lived.
+class _Visited:
+    """The prompts met so far in a rollout, each evaluated once, all by one pass over the days and
+    with the same statistics."""
 
-    Features are centred on the reference prompts of all the days to come, as the update does.
-    So the probabilities drawn from are the table's but for the rounding of smaller products.
-    """
-    reference = _exact_reference(world, groups)
-    statistics = policy.evaluate(reference).statistics
-    sets: list[tuple[PromptSet, np.ndarray]] = []
-    parts = []
-    for group in groups:
-        count, steps = len(group.accounts.cash), len(group.day)
-        part = {
-            "row": np.zeros((count, steps), np.int32),
-            "next_row": np.zeros((count, steps), np.int32),
-            "action": np.zeros((count, steps), np.int8),
-            "reward": np.zeros((count, steps)),
-            "terminated": np.zeros((count, steps), bool),
-            "valid": np.zeros((count, steps), bool),
-            "truncated": np.broadcast_to(group.last, (count, steps)),
-            # Which set a step's rows are of, until they are merged.
-            "set": np.zeros(steps, np.int64),
-            "next_set": np.zeros(steps, np.int64),
-        }
-        environments = group.first_env + np.arange(count)
-        for step in range(steps):
-            day = int(group.day[step])
-            if group.restart[step]:
-                group.accounts.reset(np.ones(count, bool))
-            if step == 0 or group.restart[step]:
-                sets.append(prompts_now(world.prompter, world.bars, group.accounts, day))
-            prompts, row = sets[-1]
-            probabilities = policy.evaluate(prompts, statistics).probabilities[row]
-            uniform = simulator.uniform(world.seed, environments, group.first_step + step)
-            part["set"][step] = len(sets) - 1
-            part["row"][:, step] = row
-            part["valid"][:, step] = group.accounts.alive
-            part["action"][:, step] = choose(probabilities, uniform)
-            part["reward"][:, step], part["terminated"][:, step] = simulator.step(
-                world.bars,
-                world.simulator,
-                group.accounts,
-                np.full(count, day),
-                part["action"][:, step].copy(),
-            )
-            sets.append(prompts_now(world.prompter, world.bars, group.accounts, day + 1))
-            part["next_set"][step] = len(sets) - 1
-            part["next_row"][:, step] = sets[-1][1]
-        parts.append(part)
-    merged, rows = merge([*(prompts for prompts, _ in sets), reference])
+    def __init__(self, policy: Policy, reference: PromptSet):
+        self._policy = policy
+        self._days = policy.read(reference.prefixes)
+        self._sets = [reference]
+        self._tables = [policy.evaluate(reference, days=self._days)]
+        self._row_of = {key: row for row, key in enumerate(reference.keys())}
+        self.probabilities = self._tables[0].probabilities
+        """[U, A] of the rows so far, as in `Table`."""
+
+    def rows(self, prompts: PromptSet) -> np.ndarray:
+        """The row of each prompt [n] in the table to come; those not met before are evaluated."""
+        keys = prompts.keys()
+        new = [number for number, key in enumerate(keys) if key not in self._row_of]
+        if new:
+            some, _ = prompts.subset(np.array(new))
+            table = self._policy.evaluate(some, self._tables[0].statistics, self._days)
+            self._sets.append(some)
+            self._tables.append(table)
+            self._row_of |= {keys[number]: len(self._row_of) + n for n, number in enumerate(new)}
+            self.probabilities = np.concatenate([self.probabilities, table.probabilities])
+        return np.array([self._row_of[key] for key in keys])
+
+    def table(self) -> tuple[Table, PromptSet]:
+        """All rows, with their gradient, and the prompts that they are of."""
+        return Table.joined(self._tables), merge(self._sets)[0]
+
+
+def _day_by_day(
+    policy: Policy, world: World, groups: list[_Group], phase: Phase
+) -> tuple[Table, PromptSet, list[dict[str, np.ndarray]]]:
+    """Evaluates the prompts of a day when its accounts are known."""
+    with phase("evaluate"):
+        visited = _Visited(policy, _reference_prompts(world, groups))
+    parts = [_empty_part(group) for group in groups]
+    now: list[np.ndarray] = [np.empty(0)] * len(groups)  # the rows that accounts are in, [B] each
+    with policy.unpacked():
+        for step in range(len(groups[0].day)):
+            for group in groups:
+                group.accounts.reset(np.full(len(group.accounts), group.restart[step]))
+            fresh = [n for n, group in enumerate(groups) if step == 0 or group.restart[step]]
+            with phase("evaluate"):
+                _observe(visited, world, groups, fresh, step, 0, now)
+            with phase("rollout"):
+                for group, part, row in zip(groups, parts, now, strict=True):
+                    part["row"][:, step] = row
+                    _act(world, group, part, step, visited.probabilities)
+            with phase("evaluate"):
+                _observe(visited, world, groups, list(range(len(groups))), step, 1, now)
+            for part, row in zip(parts, now, strict=True):
+                part["next_row"][:, step] = row
+    with phase("evaluate"):
+        table, prompts = visited.table()
+    told = table.log_probabilities.detach().cpu().numpy()
     for part in parts:
-        for name in ("", "next_"):
-            owners = part.pop(f"{name}set")
-            for step, owner in enumerate(owners):
-                part[f"{name}row"][:, step] = rows[owner][part[f"{name}row"][:, step]]
-    return merged, parts
+        part["log_probability"] = told[part["row"], part["action"]]
+    return table, prompts, parts
 
 
-def _exact_reference(world: World, groups: list[_Group]) -> PromptSet:
-    """The prompts that centre the features of exact accounts, all of them reference."""
-    days = sorted({day for group in groups for days, _ in _episodes(world, group) for day in days})
-    accounts, of_day = reference_accounts(world.bars, world.simulator, days)
+def _observe(
+    visited: _Visited,
+    world: World,
+    groups: list[_Group],
+    chosen: list[int],
+    step: int,
+    ahead: int,
+    now: list[np.ndarray],
+) -> None:
+    """Puts into `now` the rows of what the accounts of each chosen group show at its day of `step`,
+    or at the next one (`ahead` 1)."""
+    if not chosen:
+        return
+    bars, prompter = world.bars, world.prompter
+    days = [int(groups[number].day[step]) + ahead for number in chosen]
+    accounts = [groups[number].accounts for number in chosen]
     sets = [
-        world.prompter.exact_prompts(day, accounts.take(np.flatnonzero(of_day == day)))[0]
-        for day in days
+        prompts_now(prompter, bars, some, day) for some, day in zip(accounts, days, strict=True)
+    ]
+    prompts, places = merge([prompts for prompts, _ in sets])
+    rows = visited.rows(prompts)
+    for number, (_, row), place in zip(chosen, sets, places, strict=True):
+        now[number] = rows[place[row]]
+
+
+def _empty_part(group: _Group) -> dict[str, np.ndarray]:
+    shape = (len(group.accounts), len(group.day))
+    return {
+        "row": np.zeros(shape, np.int32),
+        "next_row": np.zeros(shape, np.int32),
+        "action": np.zeros(shape, np.int8),
+        "reward": np.zeros(shape),
+        "terminated": np.zeros(shape, bool),
+        "valid": np.zeros(shape, bool),
+        "truncated": np.broadcast_to(group.last, shape),
+    }
+
+
+def _act(
+    world: World, group: _Group, part: dict[str, np.ndarray], step: int, probabilities: np.ndarray
+) -> None:
+    """One step of a group from the rows of `probabilities` that its accounts are in."""
+    environments = group.first_env + np.arange(len(group.accounts))
+    uniform = simulator.uniform(world.seed, environments, group.first_step + step)
+    part["valid"][:, step] = group.accounts.alive
+    action = choose(probabilities[part["row"][:, step]], uniform)
+    part["reward"][:, step], part["terminated"][:, step] = simulator.step(
+        world.bars, world.simulator, group.accounts, group.day[step], action
+    )
+    # What a closed account does is Hold, as in a rollout from the table.
+    part["action"][:, step] = np.where(part["valid"][:, step], action, simulator.HOLD)
+
+
+def _lived_days(world: World, groups: list[_Group]) -> list[int]:
+    return sorted({day for group in groups for days, _ in _episodes(world, group) for day in days})
+
+
+def _reference_prompts(world: World, groups: list[_Group]) -> PromptSet:
+    """The prompts that centre the features of a rollout, all of them reference; of every day that
+    it sees there is one at least."""
+    days = _lived_days(world, groups)
+    accounts, of_day = reference_accounts(world.bars, world.simulator, days)
+    of_each = [accounts.take(np.flatnonzero(of_day == day)) for day in days]
+    sets = [
+        prompts_now(world.prompter, world.bars, some, day)[0]
+        for some, day in zip(of_each, days, strict=True)
     ]
     prompts, _ = merge(sets)
     return replace(prompts, reference=np.arange(len(prompts.pairs), dtype=np.int32))

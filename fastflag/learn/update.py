@@ -86,8 +86,8 @@ def update(
     """Steps the optimiser over the batch and returns the mean statistics of its gradient steps.
 
     The first step differentiates `table`, the very forward that the rollout read: its ratios are
-    exactly 1. Later steps evaluate anew. `seed` shuffles the minibatches. A batch in which every
-    account was ruined before its first step teaches nothing: zeros.
+    exactly 1. Later steps evaluate the visited prompts anew. `seed` shuffles the minibatches. A
+    batch in which every account was ruined before its first step teaches nothing: zeros.
     """
     rows, samples = _samples(table, batch, advantage)
     if not len(rows):
@@ -96,15 +96,18 @@ def update(
     size = config.minibatch_size or len(rows)
     generator = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
-    current: Table | None = table
+    visited, place = np.unique(rows.cpu().numpy(), return_inverse=True)
+    prompts, places = batch.prompts.subset(visited)
+    rows_of_subset = torch.from_numpy(places[place]).to(rows.device)
     for _ in range(config.update_epochs):
         for index in _minibatches(len(rows), size, generator):
-            current = current or policy.evaluate(batch.prompts)
-            chosen = _gather(current, rows[index])
+            if history:
+                chosen = _gather(policy.evaluate(prompts), rows_of_subset[index])
+            else:
+                chosen = _gather(table, rows[index])
             loss, statistics = loss_of(*chosen, samples.take(index), config)
             statistics["grad_norm"] = _step(policy, optimizer, loss, config.max_grad_norm)
             history.append(statistics)
-            current = None
         if config.target_kl and history[-1]["kl"] > config.target_kl:
             break
     means = {key: float(np.mean([entry[key] for entry in history])) for key in history[0]}
@@ -123,9 +126,9 @@ def _samples(table: Table, batch: Batch, advantage: np.ndarray) -> tuple[Tensor,
 
     rows, action = flat(batch.row, torch.int64), flat(batch.action, torch.int64)
     value, advantage = table.value.detach()[rows], flat(advantage, torch.float32)
-    chosen = table.log_probabilities.detach()[rows].gather(1, action[:, None])[:, 0]
     target = advantage + value
-    return rows, Samples(action, advantage, target, chosen, value, batch.initial[rows])
+    drawn = flat(batch.log_probability, torch.float32)
+    return rows, Samples(action, advantage, target, drawn, value, batch.initial[rows])
 
 
 def _gather(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,56 +19,61 @@ from torch.nn.functional import embedding
 
 SIDES = 3
 """Short, flat and long, in this order; `side` is an index into them, int64."""
+_FLAT = 1
 _EPSILON = 1e-6
 _MLP_WIDTH = 64
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each feature over a reference batch, [SIDES, C], fp32."""
+    """Of each feature over a reference batch: a mean for each side, and the standard deviation
+    from it over all sides, because a side of a few rows would have one near 0."""
 
-    mean: Tensor
-    deviation: Tensor
+    mean: Tensor  # [SIDES, C] fp32
+    deviation: Tensor  # [C] fp32
+    known: Tensor  # [SIDES] bool: sides that had a row; the others have the mean of all
 
     @staticmethod
     def of(reference: Tensor, side: Tensor) -> "Statistics":
-        """reference [R, C], side [R] -> population statistics; gradients pass through.
-
-        A side that has no row takes the statistics of all rows.
-        """
+        """reference [R, C], side [R] -> population statistics; gradients pass through."""
         parts = [reference[side == one] for one in range(SIDES)]
-        parts = [part if len(part) else reference for part in parts]
-        mean = torch.stack([part.mean(0) for part in parts])
-        variance = [(part - at).pow(2).mean(0) for part, at in zip(parts, mean, strict=True)]
-        return Statistics(mean, (torch.stack(variance) + _EPSILON).sqrt())
+        mean = torch.stack([(part if len(part) else reference).mean(0) for part in parts])
+        variance = (reference - embedding(side, mean)).pow(2).mean(0)
+        known = torch.tensor([len(part) > 0 for part in parts], device=reference.device)
+        return Statistics(mean, (variance + _EPSILON).sqrt(), known)
 
     def centre(self, features: Tensor, side: Tensor) -> Tensor:
         """features [U, C], side [U] -> [U, C]"""
-        return (features - embedding(side, self.mean)) / embedding(side, self.deviation)
+        return (features - embedding(side, self.mean)) / self.deviation
 
 
 class RunningStatistics(nn.Module):
     """Statistics for decisions, where no reference batch is at hand: an exponential average of the
-    training batches' ones, kept in the checkpoint."""
+    training batches' ones, kept in the checkpoint. A side never met has the mean of flat accounts.
+    """
 
     momentum = 0.1
 
     def __init__(self, width: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(SIDES, width))
-        self.register_buffer("deviation", torch.ones(SIDES, width))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("deviation", torch.ones(width))
+        # Batches that knew each side.
+        self.register_buffer("count", torch.zeros(SIDES, dtype=torch.int64))
 
     @torch.no_grad()
     def track(self, batch: Statistics) -> None:
         """Moves towards `batch`: a plain mean at first, so that the start's zeros don't count."""
-        self.count += 1
-        weight = max(self.momentum, 1.0 / int(self.count))
-        self.mean.lerp_(batch.mean, weight)
-        self.deviation.lerp_(batch.deviation, weight)
+        self.count += batch.known
+        weight = (1.0 / self.count.clamp(min=1)).clamp(min=self.momentum)
+        self.mean.lerp_(batch.mean, (weight * batch.known)[:, None])
+        # Flat accounts are in every batch.
+        self.deviation.lerp_(batch.deviation, weight[_FLAT])
 
     def current(self) -> Statistics:
-        return Statistics(self.mean, self.deviation)
+        known = self.count > 0
+        mean = torch.where(known[:, None], self.mean, self.mean[_FLAT])
+        return Statistics(mean, self.deviation, known)
 
 
 class Head(nn.Module):

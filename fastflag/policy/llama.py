@@ -5,7 +5,7 @@ sees a suffix: it is computed once, and each suffix attends to its prefix's keys
 itself, its positions going on where the prefix ends. One softmax spans both.
 
 Shapes: D prefixes, P prefix tokens, U prompts, S suffix tokens, C width, H query heads, G key/value
-heads, E head size. Both batches are padded on the right; padding is never attended to.
+heads, E head size. Both batches are padded on the right; attention is causal, so no token sees it.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from fastflag.policy.model_config import ModelConfig
 from fastflag.policy.weights import Weights
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one layer's prefixes, each [D, G, P, E]."""
+"""Keys and values of one prefix in one layer, each [G, P, E]."""
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each [N or 1, 1, T, E / 2]."""
@@ -72,7 +72,8 @@ class Block(nn.Module):
             matrix = weights.tensor(f"model.layers.{index}.{name}.weight", dtype)
             setattr(self, short, make_linear(matrix, optional(f"{name}.bias")))
 
-    def keys_values(self, normed: Tensor, rotary: Rotary) -> KeysValues:
+    def keys_values(self, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """normed [N, T, C] -> keys and values, each [N, G, T, E]"""
         key = self._heads(self.k(normed), self.config.kv_heads, self.k_norm)
         value = self._heads(self.v(normed), self.config.kv_heads, None)
         return ops.rotate(key, *rotary), value
@@ -97,13 +98,13 @@ class Block(nn.Module):
 
 
 def prefix_pass(
-    blocks: Sequence[Block], x: Tensor, keys_values_only: bool = False
-) -> tuple[Tensor, list[KeysValues]]:
-    """Runs prefixes x [D, P, C] through `blocks`.
+    blocks: Sequence[Block], x: Tensor, lengths: Sequence[int], keys_values_only: bool = False
+) -> tuple[Tensor, list[list[KeysValues]]]:
+    """Runs prefixes x [D, P, C] of `lengths` [D] through `blocks`.
 
-    Returns their hidden states [D, P, C] and each layer's keys and values. With `keys_values_only`
-    the last layer stops at its keys and values, which is all that suffixes read of it; the hidden
-    states returned are then that layer's input.
+    Returns their hidden states [D, P, C] and the keys and values of each layer and prefix, without
+    padding. With `keys_values_only` the last layer stops at its keys and values, which is all that
+    suffixes read of it; the hidden states returned are then that layer's input.
     """
     if not blocks:
         return x, []
@@ -113,7 +114,8 @@ def prefix_pass(
     for number, block in enumerate(blocks):
         normed = block.norm(x)
         key, value = block.keys_values(normed, rotary)
-        collected.append((key, value))
+        days = zip(key.unbind(), value.unbind(), lengths, strict=True)
+        collected.append([(k[:, :length], v[:, :length]) for k, v, length in days])
         if keys_values_only and number == len(blocks) - 1:
             break
         x = block.finish(x, ops.causal_attention(block.query(normed, rotary), key, value))
@@ -122,63 +124,51 @@ def prefix_pass(
 
 @dataclass(frozen=True)
 class SuffixLayout:
-    """Where the tokens of padded suffixes [U, S] stand, and what they may attend to."""
+    """Where the tokens of padded suffixes [U, S] stand; those of one prefix follow one another."""
 
-    prefix: Tensor  # [U] int64, row of the prefix of each prompt
+    counts: Sequence[int]  # suffixes of each prefix
     last: Tensor  # [U] int64, place of the last token in the suffix
     positions: Tensor  # [U, S] int64
-    mask: Tensor  # [U, 1, S, P + S] bool: keys of the prefix, then of the suffix itself
 
     @staticmethod
     def build(
-        prefix: Tensor, prefix_lengths: Tensor, suffix_lengths: Tensor, size: int
+        counts: Sequence[int], prefix_lengths: Sequence[int], suffix_lengths: Tensor, size: int
     ) -> "SuffixLayout":
-        """prefix [U] int64; prefix_lengths [D] and suffix_lengths [U] int64, each at least 1; size
-        is S, the padded suffix length."""
-        device = prefix.device
-        own = torch.arange(size, device=device)
-        start = prefix_lengths[prefix]
-        shared = torch.arange(int(prefix_lengths.max()), device=device)[None] < start[:, None]
-        causal = own[None, :] <= own[:, None]
-        count = len(prefix)
-        mask = torch.cat(
-            (shared[:, None, :].expand(count, size, -1), causal[None].expand(count, -1, -1)), dim=-1
-        )
-        return SuffixLayout(prefix, suffix_lengths - 1, start[:, None] + own, mask[:, None])
+        """counts and prefix_lengths, one a prefix; suffix_lengths [U] int64; size is S."""
+        device = suffix_lengths.device
+        starts = torch.tensor(prefix_lengths, device=device)
+        starts = starts.repeat_interleave(torch.tensor(counts, device=device))
+        positions = starts[:, None] + torch.arange(size, device=device)
+        return SuffixLayout(counts, suffix_lengths - 1, positions)
 
 
 def suffix_pass(
     blocks: Sequence[Block],
     x: Tensor,
-    prefixes: Sequence[KeysValues],
+    prefixes: Sequence[Sequence[KeysValues]],
     layout: SuffixLayout,
     last_only: bool = False,
 ) -> Tensor:
-    """Runs suffixes x [U, S, C] through `blocks` on top of their prefixes' keys and values.
+    """Runs suffixes x [U, S, C] through `blocks` on top of `prefixes`, the keys and values of each
+    layer and prefix.
 
     Returns hidden states [U, S, C], or [U, C] of the last tokens with `last_only`: the last layer
     then computes queries, output and MLP for those alone.
     """
     if not blocks:
         return x
-    rows = torch.arange(len(x), device=x.device)
-    rotary, mask = rotary_tables(blocks[0].config, layout.positions, x.dtype), layout.mask
-    for number, (block, (prefix_key, prefix_value)) in enumerate(
-        zip(blocks, prefixes, strict=True)
-    ):
+    rows, places = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
+    rotary = rotary_tables(blocks[0].config, layout.positions, x.dtype)
+    visible = (places[None, :] <= places[:, None])[None]
+    for number, (block, keys_values) in enumerate(zip(blocks, prefixes, strict=True)):
         normed = block.norm(x)
         own_key, own_value = block.keys_values(normed, rotary)
         if last_only and number == len(blocks) - 1:
             x, normed = x[rows, layout.last][:, None], normed[rows, layout.last][:, None]
             rotary = tuple(table[rows, :, layout.last][:, None] for table in rotary)
-            mask = mask[rows, :, layout.last][:, None]
-        # index_select adds up its gradient in order; that of `key[rows]` adds from several threads
-        # at once, in an order that no two runs share.
-        attended = ops.masked_attention(
-            block.query(normed, rotary),
-            torch.cat((prefix_key.index_select(0, layout.prefix), own_key), dim=2),
-            torch.cat((prefix_value.index_select(0, layout.prefix), own_value), dim=2),
-            mask,
+            visible = (places[None, :] <= layout.last[:, None])[:, None]
+        attended = ops.prefix_attention(
+            block.query(normed, rotary), own_key, own_value, visible, keys_values, layout.counts
         )
         x = block.finish(x, attended)
     return x[:, 0] if last_only else x

@@ -23,11 +23,12 @@ class FrozenLinear(nn.Module):
     @contextmanager
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
         """Inside, the matrix lies ready in `dtype`; else each forward makes it anew."""
-        self._matrix = self._in(dtype)
+        before = self._matrix
+        self._matrix = self._in(dtype) if before is None else before
         try:
             yield
         finally:
-            self._matrix = None
+            self._matrix = before
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,6 +51,13 @@ def unpacked(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             if isinstance(module, FrozenLinear):
                 stack.enter_context(module.unpacked(dtype))
         yield
+
+
+def matrix_numbers(layer: nn.Module) -> int:
+    """How many numbers the frozen matrices of `layer` hold."""
+    return sum(
+        math.prod(module.shape) for module in layer.modules() if isinstance(module, FrozenLinear)
+    )
 
 
 class TrainedLinear(nn.Module):

@@ -51,10 +51,6 @@ class NF4Weight:
     def to(self, device: torch.device | str) -> "NF4Weight":
         return NF4Weight(self.packed.to(device), self.absmax.to(device), self.shape)
 
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.absmax.nbytes
-
 
 def _bitsandbytes() -> ModuleType:
     # Imported on use, for it is slow; and on CPUs with AVX512-BF16 it warns that the `kernels`

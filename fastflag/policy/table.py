@@ -4,9 +4,10 @@ Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
 """
 
 import hashlib
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,7 +32,13 @@ from fastflag.policy.llama import (
     prefix_pass,
     suffix_pass,
 )
-from fastflag.policy.lora import FrozenLinear, LoRALinear, TrainedLinear, unpacked
+from fastflag.policy.lora import (
+    FrozenLinear,
+    LoRALinear,
+    TrainedLinear,
+    matrix_numbers,
+    unpacked,
+)
 from fastflag.policy.quant import NF4Weight
 from fastflag.policy.trunk_cache import TrunkCache
 from fastflag.policy.weights import Weights
@@ -58,11 +65,28 @@ class Table:
     value: Tensor  # [U] fp32
     statistics: Statistics  # those that centred the features
 
-    @property
+    @staticmethod
+    def joined(tables: Sequence["Table"]) -> "Table":
+        """The rows of tables that the same statistics centre, one after another."""
+        return Table(
+            torch.cat([table.log_probabilities for table in tables]),
+            torch.cat([table.value for table in tables]),
+            tables[0].statistics,
+        )
+
+    @cached_property
     def probabilities(self) -> np.ndarray:
         """[U, A] float64, without gradient, each row's sum 1."""
         wide = self.log_probabilities.detach().double().exp().cpu().numpy()
         return wide / wide.sum(1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Days:
+    """Prefixes that a policy has read: what suffixes attend to in the top layers, with gradient."""
+
+    place: dict[bytes, int]  # of each prefix, by its digest
+    keys_values: list[list[KeysValues]]  # of each top layer and prefix
 
 
 @dataclass
@@ -78,7 +102,8 @@ class _SuffixWork:
 class _DayWork:
     """One day's texts on their way through the trunk."""
 
-    prefix: Tensor | None  # [1, P, C]
+    length: int
+    prefix: Tensor | None  # [1, P, C]; None where keys and values are kept
     keys_values: list[KeysValues]  # of each layer passed
     suffixes: list[_SuffixWork]
 
@@ -129,16 +154,29 @@ class Policy(nn.Module):
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
-        self._initial_rows: dict[Hashable, Tensor] = {}
+        self._resident: ExitStack | None = None
 
-    def evaluate(self, prompts: PromptSet, statistics: Statistics | None = None) -> Table:
+    def read(self, prefixes: Iterable[np.ndarray]) -> Days:
+        """The top layers' pass over prefixes, which `evaluate` then goes on from, prompts by
+        prompts; with gradient where enabled."""
+        tokens = {_digest(prefix): prefix for prefix in prefixes}
+        hidden = self._prefix_states(tokens)
+        lengths = [len(states) for states in hidden]
+        padded = pad_sequence(hidden, batch_first=True)
+        _, keys_values = prefix_pass(self.top, padded, lengths, keys_values_only=True)
+        return Days({digest: place for place, digest in enumerate(tokens)}, keys_values)
+
+    def evaluate(
+        self, prompts: PromptSet, statistics: Statistics | None = None, days: Days | None = None
+    ) -> Table:
         """One pass of the top layers over the distinct prompts, with gradient where enabled.
 
         `statistics` centre the features; None takes those of `prompts.reference`, with gradient.
-        Which other prompts are in the set never changes a row. Raises ValueError where there are
-        neither statistics nor a reference, InputError for a prompt that the model can't read.
+        `days` holds every prefix, where they have been read. Which other prompts are in the set
+        never changes a row. Raises ValueError where there are neither statistics nor a reference,
+        InputError for a prompt that the model can't read.
         """
-        features = self._features(prompts)
+        features = self._features(prompts, days or self.read(prompts.prefixes))
         side = torch.from_numpy(prompts.side).long().to(self.device) + 1
         if statistics is None:
             if not len(prompts.reference):
@@ -159,20 +197,18 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def initial_log_probabilities(self, prompts: PromptSet) -> Tensor:
-        """The untrained policy's log-probabilities, [U, A]; kept by content.
+        """The untrained policy's log-probabilities, [U, A].
 
         With an action head they are uniform over the allowed actions, because its last layer
-        starts at zero; with the language-model head they are the model's own.
+        starts at zero; with the language-model head they are the model's own. Those are not kept
+        by content: a row's last bits depend on what it was evaluated with, and a resumed run would
+        evaluate it with other prompts.
         """
         allowed = torch.from_numpy(prompts.allowed).to(self.device)
         if self.action_head is not None:
             return masked_log_softmax(torch.zeros(allowed.shape, device=self.device), allowed)
-        keys = list(zip(_keys(prompts), map(bytes, prompts.allowed), strict=True))
-        if any(key not in self._initial_rows for key in keys):
-            with self._as_initialised():
-                rows = self.evaluate(prompts).log_probabilities
-            self._initial_rows.update(zip(keys, rows, strict=True))
-        return torch.stack([self._initial_rows[key] for key in keys])
+        with self._as_initialised():
+            return self.evaluate(prompts).log_probabilities
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(parameters of the trained layers, parameters of the heads)."""
@@ -181,21 +217,25 @@ class Policy(nn.Module):
             heads += self.action_head.parameters()
         return list(self.top.parameters()), heads
 
-    def _features(self, prompts: PromptSet) -> Tensor:
+    def _features(self, prompts: PromptSet, days: Days) -> Tensor:
         """Last-token states under the final norm, [U, C] fp32."""
         self._check_lengths(prompts)
-        prefix_hidden, suffix_hidden = self._trunk_states(prompts)
-        prefixes = pad_sequence(prefix_hidden, batch_first=True)
-        suffixes = pad_sequence(suffix_hidden, batch_first=True)
+        places = np.array([days.place[_digest(tokens)] for tokens in prompts.prefixes])
+        of_row = places[prompts.pairs[:, 0]]
+        order = np.argsort(of_row, kind="stable")
+        present, counts = np.unique(of_row, return_counts=True)
+        keys_values = [[layer[day] for day in present] for layer in days.keys_values]
+        states = self._suffix_states(prompts)
+        suffixes = pad_sequence([states[row] for row in order], batch_first=True)
         layout = SuffixLayout.build(
-            torch.from_numpy(prompts.pairs[:, 0]).long().to(self.device),
-            _lengths(prefix_hidden, self.device),
-            _lengths(suffix_hidden, self.device),
+            counts.tolist(),
+            [key.shape[1] for key, _ in keys_values[0]],
+            _lengths([states[row] for row in order], self.device),
             suffixes.shape[1],
         )
-        _, keys_values = prefix_pass(self.top, prefixes, keys_values_only=True)
         last = suffix_pass(self.top, suffixes, keys_values, layout, last_only=True)
-        return ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+        features = ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+        return features.index_select(0, torch.from_numpy(np.argsort(order)).to(self.device))
 
     def _check_lengths(self, prompts: PromptSet) -> None:
         sizes = [np.array([*map(len, texts)]) for texts in (prompts.prefixes, prompts.suffixes)]
@@ -206,75 +246,111 @@ class Policy(nn.Module):
                 "--news-tokens or --window, prompts"
             )
 
+    @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """Inside, a trunk's layer once unpacked stays so, where all fit into the cache's budget:
+        a pass over a few prompts takes less time than unpacking the matrices for it."""
+        numbers = sum(matrix_numbers(block) for block in self.trunk)
+        if numbers * self.dtype.itemsize > self.cache.budget_bytes:
+            yield
+            return
+        try:
+            with ExitStack() as self._resident:
+                yield
+        finally:
+            self._resident = None
+
     @torch.no_grad()
-    def _trunk_states(self, prompts: PromptSet) -> tuple[list[Tensor], list[Tensor]]:
-        """What the frozen layers make of each prefix [P, C] and of each prompt's suffix [S, C].
+    def _prefix_states(self, prefixes: dict[bytes, np.ndarray]) -> list[Tensor]:
+        """What the frozen layers make of each prefix, [P, C]."""
+        states = {digest: self.cache.get(("hidden", digest)) for digest in prefixes}
+        missing = [digest for digest, kept in states.items() if kept is None]
+        for some in _chunks(missing, _TRUNK_DAYS):
+            work = [self._unread(prefixes[digest]) for digest in some]
+            self._run_trunk(work)
+            for digest, done in zip(some, work, strict=True):
+                states[digest] = self._keep(digest, done)
+        return [state for (state,) in states.values()]
+
+    @torch.no_grad()
+    def _suffix_states(self, prompts: PromptSet) -> list[Tensor]:
+        """What the frozen layers make of each prompt's suffix, [S, C].
 
         Days go one by one and suffixes by padded length, so that a text's activations have the same
         bits whatever it is batched with: a resumed run, whose cache is cold, repeats the
         uninterrupted one exactly.
         """
         keys = _keys(prompts)
-        suffixes = [self.cache.get(key) for key in keys]
+        states = [self.cache.get(key) for key in keys]
         missing: dict[int, dict[int, list[int]]] = {}
         for row, (day, text) in enumerate(prompts.pairs.tolist()):
-            if suffixes[row] is None:
+            if states[row] is None:
                 size = _round_up(len(prompts.suffixes[text]), _SUFFIX_MULTIPLE)
                 missing.setdefault(day, {}).setdefault(size, []).append(row)
-        digests = [_digest(tokens) for tokens in prompts.prefixes]
-        prefixes = [self.cache.get(("hidden", digest)) for digest in digests]
-        days = [day for day in range(len(prefixes)) if prefixes[day] is None or day in missing]
-        for some in _chunks(days, _TRUNK_DAYS):
-            work = [
-                self._day_work(prompts, day, digests[day], missing.get(day, {})) for day in some
-            ]
+        for some in _chunks(list(missing), _TRUNK_DAYS):
+            work = [self._day_work(prompts.prefixes[day]) for day in some]
+            for day, todo in zip(some, work, strict=True):
+                self._add_suffixes(todo, prompts, missing[day])
             self._run_trunk(work)
             for day, done in zip(some, work, strict=True):
                 if done.prefix is not None:
-                    prefixes[day] = (done.prefix[0],)
-                    self.cache.put(("hidden", digests[day]), done.prefix[0])
-                    flat = [tensor for pair in done.keys_values for tensor in pair]
-                    self.cache.put(("keys_values", digests[day]), *flat)
+                    self._keep(_digest(prompts.prefixes[day]), done)
                 for texts in done.suffixes:
                     lasts = texts.layout.last.tolist()
-                    for row, states, last in zip(texts.rows, texts.hidden, lasts, strict=True):
-                        suffixes[row] = (states[: last + 1].clone(),)
-                        self.cache.put(keys[row], *suffixes[row])
-        return [state for (state,) in prefixes], [state for (state,) in suffixes]
+                    for row, hidden, last in zip(texts.rows, texts.hidden, lasts, strict=True):
+                        states[row] = (hidden[: last + 1].clone(),)
+                        self.cache.put(keys[row], *states[row])
+        return [state for (state,) in states]
 
-    def _day_work(
-        self, prompts: PromptSet, day: int, digest: bytes, missing: dict[int, list[int]]
-    ) -> "_DayWork":
-        """A day's embedded texts; its prefix is left out where its keys and values are kept."""
-        tokens, kept = prompts.prefixes[day], self.cache.get(("keys_values", digest))
-        if kept is None or self.cache.get(("hidden", digest)) is None:
-            work = _DayWork(self._embed([tokens]), [], [])
-        else:
-            work = _DayWork(None, list(zip(kept[0::2], kept[1::2], strict=True)), [])
-        for size, rows in missing.items():
+    def _unread(self, tokens: np.ndarray) -> "_DayWork":
+        """A day whose prefix is to be run."""
+        return _DayWork(len(tokens), self._embed([tokens]), [], [])
+
+    def _day_work(self, tokens: np.ndarray) -> "_DayWork":
+        """A day whose prefix is to be run only where its keys and values are not kept."""
+        kept = self.cache.get(("keys_values", _digest(tokens)))
+        if kept is None:
+            return self._unread(tokens)
+        return _DayWork(len(tokens), None, list(zip(kept[0::2], kept[1::2], strict=True)), [])
+
+    def _add_suffixes(
+        self, work: "_DayWork", prompts: PromptSet, rows_by_size: dict[int, list[int]]
+    ) -> None:
+        for size, rows in rows_by_size.items():
             for some in _chunks(rows, _TRUNK_CHUNK):
                 texts = [prompts.suffixes[prompts.pairs[row, 1]] for row in some]
                 lengths = _lengths(texts, self.device)
-                layout = SuffixLayout.build(
-                    torch.zeros_like(lengths), lengths.new_tensor([len(tokens)]), lengths, size
-                )
+                layout = SuffixLayout.build([len(some)], [work.length], lengths, size)
                 hidden = self._embed(texts, _SUFFIX_MULTIPLE)
                 work.suffixes.append(_SuffixWork(some, hidden, layout))
-        return work
+
+    def _keep(self, digest: bytes, done: "_DayWork") -> tuple[Tensor]:
+        """Puts what became of a day's prefix into the cache; returns its states, ([P, C],)."""
+        states = (done.prefix[0],)
+        self.cache.put(("hidden", digest), *states)
+        flat = [tensor for pair in done.keys_values for tensor in pair]
+        self.cache.put(("keys_values", digest), *flat)
+        return states
 
     def _run_trunk(self, work: list["_DayWork"]) -> None:
         """Layer by layer over all days, so that each matrix is unpacked from NF4 once: day by day,
         unpacking took as long as the arithmetic."""
         for number, block in enumerate(self.trunk):
-            with unpacked(block, self.dtype):
+            with self._ready(block):
                 for day in work:
                     if day.prefix is not None:
-                        day.prefix, keys_values = prefix_pass([block], day.prefix)
-                        day.keys_values += keys_values
+                        day.prefix, [[kept]] = prefix_pass([block], day.prefix, [day.length])
+                        day.keys_values.append(kept)
                     for texts in day.suffixes:
-                        texts.hidden = suffix_pass(
-                            [block], texts.hidden, [day.keys_values[number]], texts.layout
-                        )
+                        prefix = [[day.keys_values[number]]]
+                        texts.hidden = suffix_pass([block], texts.hidden, prefix, texts.layout)
+
+    def _ready(self, block: Block) -> AbstractContextManager:
+        """Inside, the layer's matrices lie unpacked; after it too, within `unpacked`."""
+        if self._resident is None:
+            return unpacked(block, self.dtype)
+        self._resident.enter_context(unpacked(block, self.dtype))
+        return nullcontext()
 
     def _embed(self, texts: list[np.ndarray], multiple: int = 1) -> Tensor:
         """Token ids, padded on the right to a multiple, -> [N, T, C]."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastflag.config import PromptConfig, SimulatorConfig
 from fastflag.market.bars import Market
-from fastflag.market.features import indicators
+from fastflag.market.features import forward_adjusted, indicators
 from fastflag.market.simulator import (
     CODES,
     PROFIT_STEP,
@@ -186,8 +186,9 @@ def _significant(price: float) -> str:
 
 
 def _cut(number: float, characters: int) -> str:
-    """The paper's way of rounding; still a JSON number."""
-    return f"{number:.8f}"[:characters].rstrip(".")
+    """The paper's way of rounding; still a JSON number, and all of its digits before the point."""
+    whole = f"{number:.0f}"
+    return whole if len(whole) >= characters else f"{number:.8f}"[:characters].rstrip(".")
 
 
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
@@ -304,8 +305,9 @@ class Prompter:
         self._market = market
         self._bar_days = np.flatnonzero(self.bars.tradable)
         self._shares = np.cumprod(self.bars.split)  # of day t for each share of the first day
-        adjusted = np.where(self.bars.tradable, self.bars.close, np.nan) * self._shares
-        highs = market.high[:, column] * self._shares
+        closes = np.where(self.bars.tradable, self.bars.close, np.nan)
+        adjusted = forward_adjusted(closes, self.bars.split)
+        highs = forward_adjusted(market.high[:, column], self.bars.split)
         self._indicators = indicators(adjusted, highs)
         self._news = [item for item in market.news if item.symbol in ("", self.symbol)]
         self._available = np.array([item.available for item in self._news], dtype="datetime64[s]")
@@ -423,7 +425,7 @@ class Prompter:
 
         `present` is [len(days), CODES] bool, and so is `reference`: the codes whose prompts centre
         the features; they are added. Returns the prompts, in the order of `days`, and row_of
-        [T, CODES] int32: the row of each day index and code, -1 where absent. Raises ValueError
+        [len(days), CODES] int32: the row of each day and code, -1 where absent. Raises ValueError
         for a day that is named twice.
         """
         days = np.asarray(days, dtype=np.int64)
@@ -435,16 +437,15 @@ class Prompter:
         text_of_code, suffixes = self._distinct_suffixes(np.unique(codes))
         pairs = np.stack([where, text_of_code[codes]], axis=1).astype(np.int32)
         pairs, first, rows = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-        row_of = np.full((len(self._market.dates), CODES), -1, dtype=np.int32)
-        row_of[days[where], codes] = rows
-        where_reference, reference_codes = np.nonzero(reference)
+        row_of = np.full(present.shape, -1, dtype=np.int32)
+        row_of[where, codes] = rows.reshape(-1)
         prompts = PromptSet(
             prefixes=tuple(self.prefix(int(day)) for day in days),
             suffixes=suffixes,
             pairs=pairs,
             side=side_of(codes)[first],
             allowed=allowed_codes(self.bars, self.simulator, days[where], codes)[first],
-            reference=np.unique(row_of[days[where_reference], reference_codes]),
+            reference=np.unique(row_of[reference]),
         )
         return prompts, row_of
 

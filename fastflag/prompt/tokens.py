@@ -1,6 +1,6 @@
 """Text to token ids, and the set of distinct prompts that a policy evaluates."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,6 @@ class Tokenizer:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"not a tokenizer ({_one_line(error)}), {path}") from None
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of token ids, special ones included."""
-        return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids [n] int32. None are added, and control tokens spelled in `text` are text."""
@@ -139,7 +134,7 @@ def _one_line(error: Exception) -> str:
 class PromptSet:
     """Distinct prompts: a prompt is a prefix (one a day) and a suffix, tokenised apart and joined.
 
-    Raises InputError where the parts do not fit together.
+    Raises ValueError where the parts do not fit together.
     """
 
     prefixes: tuple[np.ndarray, ...]
@@ -188,6 +183,32 @@ class PromptSet:
             bool(((self.reference >= 0) & (self.reference < rows)).all()), "reference names no row"
         )
 
+    def subset(self, rows: np.ndarray) -> tuple["PromptSet", np.ndarray]:
+        """The prompts in `rows` [n] and the reference, and where each of `rows` went, [n] int64."""
+        kept = np.union1d(rows, self.reference)
+        days, prefix = np.unique(self.pairs[kept, 0], return_inverse=True)
+        texts, suffix = np.unique(self.pairs[kept, 1], return_inverse=True)
+        prompts = PromptSet(
+            prefixes=tuple(self.prefixes[day] for day in days),
+            suffixes=tuple(self.suffixes[text] for text in texts),
+            pairs=np.stack([prefix, suffix], axis=1).astype(np.int32),
+            side=self.side[kept],
+            allowed=self.allowed[kept],
+            reference=np.searchsorted(kept, self.reference).astype(np.int32),
+        )
+        return prompts, np.searchsorted(kept, rows)
+
+    def keys(self) -> list[Hashable]:
+        """What each prompt [U] is, whatever set it is in."""
+        prefixes, suffixes = (
+            [ids.tobytes() for ids in texts] for texts in (self.prefixes, self.suffixes)
+        )
+        each = zip(self.pairs.tolist(), self.side.tolist(), self.allowed, strict=True)
+        return [
+            (prefixes[day], suffixes[text], side, mask.tobytes())
+            for (day, text), side, mask in each
+        ]
+
     def tokens(self, row: int) -> np.ndarray:
         """Token ids [n] int32 of the whole prompt in `row`."""
         prefix, suffix = self.pairs[row]
@@ -196,7 +217,7 @@ class PromptSet:
 
 def _check(fits: bool, problem: str) -> None:
     if not fits:
-        raise InputError(f"{problem}, prompt set")
+        raise ValueError(f"{problem}, prompt set")
 
 
 def merge(sets: Sequence[PromptSet]) -> tuple[PromptSet, list[np.ndarray]]:
