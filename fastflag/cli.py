@@ -43,16 +43,20 @@ class Train:
     def run(self) -> None:
         from fastflag.evaluate.backtest import backtest, write_backtest
         from fastflag.evaluate.report import write_report
-        from fastflag.learn.run import check_claim
+        from fastflag.learn.run import check_claim, with_periods
         from fastflag.learn.train import train
         from fastflag.market.sources import load
         from fastflag.policy.weights import open_weights
 
-        check_claim(self.out, self.settings, self.resume)
+        if not str(self.out).strip("."):
+            raise InputError("a run needs a folder of its own, --out")
+        if not self.resume:
+            check_claim(self.out, self.settings, resume=False)
         market = load(self.settings.data)
         weights = open_weights(self.settings.policy.model)
         world, policy = train(self.settings, market, weights, self.out, self.resume)
-        document = backtest(policy, world, market, self.settings, "test", _progress("backtest"))
+        settings = with_periods(self.settings, market)
+        document = backtest(policy, world, market, settings, "test", _progress("backtest"))
         write_backtest(self.out, document)
         print(_verdict(document))
         print(f"report: {write_report(self.out)}")

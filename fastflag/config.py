@@ -26,7 +26,8 @@ class Range:
         return " and ".join(told) or "finite"
 
 
-Count = Annotated[int, Range(at_least=1)]
+# Above it NumPy and PyTorch fail in many ways, none of which is a sentence.
+Count = Annotated[int, Range(at_least=1, at_most=10**12)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 BasisPoints = Annotated[float, Range(at_least=0, below=10_000)]
@@ -121,7 +122,9 @@ class PolicyConfig(_Checked):
     """Action head: a linear layer or an MLP on centred features, or the language model's own
     log-probabilities of the words Sell, Hold and Buy."""
     trunk_cache_mb: Annotated[int, Range(at_least=0)] = 4096
-    """Megabytes of frozen activations kept."""
+    """Megabytes of frozen activations kept in memory."""
+    trunk_disk_mb: Annotated[int, Range(at_least=0)] = 4096
+    """Megabytes of them kept in files, for later runs, under the user's cache folder; 0: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
 

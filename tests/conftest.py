@@ -9,6 +9,14 @@ settings.register_profile("fastflag", deadline=None, derandomize=True, max_examp
 settings.load_profile("fastflag")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_users(tmp_path_factory):
+    """Frozen activations of the tests are kept apart, and none of before are read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def investorbench() -> Path:
     """The folder of InvestorBench's JSON files; without it the tests that need it are skipped."""

@@ -1,5 +1,7 @@
 """Small models and prompts, and what transformers makes of them, prompt by prompt."""
 
+import uuid
+
 import numpy as np
 import torch
 from transformers import (
@@ -55,6 +57,7 @@ class Given:
     def __init__(self, config: ModelConfig, tensors):
         self.config = config
         self.tensors = tensors
+        self.fingerprint = uuid.uuid4().hex
 
     def names(self):
         return list(self.tensors)

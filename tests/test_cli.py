@@ -21,7 +21,8 @@ from small import DAYS, TRAIN_DAYS, small_config, small_market, write_csv
 
 import fastflag
 from fastflag import cli
-from fastflag.config import PRESETS, TrainConfig, to_dict
+from fastflag.config import PRESETS, TrainConfig, from_dict, to_dict
+from fastflag.learn.run import claim
 from fastflag.policy.ops import IMPLEMENTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -408,7 +409,10 @@ def test_refusals_do_not_depend_on_the_terminal(tmp_path):
         (["--lot", "inf"], "lot must be"),
         (["--cash", "0"], "cash must be above 0, not 0.0, --cash"),
         (["--ruin", "1"], "ruin must be above 0 and below 1"),
-        (["--horizon", "0"], "horizon must be at least 1, not 0, --horizon"),
+        (
+            ["--horizon", "0"],
+            "horizon must be at least 1 and at most 1,000,000,000,000, not 0, --horizon",
+        ),
         (["--top-layers", "0"], "top_layers must be at least 1"),
         (["--top-layers", "3"], "top_layers must be 1 to 2, not 3"),
         (["--lora-rank", "0"], "lora_rank must be at least 1"),
@@ -474,7 +478,10 @@ def test_train_refuses_a_gpu_that_is_not_there(config_file, refused, tmp_path):
         ('{"seeds": 1}', "unknown config key 'seeds'"),
         ('{"algorithm": {"gamma": "high"}}', "'algorithm.gamma' must be a number, not 'high'"),
         ('{"algorithm": {"gamma": NaN}}', "gamma must be at least 0 and at most 1, not nan"),
-        ('{"rollout": {"num_envs": 0}}', "num_envs must be at least 1, not 0, --num-envs in"),
+        (
+            '{"rollout": {"num_envs": 0}}',
+            "num_envs must be at least 1 and at most 1,000,000,000,000, not 0, --num-envs in",
+        ),
     ],
 )
 def test_train_refuses_a_config(content, told, refused, tmp_path):
@@ -775,3 +782,123 @@ def test_a_refusal_on_the_command_line(tmp_path):
     done = command("decide", "none", "--date", "2001-01-01", "--json", cwd=tmp_path)
     told = the_refusal(done.returncode, done.stdout, done.stderr)
     assert told == "No such file or directory, none/config.json"
+
+
+# Found by trying to break it
+
+
+def test_a_folder_of_somebody_elses_is_not_written_into(config_file, refused, tmp_path, tiny_model):
+    for name in ("config.json", "metrics.jsonl", "report.html"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with unchanged(folder):
+            message = refused("train", "--out", folder, "--config", config_file)
+            assert message == f"{name} is there and of no run: name another folder, {folder}"
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    with unchanged(model):
+        words = ["--config", config_file, "--model", model]
+        assert "config.json is there and of no run" in refused("train", "--out", model, *words)
+    assert "a folder of its own" in refused("train", "--out", "", "--config", config_file)
+
+
+def test_two_trainings_do_not_share_a_folder(config_file, refused, tmp_path):
+    settings = from_dict(json.loads(config_file.read_text()), "config")
+    with claim(tmp_path / "run", settings, resume=False):
+        for flags in ([], ["--resume"]):
+            words = ["train", "--out", tmp_path / "run", "--config", config_file, *flags]
+            assert "another training is at work in it" in refused(*words)
+
+
+def test_a_run_keeps_its_days_when_the_file_grows_shorter(config, refused, tmp_path):
+    """Else days that were trained on would pass for held-out ones."""
+    bars = write_csv(small_market(), tmp_path / "bars.csv")
+    open_ended = dataclasses.replace(config.data, data=f"csv:{bars}", train="", test="")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(dataclasses.replace(config, data=open_ended))))
+    cli.main(["train", "--out", str(tmp_path / "run"), "--config", str(file)])
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert kept["train"] == f"{DATES[0]}..{DATES[31]}" and kept["test"].startswith(DATES[32])
+    cli.main(["train", "--out", str(tmp_path / "run"), "--config", str(file), "--resume"])
+    lines = bars.read_text().splitlines(keepends=True)
+    bars.write_text("".join(lines[:30]))
+    with unchanged(tmp_path / "run"):
+        assert "is not inside the data" in refused("backtest", tmp_path / "run")
+
+
+def test_a_later_symbol_or_weekend_changes_no_earlier_decision(trained, tmp_path, capsys):
+    whole = small_market()
+    day = pd.Timestamp(DATES[30])
+    frame = pd.DataFrame(
+        {"date": pd.to_datetime(whole.dates), "symbol": "BARS"}
+        | {name: getattr(whole, name)[:, 0] for name in ("open", "high", "low", "close")}
+    )
+    saturday = frame.iloc[[-1]].assign(date=pd.Timestamp("2001-02-24"))
+    later = frame.iloc[35:].assign(symbol="FORECAST")
+    files = {
+        "cut": frame[frame["date"] <= day],
+        "whole": frame,
+        "saturday": pd.concat([frame, saturday]),
+        "another": pd.concat([frame, later]),
+    }
+    told = []
+    for name, bars in files.items():
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "bars.csv"
+        bars.to_csv(path, index=False)
+        news = pd.DataFrame(
+            [
+                (f"{DATES[n]} 18:30", f"{DATES[n]} 18:30", "BARS", f"FORECAST {n}")
+                for n in range(30)
+            ],
+            columns=["published", "available", "symbol", "text"],
+        )
+        news.to_csv(path.with_suffix(".news.csv"), index=False)
+        words = ["--data", f"csv:{path}", "--symbol", "BARS", "--date", DATES[30], "--json"]
+        cli.main(["decide", str(trained), *words])
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[1:] == told[:-1]
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate", "--layer-learning-rate"])
+def test_a_policy_that_overflows_is_told_in_one_line(flag, config_file, refused, tmp_path):
+    words = [
+        "--out",
+        tmp_path / "run",
+        "--config",
+        config_file,
+        flag,
+        "1e37",
+        "--max-grad-norm",
+        "0",
+    ]
+    assert "lower the learning rates" in refused("train", *words)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(config_file, refused, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 49999, "content": "<x>"})
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = ["--out", tmp_path / "run", "--config", config_file, "--model", model]
+    message = refused("train", *words)
+    assert "the model 49152 tokens" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -1}, {"step": 2.7}, {"step": True}, {"step": 3}, {"tensors": "x\0"}]
+    + [{"optimizer": value} for value in ({"a": {}}, {"0": 5}, {"0": None})],
+)
+def test_a_checkpoint_changed_by_hand_is_refused(change, run, config_file, refused):
+    state = run / "checkpoint" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | change))
+    with unchanged(run):
+        refused("train", "--out", run, "--config", config_file, "--resume")
+
+
+def test_a_metrics_file_with_a_bad_byte_is_read_past(run, config_file):
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n" + b"[" * 200_000 + b"\n")
+    cli.main(["train", "--out", str(run), "--config", str(config_file), "--resume"])
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4

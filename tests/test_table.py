@@ -127,7 +127,7 @@ def test_statistics_are_of_the_reference_rows_and_can_be_given(weights, model):
 
 def captured(policy, prompts):
     with torch.no_grad():
-        prefixes = {bytes([day]): tokens for day, tokens in enumerate(prompts.prefixes)}
+        prefixes = {table_module._digest(tokens): tokens for tokens in prompts.prefixes}
         return policy._prefix_states(prefixes), policy._suffix_states(prompts)
 
 
@@ -146,7 +146,7 @@ def test_trunk_activations_have_the_same_bits_whatever_they_are_batched_with(
     wide, dtype, monkeypatch
 ):
     monkeypatch.setattr(table_module, "_TRUNK_CHUNK", 32)
-    policy = made(wide, dtype=dtype, trunk_weights="nf4", trunk_cache_mb=0)
+    policy = made(wide, dtype=dtype, trunk_weights="nf4", trunk_cache_mb=0, trunk_disk_mb=0)
     prefixes = texts((1, 7, 153, 170), 2)
     suffixes = texts([*range(1, 25), 33, 40, *[14] * 30], 3)
     whole = prompt_set(prefixes[:3], suffixes)
@@ -293,6 +293,22 @@ def test_asking_for_the_initial_policy_leaves_a_waiting_backward_pass_intact(
     for plain, asked in zip(*gradients, strict=True):
         assert torch.equal(plain, asked)
         assert plain.norm() > 0
+
+
+def test_a_later_policy_finds_the_trunks_work_done_on_disk(weights, monkeypatch):
+    """The same bits, and no pass through the trunk; another storage or depth finds nothing."""
+    first = made(weights, trunk_weights="nf4")
+    expected = rows_of(first, PROMPTS)
+    first.cache.flush()
+    later = made(weights, trunk_weights="nf4", trunk_cache_mb=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(later, "_run_trunk", None)
+        assert torch.equal(rows_of(later, PROMPTS), expected)
+    for other in ({"trunk_weights": "bf16"}, {"top_layers": 2}, {"trunk_disk_mb": 0}):
+        policy = made(weights, **{"trunk_weights": "nf4", **other})
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(policy, "_run_trunk", None)
+            rows_of(policy, PROMPTS)
 
 
 # What a policy is made of

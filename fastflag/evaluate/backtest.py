@@ -94,6 +94,7 @@ def run_episodes(
             lived.equity[:, number + 1] = accounts.equity
             lived.shares[:, number + 1] = accounts.shares
             lived.alive[:, number + 1] = accounts.alive
+    policy.cache.flush()
     return lived
 
 

@@ -67,7 +67,7 @@ def _refusing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{error.strerror or error}, {path}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"not as fastflag writes it ({error!r}), {path}") from error
+        raise InputError(f"not as fastflag writes it ({error!r:.200}), {path}") from error
 
 
 def _read_updates(path: Path) -> list[dict[str, Any]]:

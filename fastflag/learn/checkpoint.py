@@ -52,7 +52,7 @@ def write_checkpoint(
             tensors[f"accounts.{group}.{name}"] = torch.from_numpy(array)
     folder = run / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{step:08d}.safetensors"
+    name = _tensor_file(step)
     content = save({key: value.contiguous().cpu() for key, value in tensors.items()})
     write_atomic(folder / name, content)
     document = {
@@ -74,11 +74,14 @@ def read_checkpoint(run: Path) -> Checkpoint:
     state_file = run / "checkpoint" / "state.json"
     document = read_json(state_file)
     try:
-        step, name, digest = int(document["step"]), str(document["tensors"]), document["digest"]
+        step, name, digest = document["step"], document["tensors"], document["digest"]
         fingerprint, scalars = str(document["fingerprint"]), dict(document["optimizer"])
+        # The name tells the step too: one changed by hand would train some updates twice.
+        if type(step) is not int or step < 1 or name != _tensor_file(step):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise InputError(f"not a checkpoint, {state_file}") from None
-    tensor_file = state_file.parent / Path(name).name
+    tensor_file = state_file.parent / name
     try:
         content = tensor_file.read_bytes()
     except OSError as error:
@@ -109,7 +112,17 @@ def restore_policy(checkpoint: Checkpoint, policy: Policy, fingerprint: str, whe
     policy.load_state_dict(saved)
 
 
-def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, where: Path
+) -> None:
+    """Raises InputError where the optimiser's state is malformed."""
+    try:
+        _load_optimizer(checkpoint, optimizer)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"the checkpoint's optimiser is malformed, {where}") from None
+
+
+def _load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
     state = optimizer.state_dict()
     restored: dict[int, dict[str, Any]] = {}
     for key, tensor in _under(checkpoint.tensors, "optimizer.").items():
@@ -134,6 +147,10 @@ def restore_accounts(checkpoint: Checkpoint, groups: int, where: Path) -> list[A
         ]
     except ValueError:
         raise InputError(f"the checkpoint's accounts are incomplete, {where}") from None
+
+
+def _tensor_file(step: int) -> str:
+    return f"{step:08d}.safetensors"
 
 
 def _digest(content: bytes) -> str:

@@ -120,11 +120,11 @@ def _lines_before(path: Path, start: int) -> Iterator[str]:
     """The complete lines of updates before `start`; a line cut off by a kill is not one."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] < start:
                 yield line + os.linesep
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
 
 

@@ -1,6 +1,11 @@
 """A run's folder: whose configuration it holds, and the world and policy made from it."""
 
+import dataclasses
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +16,14 @@ from fastflag.config import TrainConfig, from_dict, to_dict
 from fastflag.files import InputError, read_json, write_atomic
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
 from fastflag.learn.rollout import World
-from fastflag.market.bars import Market
+from fastflag.market.bars import Market, split_days
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights, open_weights
 from fastflag.prompt.template import Prompter
 from fastflag.prompt.tokens import Tokenizer
+
+# What a training puts into its folder.
+_WRITTEN = ("config.json", "metrics.jsonl", "checkpoint", "backtest.json", "report.html")
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -31,10 +39,16 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises InputError for a run in the way, or, with `resume`, one of another configuration.
+    """Raises InputError for a run in the way, files that are nobody's run, or, with `resume`, a run
+    of another configuration.
 
     A run that failed before its first checkpoint has nothing to lose and is in nobody's way.
     """
+    if not _is_run(run):
+        for name in _WRITTEN:
+            if (run / name).exists():
+                raise InputError(f"{name} is there and of no run: name another folder, {run}")
+        return
     if not _has_checkpoint(run):
         return
     if not resume:
@@ -44,14 +58,53 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
         raise InputError(f"the run to resume was started with another {difference}, {run}")
 
 
-def claim(run: Path, config: TrainConfig) -> bool:
-    """Makes RUN/ this configuration's; True where it has a checkpoint to go on from."""
-    if _has_checkpoint(run):
-        return True
+@contextmanager
+def claim(run: Path, config: TrainConfig, resume: bool) -> Iterator[bool]:
+    """Makes RUN/ this configuration's for as long as the context lasts; True where it has a
+    checkpoint to go on from. Raises InputError as `check_claim` does, and where another training
+    holds the folder."""
+    check_claim(run, config, resume)
     run.mkdir(parents=True, exist_ok=True)
-    document = to_dict(config) | {"fastflag": fastflag.__version__}
-    write_atomic(run / "config.json", json.dumps(document, indent=1))
-    return False
+    with _locked(run):
+        # What was free before the lock was taken need not be now.
+        check_claim(run, config, resume)
+        resumes = _has_checkpoint(run)
+        if not resumes:
+            document = to_dict(config) | {"fastflag": fastflag.__version__}
+            write_atomic(run / "config.json", json.dumps(document, indent=1))
+        yield resumes
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The lock is the process's: one that is killed leaves none."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another training is at work in it, {folder}") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def with_periods(config: TrainConfig, market: Market) -> TrainConfig:
+    """The configuration with its periods as dates, so that another version of the data file can't
+    move them. Raises InputError where they don't fit the market."""
+    periods = [
+        f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
+        for days in split_days(market, config.data.train, config.data.test)
+    ]
+    data = dataclasses.replace(config.data, train=periods[0], test=periods[1])
+    return dataclasses.replace(config, data=data)
+
+
+def _is_run(run: Path) -> bool:
+    try:
+        return "fastflag" in read_json(run / "config.json")
+    except (InputError, TypeError):
+        return False
 
 
 def _has_checkpoint(run: Path) -> bool:
@@ -61,10 +114,16 @@ def _has_checkpoint(run: Path) -> bool:
 def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World, Policy]:
     """The world that a configuration names, and its untrained policy.
 
-    Raises InputError where the symbol is not there, or the policy does not fit the model.
+    Raises InputError where the symbol is not there, or the policy or the tokenizer does not fit the
+    model.
     """
     symbol = market.symbols[market.column(config.data.symbol)]
     tokenizer = Tokenizer.load(weights.tokenizer_path)
+    if tokenizer.largest >= weights.config.vocabulary:
+        raise InputError(
+            f"the tokenizer knows token {tokenizer.largest}, the model {weights.config.vocabulary} "
+            f"tokens, {weights.source}"
+        )
     prompter = Prompter(config.prompt, market, symbol, config.simulator, tokenizer)
     action_tokens = [int(tokenizer.encode(word)[0]) for word in prompter.action_words]
     policy = Policy(weights, config.policy, action_tokens, config.seed)

@@ -17,7 +17,7 @@ from fastflag.learn.checkpoint import (
 )
 from fastflag.learn.progress import Log, PhaseTimer
 from fastflag.learn.rollout import Batch, World, rollout, start_accounts
-from fastflag.learn.run import build, check_claim, claim
+from fastflag.learn.run import build, check_claim, claim, with_periods
 from fastflag.learn.update import estimate, make_optimizer, set_learning_rates, update
 from fastflag.market.bars import Market, split_days
 from fastflag.market.metrics import annual_days, calendar_of
@@ -39,44 +39,47 @@ def train(
             f"total_timesteps {config.total_timesteps} is less than one update of "
             f"{config.rollout.num_envs} x {config.rollout.num_steps}, config"
         )
+    config = with_periods(config, market)
     check_claim(run, config, resume)
-    days, _ = split_days(market, config.data.train, config.data.test)
+    days, test_days = split_days(market, config.data.train, config.data.test)
     world, policy = build(config, market, weights)
+    policy.check_length(world.prompter.longest([*days, *test_days]))
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
     annual = annual_days(calendar_of(market.dates))
-    start = 0
-    if claim(run, config):
-        checkpoint = read_checkpoint(run)
-        restore_policy(checkpoint, policy, weights.fingerprint, run)
-        restore_optimizer(checkpoint, optimizer)
-        accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
-        start = checkpoint.step
-
     phase = PhaseTimer()
-    with Log(run, start, config.steps) as log:
-        for step in range(start, config.steps):
-            began = time.perf_counter()
-            factor = set_learning_rates(optimizer, config.algorithm, step, config.steps)
-            table, batch = rollout(policy, world, days, accounts, config.rollout, step, phase)
-            with phase("advantage"):
-                advantage = estimate(table, batch, config.algorithm)
-            with phase("update"):
-                statistics = update(
-                    policy,
-                    optimizer,
-                    table,
-                    batch,
-                    advantage,
-                    config.algorithm,
-                    _seed(config, step),
-                )
-            statistics["learning_rate"] = config.algorithm.learning_rate * factor
-            elapsed = time.perf_counter() - began
-            log.step(_record(step, batch, accounts, annual, statistics, elapsed, phase.take()))
-            done = step + 1
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                write_checkpoint(run, done, weights.fingerprint, policy, optimizer, accounts)
+    with claim(run, config, resume) as resumes:
+        start = 0
+        if resumes:
+            checkpoint = read_checkpoint(run)
+            restore_policy(checkpoint, policy, weights.fingerprint, run)
+            restore_optimizer(checkpoint, optimizer, run)
+            accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
+            start = checkpoint.step
+        with Log(run, start, config.steps) as log:
+            for step in range(start, config.steps):
+                began = time.perf_counter()
+                factor = set_learning_rates(optimizer, config.algorithm, step, config.steps)
+                table, batch = rollout(policy, world, days, accounts, config.rollout, step, phase)
+                with phase("advantage"):
+                    advantage = estimate(table, batch, config.algorithm)
+                with phase("update"):
+                    statistics = update(
+                        policy,
+                        optimizer,
+                        table,
+                        batch,
+                        advantage,
+                        config.algorithm,
+                        _seed(config, step),
+                    )
+                statistics["learning_rate"] = config.algorithm.learning_rate * factor
+                elapsed = time.perf_counter() - began
+                log.step(_record(step, batch, accounts, annual, statistics, elapsed, phase.take()))
+                done = step + 1
+                if done % config.checkpoint_every == 0 or done == config.steps:
+                    write_checkpoint(run, done, weights.fingerprint, policy, optimizer, accounts)
+                    policy.cache.flush()
     return world, policy
 
 

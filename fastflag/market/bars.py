@@ -69,6 +69,9 @@ class Market:
             self._refuse(np.isinf(getattr(self, name)), f"{name} is infinite")
         for name in _PRICES:
             self._refuse(getattr(self, name) <= 0, f"{name} is not above 0")
+            # Beyond what any unit of account needs, ratios of prices overflow.
+            self._refuse(getattr(self, name) < 1e-15, f"{name} is below 1e-15")
+            self._refuse(getattr(self, name) > 1e15, f"{name} is above 1e15")
         self._refuse(self.high < np.fmax(self.open, self.close), "high is below open or close")
         self._refuse(self.low > np.fmin(self.open, self.close), "low is above open or close")
         self._refuse(self.high < self.low, "high is below low")

@@ -38,10 +38,14 @@ def load(data: DataConfig) -> Market:
     Raises InputError, with the file and where possible its line, for whatever is wrong in a file.
     """
     kind, colon, name = data.data.partition(":")
+    if not (data.data + data.symbol).isprintable():
+        raise InputError(f"a name with characters that can't be printed, {data.data!a}")
     if not colon or kind not in _READERS:
         known = ", ".join(f"{known}:" for known in _READERS)
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
     market = _READERS[kind](name, data.symbol)
+    if not np.isfinite(market.close).any(0).all():
+        raise InputError(f"a symbol without a single bar, {data.data}")
     try:
         market.column(data.symbol)
     except InputError as error:
@@ -176,6 +180,7 @@ _READERS: dict[str, Callable[[str, str], Market]] = {
 def _read_csv(path: Path) -> pd.DataFrame:
     """Every cell as text. A short row is refused, not padded: so does a truncated file look."""
     text = io.TextIOWrapper(io.BytesIO(_read_bytes(path)), encoding="utf-8-sig", newline="")
+    csv.field_size_limit(2**31 - 1)  # news may be long
     reader = csv.reader(text, strict=True)
     try:
         rows = [(reader.line_num, row) for row in reader if row]
@@ -199,9 +204,10 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise InputError(f"Parquet needs the package pyarrow, {path}") from None
     content = pyarrow.BufferReader(_read_bytes(path))
     try:
+        # An unknown time zone is a LookupError.
         # Without the metadata a date that pandas had as its index is a column like any other.
         frame = parquet.ParquetFile(content).read().to_pandas(ignore_metadata=True)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         raise InputError(f"not Parquet ({_one_line(error)}), {path}") from None
     if frame.empty:
         raise InputError(f"no rows, {path}")

@@ -4,6 +4,7 @@ Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
 """
 
 import hashlib
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,12 +41,14 @@ from fastflag.policy.lora import (
     unpacked,
 )
 from fastflag.policy.quant import NF4Weight
-from fastflag.policy.trunk_cache import TrunkCache
+from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles, cache_folder
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
 
 ACTIONS = 3
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Counted up when the trunk's arithmetic changes in any bit: activations kept on disk are then new.
+_ARITHMETIC = 1
 # Prompts of one pass through the trunk. 256 of 14 tokens over prefixes of 150 keep the attention's
 # keys and values near 100 MB a layer on SmolLM2-135M.
 _TRUNK_CHUNK = 256
@@ -76,8 +79,12 @@ class Table:
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """[U, A] float64, without gradient, each row's sum 1."""
+        """[U, A] float64, without gradient, each row's sum 1. Raises InputError for NaN."""
         wide = self.log_probabilities.detach().double().exp().cpu().numpy()
+        if np.isnan(wide).any():
+            raise InputError(
+                "the policy is not finite: lower the learning rates, its probabilities"
+            )
         return wide / wide.sum(1, keepdims=True)
 
 
@@ -150,7 +157,7 @@ class Policy(nn.Module):
             )
         self.value_head = make_value_head(width).to(self.device)
         self.running = RunningStatistics(width).to(self.device)
-        self.cache = TrunkCache(config.trunk_cache_mb * 2**20)
+        self.cache = TrunkCache(config.trunk_cache_mb * 2**20, self._trunk_files(weights, split))
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
@@ -219,7 +226,10 @@ class Policy(nn.Module):
 
     def _features(self, prompts: PromptSet, days: Days) -> Tensor:
         """Last-token states under the final norm, [U, C] fp32."""
-        self._check_lengths(prompts)
+        sizes = [np.array([*map(len, texts)]) for texts in (prompts.prefixes, prompts.suffixes)]
+        self.check_length(
+            int((sizes[0][prompts.pairs[:, 0]] + sizes[1][prompts.pairs[:, 1]]).max())
+        )
         places = np.array([days.place[_digest(tokens)] for tokens in prompts.prefixes])
         of_row = places[prompts.pairs[:, 0]]
         order = np.argsort(of_row, kind="stable")
@@ -237,9 +247,8 @@ class Policy(nn.Module):
         features = ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
         return features.index_select(0, torch.from_numpy(np.argsort(order)).to(self.device))
 
-    def _check_lengths(self, prompts: PromptSet) -> None:
-        sizes = [np.array([*map(len, texts)]) for texts in (prompts.prefixes, prompts.suffixes)]
-        longest = int((sizes[0][prompts.pairs[:, 0]] + sizes[1][prompts.pairs[:, 1]]).max())
+    def check_length(self, longest: int) -> None:
+        """Raises InputError for a prompt of more tokens than the model reads."""
         if longest > self.model.max_positions:
             raise InputError(
                 f"a prompt has {longest} tokens, the model reads {self.model.max_positions}: lower "
@@ -263,7 +272,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _prefix_states(self, prefixes: dict[bytes, np.ndarray]) -> list[Tensor]:
         """What the frozen layers make of each prefix, [P, C]."""
-        states = {digest: self.cache.get(("hidden", digest)) for digest in prefixes}
+        states = {digest: self.cache.get(b"hidden" + digest) for digest in prefixes}
         missing = [digest for digest, kept in states.items() if kept is None]
         for some in _chunks(missing, _TRUNK_DAYS):
             work = [self._unread(prefixes[digest]) for digest in some]
@@ -308,7 +317,7 @@ class Policy(nn.Module):
 
     def _day_work(self, tokens: np.ndarray) -> "_DayWork":
         """A day whose prefix is to be run only where its keys and values are not kept."""
-        kept = self.cache.get(("keys_values", _digest(tokens)))
+        kept = self.cache.get(b"keys_values" + _digest(tokens))
         if kept is None:
             return self._unread(tokens)
         return _DayWork(len(tokens), None, list(zip(kept[0::2], kept[1::2], strict=True)), [])
@@ -327,9 +336,9 @@ class Policy(nn.Module):
     def _keep(self, digest: bytes, done: "_DayWork") -> tuple[Tensor]:
         """Puts what became of a day's prefix into the cache; returns its states, ([P, C],)."""
         states = (done.prefix[0],)
-        self.cache.put(("hidden", digest), *states)
+        self.cache.put(b"hidden" + digest, *states)
         flat = [tensor for pair in done.keys_values for tensor in pair]
-        self.cache.put(("keys_values", digest), *flat)
+        self.cache.put(b"keys_values" + digest, *flat)
         return states
 
     def _run_trunk(self, work: list["_DayWork"]) -> None:
@@ -359,6 +368,25 @@ class Policy(nn.Module):
         for row, tokens in enumerate(texts):
             ids[row, : len(tokens)] = torch.from_numpy(tokens)
         return self.embedding[ids.to(self.device)]
+
+    def _trunk_files(self, weights: Weights, layers: int) -> TrunkFiles | None:
+        """Where the trunk's activations outlive the process, under a name that says what made them:
+        to the bit, for a resumed run repeats the uninterrupted one."""
+        if not self.config.trunk_disk_mb:
+            return None
+        on = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
+        made_by = (
+            _ARITHMETIC,
+            weights.fingerprint,
+            layers,
+            self.config.trunk_weights,
+            self.config.dtype,
+            torch.__version__,
+            on,
+        )
+        name = hashlib.blake2b(repr(made_by).encode(), digest_size=8).hexdigest()
+        budget = self.config.trunk_disk_mb * 2**20
+        return TrunkFiles(cache_folder(), name, budget, self.device)
 
     def _block(self, weights: Weights, index: int, make_linear: LinearFactory) -> Block:
         return Block(weights, index, self.dtype, self.device, make_linear)
@@ -411,11 +439,11 @@ def _digest(tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
-def _keys(prompts: PromptSet) -> list[tuple[bytes, bytes]]:
-    """Each prompt by content: (digest of its prefix, its suffix' tokens)."""
+def _keys(prompts: PromptSet) -> list[bytes]:
+    """Each prompt by content: the digests of its prefix and of its suffix."""
     prefixes = [_digest(tokens) for tokens in prompts.prefixes]
-    suffixes = [tokens.tobytes() for tokens in prompts.suffixes]
-    return [(prefixes[day], suffixes[suffix]) for day, suffix in prompts.pairs]
+    suffixes = [_digest(tokens) for tokens in prompts.suffixes]
+    return [b"suffix" + prefixes[day] + suffixes[text] for day, text in prompts.pairs.tolist()]
 
 
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:

@@ -5,6 +5,7 @@ Both formats are data only. Pickled weights (.bin, .pt) are refused and no code 
 
 import hashlib
 import importlib.util
+import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,7 @@ def open_weights(model: str) -> Weights:
     """
     if model.startswith("package:"):
         return _open_gguf(_packaged(model), model)
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return _open_folder(path, model)
     if path.is_file():

@@ -311,9 +311,11 @@ class Prompter:
         self._indicators = indicators(adjusted, highs)
         self._news = [item for item in market.news if item.symbol in ("", self.symbol)]
         self._available = np.array([item.available for item in self._news], dtype="datetime64[s]")
-        others = [other for other in market.symbols if other != self.symbol]
-        self._anonymise = anonymiser(self.symbol, others) if config.anonymise else None
-        self._headlines: dict[int, str] = {}
+        bars = np.isfinite(market.close)
+        first_bars = np.where(bars.any(0), bars.argmax(0), len(market.dates))
+        self._first_bars = dict(zip(market.symbols, first_bars.tolist(), strict=True))
+        self._anonymisers: dict[tuple[str, ...], Callable[[str], str]] = {}
+        self._headlines: dict[tuple[int, tuple[str, ...]], str] = {}
         self._prefixes: dict[int, np.ndarray] = {}
         self._suffixes: dict[int, np.ndarray] = {}
 
@@ -336,13 +338,16 @@ class Prompter:
         end = self._news_until(closes[day])
         # A stable sort: of equally new items the first of the file comes first.
         newest_first = begin + np.argsort(-self._available[begin:end].astype(int), kind="stable")
+        # A symbol that comes to the market later is not yet a name to hide.
+        listed = tuple(symbol for symbol, first in self._first_bars.items() if first <= day)
         told: dict[str, bool] = {}
         budget = self.config.news_tokens
         for index in newest_first.tolist():
             limit = min(HEADLINE_TOKENS, budget - 1)
             if limit < SHORTEST_CUT:
                 break
-            text = self.tokenizer.truncate(" " + self._headline(index), limit).strip(" ,;:|")
+            whole = " " + self._headline(index, listed)
+            text = self.tokenizer.truncate(whole, limit).strip(" ,;:|")
             if text and text not in told:
                 told[text] = index >= today
                 budget -= len(self.tokenizer.encode(f" {text} |"))
@@ -354,10 +359,19 @@ class Prompter:
     def _news_until(self, moment: np.datetime64) -> int:
         return int(np.searchsorted(self._available, moment, side="right"))
 
-    def _headline(self, index: int) -> str:
-        if index not in self._headlines:
-            self._headlines[index] = headline(self._news[index].text, self._anonymise)
-        return self._headlines[index]
+    def _headline(self, index: int, listed: tuple[str, ...]) -> str:
+        key = index, listed
+        if key not in self._headlines:
+            self._headlines[key] = headline(self._news[index].text, self._anonymiser(listed))
+        return self._headlines[key]
+
+    def _anonymiser(self, listed: tuple[str, ...]) -> Callable[[str], str] | None:
+        if not self.config.anonymise:
+            return None
+        if listed not in self._anonymisers:
+            others = [symbol for symbol in listed if symbol != self.symbol]
+            self._anonymisers[listed] = anonymiser(self.symbol, others)
+        return self._anonymisers[listed]
 
     def _day_facts(self, day: int) -> DayFacts:
         end = int(np.searchsorted(self._bar_days, day, side="right"))
@@ -384,6 +398,16 @@ class Prompter:
         if day not in self._prefixes:
             self._prefixes[day] = self.tokenizer.encode(self.prefix_text(day))
         return self._prefixes[day]
+
+    def longest(self, days: Sequence[int]) -> int:
+        """Tokens of the longest prompt of `days`; of exact accounts, whose texts can't be listed,
+        those of a flat one count."""
+        if self.config.account == "exact":
+            flat = Accounts.start(1, self.simulator.cash)
+            suffix = max(len(self.tokenizer.encode(self.exact_text(flat, 0, days[0]))), 1)
+        else:
+            suffix = max(len(self.suffix(code)) for code in range(CODES))
+        return max(len(self.prefix(day)) for day in days) + suffix
 
     def stepped_text(self, code: int) -> str:
         """The suffix of an account code of the simulator."""

@@ -66,9 +66,23 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"not a tokenizer ({_one_line(error)}), {path}") from None
 
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        return max(self.backend.get_vocab().values(), default=-1)
+
     def encode(self, text: str) -> np.ndarray:
-        """Token ids [n] int32. None are added, and control tokens spelled in `text` are text."""
-        return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        """Token ids [n] int32. None are added, and control tokens spelled in `text` are text.
+
+        Raises InputError for a text that the tokenizer has no tokens for.
+        """
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"the tokenizer can't read {text[:40]!r} ({error})") from None
+        if text and not ids:
+            raise InputError(f"the tokenizer has no tokens for {text[:40]!r}")
+        return np.array(ids, dtype=np.int32)
 
     def truncate(self, text: str, limit: int) -> str:
         """The longest start of `text` of at most `limit` tokens that ends with a whole word.
