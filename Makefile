@@ -1,9 +1,9 @@
-# make demo | test | lint | setup: each makes .venv first, where it is missing or out of date.
+# make demo | test | slow | bench | lint | setup: each makes .venv first, where it is missing or out of date.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint slow
+.PHONY: setup demo test slow bench lint
 
 setup: .venv/.ready
 
@@ -25,6 +25,9 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -rs -m slow
+
+bench: setup
+	$(BIN)/python -m bench.train
 
 lint: setup
 	$(BIN)/ruff check .

@@ -47,6 +47,17 @@ def tiny_model(smollm, tmp_path_factory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny_model"), tokenizer.backend.to_str())
 
 
+@pytest.fixture
+def all_threads():
+    """For a real model, in a module whose other tests want one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """A model this small waits longer for its threads than it computes."""

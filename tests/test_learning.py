@@ -104,12 +104,14 @@ def large(smollm, algorithm):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("algorithm", [REINFORCE, PPO], ids=["reinforce", "ppo"])
 def test_smollm2_learns_news_that_tells(smollm, tmp_path, algorithm):
     assert has_learnt(held_out(large(smollm, algorithm), 128, 40, tmp_path / "run"))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 def test_smollm2_learns_nothing_from_shuffled_news(smollm, tmp_path):
     config = large(smollm, REINFORCE)
     assert not has_learnt(held_out(config, 128, 40, tmp_path / "run", shuffled=True))

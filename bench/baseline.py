@@ -1,0 +1,145 @@
+"""The plain way: transformers + PEFT, one full prompt for every environment step.
+
+The same weights (the trunk's NF4 matrices unpacked), adapters, heads, centring and loss as the
+policy it is made from, so that its gradient is the one FastFLAG's is compared with.
+"""
+
+import copy
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from fastflag.config import AlgorithmConfig
+from fastflag.learn.objective import Samples, loss_of
+from fastflag.policy.heads import Statistics, masked_log_softmax
+from fastflag.policy.lora import FrozenLinear
+from fastflag.policy.table import Policy
+from fastflag.policy.weights import Weights
+from fastflag.prompt.tokens import PromptSet
+
+_LINEARS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+class PlainPolicy:
+    """N prompts, C width, A actions."""
+
+    def __init__(self, policy: Policy, weights: Weights):
+        config = policy.config
+        split = weights.config.layers - config.top_layers
+        self.dtype, self.device = policy.dtype, policy.device
+        model = _llama(weights).to(self.dtype)
+        for number, block in enumerate(policy.trunk):
+            for short, name in _LINEARS.items():
+                frozen: FrozenLinear = getattr(block, short)
+                with frozen.unpacked(self.dtype), torch.no_grad():
+                    model.layers[number].get_submodule(name).weight.copy_(frozen._matrix)
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=[name.rpartition(".")[2] for name in _LINEARS.values()],
+            layers_to_transform=list(range(split, weights.config.layers)),
+        )
+        self.model = get_peft_model(model, lora).to(self.device)
+        self.adapters: dict[str, Tensor] = {}
+        layers = self.model.base_model.model.layers
+        for index, block in enumerate(policy.top):
+            for short, name in _LINEARS.items():
+                theirs = layers[split + index].get_submodule(name)
+                for letter in "ab":
+                    weight = getattr(theirs, f"lora_{letter.upper()}")["default"].weight
+                    weight.data = getattr(getattr(block, short), f"lora_{letter}").data.clone()
+                    self.adapters[f"top.{index}.{short}.lora_{letter}"] = weight
+        self.action_head = copy.deepcopy(policy.action_head)
+        self.value_head = copy.deepcopy(policy.value_head)
+
+    def features(self, prompts: list[np.ndarray]) -> Tensor:
+        """Last-token states [N, C] fp32 of whole prompts, in one batch padded on the right: as
+        attention is causal no mask is needed, which is the fastest way."""
+        states = self.model(input_ids=_padded(prompts, self.device), use_cache=False)
+        return _last(states.last_hidden_state, prompts).float()
+
+    def prefix_cache(self, prefix: np.ndarray, copies: int) -> object:
+        """transformers' own cache of a prefix, for so many suffixes."""
+        cache = self.model(input_ids=_padded([prefix], self.device), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(copies)
+        return cache
+
+    def suffix_features(self, cache: object, prefix: int, suffixes: list[np.ndarray]) -> Tensor:
+        """Last-token states [N, C] of suffixes that go on from a cache of `prefix` tokens."""
+        ids = _padded(suffixes, self.device)
+        places = torch.arange(prefix, prefix + ids.shape[1], device=self.device)[None]
+        states = self.model(input_ids=ids, past_key_values=cache, position_ids=places)
+        return _last(states.last_hidden_state, suffixes).float()
+
+    def heads(
+        self, features: Tensor, prompts: PromptSet, rows: np.ndarray, statistics: Statistics
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [N, A] and values [N] of `rows` [N] of `prompts`."""
+        side = torch.from_numpy(prompts.side[rows]).long().to(self.device) + 1
+        centred = statistics.centre(features, side)
+        allowed = torch.from_numpy(prompts.allowed[rows]).to(self.device)
+        logits = self.action_head(centred, side)
+        return masked_log_softmax(logits, allowed), self.value_head(centred, side)[:, 0]
+
+    def gradient(
+        self, prompts: PromptSet, rows: np.ndarray, samples: Samples, config: AlgorithmConfig
+    ) -> dict[str, Tensor]:
+        """The loss' gradient by parameter: every sample, and every reference prompt, whole."""
+        side = torch.from_numpy(prompts.side[prompts.reference]).long().to(self.device) + 1
+        reference = self.features([prompts.tokens(row) for row in prompts.reference])
+        features = self.features([prompts.tokens(row) for row in rows])
+        made = self.heads(features, prompts, rows, Statistics.of(reference, side))
+        loss_of(*made, samples, config)[0].backward()
+        named = self.adapters | {
+            f"{head}.{name}": parameter
+            for head in ("action_head", "value_head")
+            for name, parameter in getattr(self, head).named_parameters()
+        }
+        return {name: parameter.grad for name, parameter in named.items()}
+
+
+def _llama(weights: Weights) -> LlamaModel:
+    config = weights.config
+    model = LlamaModel(
+        LlamaConfig(
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            vocab_size=config.vocabulary,
+            rms_norm_eps=config.rms_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            max_position_embeddings=config.max_positions,
+        )
+    )
+    tensors = {
+        name.removeprefix("model."): weights.tensor(name)
+        for name in weights.names()
+        if name.startswith("model.")
+    }
+    model.load_state_dict(tensors)
+    return model.eval().requires_grad_(False)
+
+
+def _padded(texts: list[np.ndarray], device: torch.device) -> Tensor:
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+    for row, tokens in enumerate(texts):
+        ids[row, : len(tokens)] = torch.from_numpy(tokens)
+    return ids.to(device)
+
+
+def _last(states: Tensor, texts: list[np.ndarray]) -> Tensor:
+    return states[torch.arange(len(texts)), torch.tensor([len(tokens) - 1 for tokens in texts])]

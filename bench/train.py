@@ -1,0 +1,339 @@
+"""Environment steps a second, rollout and update: FastFLAG beside transformers + PEFT.
+
+    python -m bench.train [--json] [--rounds 3] [--envs 1 64 1024 4096 65536]
+
+On the same days, prompts, weights, adapters, heads and loss, in one process, in turn, so that a
+slow moment of the machine slows all. The plain baseline runs one full prompt for every environment
+step, at the fastest of several batch sizes; the other one keeps each day's prefix in transformers'
+own cache during the rollout, and trains on full prompts. Neither is charged for the reference
+prompts that centre the features, though FastFLAG is. Of more environments than one a baseline is
+measured on a part, scaled by environment step, and its row says so.
+"""
+
+import argparse
+import dataclasses
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from bench.baseline import PlainPolicy
+from bench.results import Row, publish
+from fastflag.config import PRESETS, AlgorithmConfig, TrainConfig
+from fastflag.learn.objective import loss_of
+from fastflag.learn.progress import PhaseTimer
+from fastflag.learn.rollout import Batch, rollout, start_accounts
+from fastflag.learn.run import build
+from fastflag.learn.update import _gather, _samples, estimate, make_optimizer, update
+from fastflag.market.sources import load
+from fastflag.policy.heads import Statistics
+from fastflag.policy.llama import SuffixLayout, prefix_pass, suffix_pass
+from fastflag.policy.table import Policy, Table, _digest
+from fastflag.policy.weights import open_weights
+from fastflag.prompt.tokens import PromptSet
+
+_PART = 64  # samples that a baseline of many is measured on
+_BATCHES = (4, 8, 16, 32, 64)
+_DAYS = 63
+
+
+def configuration(envs: int, dtype: str = "bf16") -> TrainConfig:
+    """64 days of AAPL in prompts of about 150 + 14 tokens; one environment lives 40 of them, which
+    is the paper's setting."""
+    demo = PRESETS["demo"]
+    steps = 40 if envs == 1 else _DAYS
+    return dataclasses.replace(
+        demo,
+        prompt=dataclasses.replace(demo.prompt, window=16),
+        policy=dataclasses.replace(demo.policy, dtype=dtype),
+        simulator=dataclasses.replace(demo.simulator, horizon=steps),
+        rollout=dataclasses.replace(demo.rollout, num_envs=envs, num_steps=steps),
+    )
+
+
+class Trainer:
+    """FastFLAG's loop, an update at a time."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        market = load(config.data)
+        self.weights = open_weights(config.policy.model)
+        self.world, self.policy = build(config, market, self.weights)
+        self.days = market.days(*config.data.train.split(".."))
+        self.optimizer = make_optimizer(self.policy, config.algorithm)
+        self.accounts = start_accounts(config.rollout, config.simulator.cash)
+        self.phase, self.updates = PhaseTimer(), 0
+
+    def collect(self) -> tuple[Table, Batch]:
+        self.updates += 1
+        return rollout(
+            self.policy,
+            self.world,
+            self.days,
+            self.accounts,
+            self.config.rollout,
+            self.updates - 1,
+            self.phase,
+        )
+
+    def update(self) -> Batch:
+        table, batch = self.collect()
+        advantage = estimate(table, batch, self.config.algorithm)
+        with self.phase("update"):
+            algorithm = self.config.algorithm
+            update(self.policy, self.optimizer, table, batch, advantage, algorithm, 0)
+        return batch
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+class Baseline:
+    """Seconds of the plain loops over the prompts of a batch."""
+
+    def __init__(self, trainer: Trainer):
+        self.plain = PlainPolicy(trainer.policy, trainer.weights)
+        table, batch = trainer.collect()
+        self.algorithm = trainer.config.algorithm
+        self.prompts = batch.prompts
+        advantage = estimate(table, batch, self.algorithm)
+        rows, samples = _samples(table, batch, advantage)
+        # Day by day, so that a part of the samples is of one day, whose prefix the cache holds.
+        count, steps = batch.row.shape
+        by_day = np.argsort(np.tile(np.arange(steps), count), kind="stable")
+        self.rows, self.samples = rows.numpy()[by_day], samples.take(torch.from_numpy(by_day))
+        self.statistics = dataclasses.replace(
+            table.statistics,
+            mean=table.statistics.mean.detach(),
+            deviation=table.statistics.deviation.detach(),
+        )
+        tried = range(min(_PART, len(self.rows)))
+        self.rollout_batch = min(_BATCHES, key=lambda n: seconds(lambda: self.roll(tried, n)))
+        self.update_batch = min(_BATCHES, key=lambda n: seconds(lambda: self.learn(tried, n)))
+
+    def roll(self, samples: range, batch: int) -> None:
+        with torch.no_grad():
+            for some in _parts(samples, batch):
+                rows = self.rows[some]
+                features = self.plain.features([self.prompts.tokens(row) for row in rows])
+                self.plain.heads(features, self.prompts, rows, self.statistics)
+
+    def roll_with_cache(self, samples: range, envs: int) -> None:
+        """As many environments of a day as there are share its prefix's cache."""
+        with torch.no_grad():
+            for some in _parts(samples, min(envs, _PART)):
+                rows = self.rows[some]
+                prefix = self.prompts.prefixes[self.prompts.pairs[rows[0], 0]]
+                suffixes = [self.prompts.suffixes[self.prompts.pairs[row, 1]] for row in rows]
+                cache = self.plain.prefix_cache(prefix, len(rows))
+                features = self.plain.suffix_features(cache, len(prefix), suffixes)
+                self.plain.heads(features, self.prompts, rows, self.statistics)
+
+    def learn(self, samples: range, batch: int) -> None:
+        for some in _parts(samples, batch):
+            rows = self.rows[some]
+            features = self.plain.features([self.prompts.tokens(row) for row in rows])
+            made = self.plain.heads(features, self.prompts, rows, self.statistics)
+            loss_of(*made, self.samples.take(torch.from_numpy(some)), self.algorithm)[0].backward()
+
+    def seconds_of_update(self, envs: int, steps: int) -> tuple[float, float]:
+        """Of the plain loop, and of the one with a cache in its rollout."""
+        count = envs * steps
+        part = range(min(count, _PART))
+        scale = count / len(part)
+        rolled = seconds(lambda: self.roll(part, min(self.rollout_batch, envs)))
+        learnt = seconds(lambda: self.learn(part, self.update_batch))
+        # A part of _PART environments pays for one prefix; so does a day of all of them.
+        cached = seconds(lambda: self.roll_with_cache(part, envs))
+        return scale * (rolled + learnt), scale * (cached + learnt)
+
+
+def _parts(samples: range, size: int) -> list[np.ndarray]:
+    return [np.array(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+
+def speed_rows(envs: int, rounds: int) -> list[Row]:
+    trainer = Trainer(configuration(envs))
+    steps = trainer.config.rollout.num_steps
+    cold = seconds(trainer.update)
+    baseline = Baseline(trainer)
+    trainer.update()
+    trainer.phase.take()
+    ours, plain, cached = [], [], []
+    for _ in range(rounds):
+        ours.append(seconds(trainer.update))
+        one, other = baseline.seconds_of_update(envs, steps)
+        plain.append(one)
+        cached.append(other)
+    phases = {name: value / rounds for name, value in trainer.phase.take().items()}
+    count, shape = envs * steps, f"{envs} x {steps}"
+    part = "" if envs == 1 else f"measured on {_PART} steps and scaled"
+    batches = f"batches of {min(baseline.rollout_batch, envs)} and {baseline.update_batch}"
+    note = ", ".join(filter(None, (batches, part)))
+
+    def row(provider: str, times: list[float], against: list[float] | None, note: str) -> Row:
+        ratio = None if against is None else float(np.median(np.array(against) / np.array(times)))
+        name = (
+            "" if against is None else ("hf + peft" if against is plain else "hf with prefix cache")
+        )
+        value = count / float(np.median(times))
+        return Row("steps a second", shape, provider, value, "steps/s", ratio, name, note)
+
+    rows = [
+        row("hf + peft", plain, None, note),
+        row("hf with prefix cache", cached, plain, note),
+        row("fastflag", ours, plain, "trunk cache warm"),
+        row("fastflag", ours, cached, "trunk cache warm"),
+        Row("seconds of an update", shape, "fastflag", float(np.median(ours)), "s"),
+        Row("seconds of the first update", shape, "fastflag", cold, "s", note="as the caches were"),
+    ]
+    rows += [Row(f"phase: {name}", shape, "fastflag", value, "s") for name, value in phases.items()]
+    return rows
+
+
+def gradient_rows(dtype: str) -> list[Row]:
+    """The same batch, one forward of ours against one full prompt for every environment step."""
+    trainer = Trainer(configuration(1, dtype))
+    trainer.update()  # adapters start at zero, where half of their gradients are zero
+    plain = PlainPolicy(trainer.policy, trainer.weights)
+    table, batch = trainer.collect()
+    algorithm: AlgorithmConfig = trainer.config.algorithm
+    rows, samples = _samples(table, batch, estimate(table, batch, algorithm))
+    trainer.policy.zero_grad()
+    loss_of(*_gather(table, rows), samples, algorithm)[0].backward()
+    theirs = plain.gradient(batch.prompts, rows.numpy(), samples, algorithm)
+    ours = {name: parameter.grad for name, parameter in trainer.policy.named_parameters()}
+    one = torch.cat([ours[name].flatten() for name in theirs])
+    other = torch.cat([theirs[name].flatten() for name in theirs])
+    error = ((one - other).norm() / other.norm()).item()
+    cosine = torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+    shape = f"1 x 40, {dtype}"
+    return [
+        Row("gradient: relative error", shape, "fastflag", error, "", against="hf + peft"),
+        Row("gradient: cosine", shape, "fastflag", cosine, "", against="hf + peft"),
+    ]
+
+
+def ablation_rows(rounds: int) -> list[Row]:
+    """Forward and backward of what 64 environments visited, with one idea taken out at a time."""
+    trainer = Trainer(configuration(64))
+    batch = trainer.update()
+    trainer.update()
+    policy, prompts = trainer.policy, batch.prompts
+    every = np.concatenate([prompts.reference, batch.row.ravel()])
+    variants: dict[str, tuple[Policy, PromptSet, Callable[..., Table]]] = {
+        "fastflag": (policy, prompts, Policy.evaluate),
+        "without sharing prefixes": (policy, _unshared(prompts), Policy.evaluate),
+        "without distinct prompts": (policy, _repeated(prompts, every), Policy.evaluate),
+        "without the trunk cache": (_uncached(trainer), prompts, Policy.evaluate),
+        "without last-token-only": (policy, prompts, _evaluate_all_tokens),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, (chosen, some, evaluate) in variants.items():
+            took = seconds(lambda: evaluate(chosen, some).value.sum().backward())  # noqa: B023
+            if number:  # the first fills caches
+                times[name].append(took)
+    base = np.array(times["fastflag"])
+    return [
+        Row(
+            "forward and backward",
+            f"64 x {_DAYS}",
+            name,
+            float(np.median(took)),
+            "s",
+            float(np.median(base / np.array(took))),
+            "fastflag",
+        )
+        for name, took in times.items()
+    ]
+
+
+def _unshared(prompts: PromptSet) -> PromptSet:
+    """Each prompt a text of its own after the first token, which all have in common."""
+    whole = [prompts.tokens(row) for row in range(len(prompts.pairs))]
+    pairs = np.stack([np.zeros(len(whole)), np.arange(len(whole))], axis=1).astype(np.int32)
+    return dataclasses.replace(
+        prompts,
+        prefixes=(whole[0][:1],),
+        suffixes=tuple(tokens[1:] for tokens in whole),
+        pairs=pairs,
+    )
+
+
+def _repeated(prompts: PromptSet, rows: np.ndarray) -> PromptSet:
+    """One prompt for every environment step, equal ones too."""
+    return dataclasses.replace(
+        prompts,
+        pairs=prompts.pairs[rows],
+        side=prompts.side[rows],
+        allowed=prompts.allowed[rows],
+        reference=np.arange(len(prompts.reference), dtype=np.int32),
+    )
+
+
+def _uncached(trainer: Trainer) -> Policy:
+    none = dataclasses.replace(trainer.config.policy, trunk_cache_mb=0, trunk_disk_mb=0)
+    return Policy(trainer.weights, none, [0, 1, 2], trainer.config.seed)
+
+
+def _evaluate_all_tokens(policy: Policy, prompts: PromptSet) -> Table:
+    """As Policy.evaluate, but the last layer computes every token of prefixes and suffixes."""
+    hidden = policy._prefix_states({_digest(prefix): prefix for prefix in prompts.prefixes})
+    padded = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
+    whole, keys_values = prefix_pass(policy.top, padded, [len(states) for states in hidden])
+    order = np.argsort(prompts.pairs[:, 0], kind="stable")
+    states = policy._suffix_states(prompts)
+    lengths = torch.tensor([len(states[row]) for row in order])
+    suffixes = torch.nn.utils.rnn.pad_sequence([states[row] for row in order], batch_first=True)
+    counts = np.bincount(prompts.pairs[:, 0]).tolist()
+    layout = SuffixLayout.build(counts, list(map(len, hidden)), lengths, suffixes.shape[1])
+    last = suffix_pass(policy.top, suffixes, keys_values, layout)
+    features = last[torch.arange(len(last)), lengths - 1].float() + 0 * whole.sum()
+    side = torch.from_numpy(prompts.side[order]).long() + 1
+    statistics = Statistics.of(features, side)
+    value = policy.value_head(statistics.centre(features, side), side)[:, 0]
+    return Table(features, value, statistics)
+
+
+def memory_rows(envs: list[int]) -> list[Row]:
+    """Peak memory of a process that makes one update, each in one of its own."""
+    rows = []
+    for count in envs:
+        words = [sys.executable, "-m", "bench.train", "--peak", str(count)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        shape = f"{count} x {configuration(count).rollout.num_steps}"
+        rows.append(Row("peak memory", shape, "fastflag", float(done.stdout), "MB"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured")
+    parser.add_argument("--envs", type=int, nargs="+", default=[1, 64, 1024, 4096, 65536])
+    parser.add_argument("--peak", type=int, help="print the peak memory of an update and stop")
+    chosen = parser.parse_args()
+    if chosen.peak:
+        trainer = Trainer(configuration(chosen.peak))
+        trainer.update()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    rows = [row for dtype in ("fp32", "bf16") for row in gradient_rows(dtype)]
+    for envs in chosen.envs:
+        print(f"{envs} environments", file=sys.stderr, flush=True)
+        rows += speed_rows(envs, chosen.rounds)
+    rows += ablation_rows(chosen.rounds)
+    rows += memory_rows(chosen.envs)
+    publish("train", rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
