@@ -34,24 +34,30 @@ _LINEARS = {
 class PlainPolicy:
     """N prompts, C width, A actions."""
 
-    def __init__(self, policy: Policy, weights: Weights):
+    def __init__(self, policy: Policy, weights: Weights, dtype: torch.dtype | None = None):
+        """`dtype` is that of the arithmetic, the policy's own by default; weights are rounded to
+        the policy's in any case."""
         config = policy.config
         split = weights.config.layers - config.top_layers
-        self.dtype, self.device = policy.dtype, policy.device
-        model = _llama(weights).to(self.dtype)
+        self.device = policy.device
+        model = _llama(weights).to(policy.dtype)
         for number, block in enumerate(policy.trunk):
             for short, name in _LINEARS.items():
                 frozen: FrozenLinear = getattr(block, short)
-                with frozen.unpacked(self.dtype), torch.no_grad():
+                with frozen.unpacked(policy.dtype), torch.no_grad():
                     model.layers[number].get_submodule(name).weight.copy_(frozen._matrix)
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             lora_dropout=0.0,
-            target_modules=[name.rpartition(".")[2] for name in _LINEARS.values()],
-            layers_to_transform=list(range(split, weights.config.layers)),
+            target_modules=[
+                f"layers.{number}.{name}"
+                for number in range(split, weights.config.layers)
+                for name in _LINEARS.values()
+            ],
         )
-        self.model = get_peft_model(model, lora).to(self.device)
+        model = model.to(self.device, dtype or policy.dtype)
+        self.model = get_peft_model(model, lora)
         self.adapters: dict[str, Tensor] = {}
         layers = self.model.base_model.model.layers
         for index, block in enumerate(policy.top):

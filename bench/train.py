@@ -98,7 +98,7 @@ def seconds(work: Callable[[], object]) -> float:
 class Baseline:
     """Seconds of the plain loops over the prompts of a batch."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Trainer, batches: tuple[int, int] | None):
         self.plain = PlainPolicy(trainer.policy, trainer.weights)
         table, batch = trainer.collect()
         self.algorithm = trainer.config.algorithm
@@ -114,9 +114,14 @@ class Baseline:
             mean=table.statistics.mean.detach(),
             deviation=table.statistics.deviation.detach(),
         )
+        self.rollout_batch, self.update_batch = batches or self._fastest_batches()
+
+    def _fastest_batches(self) -> tuple[int, int]:
+        """Prompts of a forward in rollout, and of a forward and backward in update."""
         tried = range(min(_PART, len(self.rows)))
-        self.rollout_batch = min(_BATCHES, key=lambda n: seconds(lambda: self.roll(tried, n)))
-        self.update_batch = min(_BATCHES, key=lambda n: seconds(lambda: self.learn(tried, n)))
+        rollout = min(_BATCHES, key=lambda n: seconds(lambda: self.roll(tried, n)))
+        learning = min(_BATCHES, key=lambda n: seconds(lambda: self.learn(tried, n)))
+        return rollout, learning
 
     def roll(self, samples: range, batch: int) -> None:
         with torch.no_grad():
@@ -159,11 +164,14 @@ def _parts(samples: range, size: int) -> list[np.ndarray]:
     return [np.array(samples[start : start + size]) for start in range(0, len(samples), size)]
 
 
-def speed_rows(envs: int, rounds: int) -> list[Row]:
+def speed_rows(
+    envs: int, rounds: int, batches: tuple[int, int] | None
+) -> tuple[list[Row], tuple[int, int]]:
+    """Rows of one number of environments, and the baseline's fastest batch sizes."""
     trainer = Trainer(configuration(envs))
     steps = trainer.config.rollout.num_steps
     cold = seconds(trainer.update)
-    baseline = Baseline(trainer)
+    baseline = Baseline(trainer, batches)
     trainer.update()
     trainer.phase.take()
     ours, plain, cached = [], [], []
@@ -175,8 +183,8 @@ def speed_rows(envs: int, rounds: int) -> list[Row]:
     phases = {name: value / rounds for name, value in trainer.phase.take().items()}
     count, shape = envs * steps, f"{envs} x {steps}"
     part = "" if envs == 1 else f"measured on {_PART} steps and scaled"
-    batches = f"batches of {min(baseline.rollout_batch, envs)} and {baseline.update_batch}"
-    note = ", ".join(filter(None, (batches, part)))
+    sizes = f"batches of {min(baseline.rollout_batch, envs)} and {baseline.update_batch}"
+    note = ", ".join(filter(None, (sizes, part)))
 
     def row(provider: str, times: list[float], against: list[float] | None, note: str) -> Row:
         ratio = None if against is None else float(np.median(np.array(against) / np.array(times)))
@@ -195,30 +203,35 @@ def speed_rows(envs: int, rounds: int) -> list[Row]:
         Row("seconds of the first update", shape, "fastflag", cold, "s", note="as the caches were"),
     ]
     rows += [Row(f"phase: {name}", shape, "fastflag", value, "s") for name, value in phases.items()]
-    return rows
+    return rows, (baseline.rollout_batch, baseline.update_batch)
 
 
 def gradient_rows(dtype: str) -> list[Row]:
-    """The same batch, one forward of ours against one full prompt for every environment step."""
+    """The same batch, one forward of ours against one full prompt for every environment step, and
+    both against that in fp32: what each loses to rounding."""
     trainer = Trainer(configuration(1, dtype))
     trainer.update()  # adapters start at zero, where half of their gradients are zero
-    plain = PlainPolicy(trainer.policy, trainer.weights)
     table, batch = trainer.collect()
     algorithm: AlgorithmConfig = trainer.config.algorithm
     rows, samples = _samples(table, batch, estimate(table, batch, algorithm))
     trainer.policy.zero_grad()
     loss_of(*_gather(table, rows), samples, algorithm)[0].backward()
-    theirs = plain.gradient(batch.prompts, rows.numpy(), samples, algorithm)
-    ours = {name: parameter.grad for name, parameter in trainer.policy.named_parameters()}
-    one = torch.cat([ours[name].flatten() for name in theirs])
-    other = torch.cat([theirs[name].flatten() for name in theirs])
-    error = ((one - other).norm() / other.norm()).item()
-    cosine = torch.nn.functional.cosine_similarity(one, other, dim=0).item()
-    shape = f"1 x 40, {dtype}"
-    return [
-        Row("gradient: relative error", shape, "fastflag", error, "", against="hf + peft"),
-        Row("gradient: cosine", shape, "fastflag", cosine, "", against="hf + peft"),
-    ]
+    given = batch.prompts, rows.numpy(), samples, algorithm
+    exact = PlainPolicy(trainer.policy, trainer.weights, torch.float32).gradient(*given)
+    made = {"fastflag": {name: p.grad for name, p in trainer.policy.named_parameters()}}
+    if dtype != "fp32":
+        made["hf + peft"] = PlainPolicy(trainer.policy, trainer.weights).gradient(*given)
+    shape, against = f"1 x 40, {dtype}", "hf + peft in fp32"
+    rows_made = []
+    for provider, gradient in made.items():
+        one, other = (torch.cat([g[name].flatten() for name in exact]) for g in (gradient, exact))
+        error = ((one - other).norm() / other.norm()).item()
+        cosine = torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+        rows_made += [
+            Row("gradient: relative error", shape, provider, error, "", against=against),
+            Row("gradient: cosine", shape, provider, cosine, "", against=against),
+        ]
+    return rows_made
 
 
 def ablation_rows(rounds: int) -> list[Row]:
@@ -327,9 +340,12 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     rows = [row for dtype in ("fp32", "bf16") for row in gradient_rows(dtype)]
-    for envs in chosen.envs:
+    batches = None
+    # The largest first: of one environment's 40 steps no batch of 64 can be tried.
+    for envs in sorted(chosen.envs, reverse=True):
         print(f"{envs} environments", file=sys.stderr, flush=True)
-        rows += speed_rows(envs, chosen.rounds)
+        made, batches = speed_rows(envs, chosen.rounds, batches)
+        rows += made
     rows += ablation_rows(chosen.rounds)
     rows += memory_rows(chosen.envs)
     publish("train", rows, chosen.json)
