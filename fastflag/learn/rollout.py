@@ -173,10 +173,9 @@ def _reachable_prompts(world: World, groups: list[_Group]) -> tuple[PromptSet, n
     codes = simulator.account_code(world.bars, accounts, of_day)
     reference = np.zeros_like(present)
     reference[np.searchsorted(days, of_day), codes] = True
-    prompts, row_of = world.prompter.stepped_prompts(days, present, reference)
-    of_day = np.full((len(world.bars), simulator.CODES), -1, np.int32)
-    of_day[days] = row_of
-    return prompts, of_day
+    row_of = np.full((len(world.bars), simulator.CODES), -1, np.int32)
+    prompts, row_of[days] = world.prompter.stepped_prompts(days, present, reference)
+    return prompts, row_of
 
 
 def _episodes(world: World, group: _Group) -> list[tuple[range, Accounts]]:
