@@ -15,20 +15,11 @@ from transformers import LlamaConfig, LlamaModel
 from fastflag.config import AlgorithmConfig
 from fastflag.learn.objective import Samples, loss_of
 from fastflag.policy.heads import Statistics, masked_log_softmax
+from fastflag.policy.llama import LINEARS
 from fastflag.policy.lora import FrozenLinear
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
-
-_LINEARS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 
 
 class PlainPolicy:
@@ -42,7 +33,7 @@ class PlainPolicy:
         self.device = policy.device
         model = _llama(weights).to(policy.dtype)
         for number, block in enumerate(policy.trunk):
-            for short, name in _LINEARS.items():
+            for short, name in LINEARS.items():
                 frozen: FrozenLinear = getattr(block, short)
                 with frozen.unpacked(policy.dtype), torch.no_grad():
                     model.layers[number].get_submodule(name).weight.copy_(frozen._matrix)
@@ -53,7 +44,7 @@ class PlainPolicy:
             target_modules=[
                 f"layers.{number}.{name}"
                 for number in range(split, weights.config.layers)
-                for name in _LINEARS.values()
+                for name in LINEARS.values()
             ],
         )
         model = model.to(self.device, dtype or policy.dtype)
@@ -61,7 +52,7 @@ class PlainPolicy:
         self.adapters: dict[str, Tensor] = {}
         layers = self.model.base_model.model.layers
         for index, block in enumerate(policy.top):
-            for short, name in _LINEARS.items():
+            for short, name in LINEARS.items():
                 theirs = layers[split + index].get_submodule(name)
                 for letter in "ab":
                     weight = getattr(theirs, f"lora_{letter.upper()}")["default"].weight

@@ -43,7 +43,7 @@ class Train:
     def run(self) -> None:
         from fastflag.evaluate.backtest import backtest, write_backtest
         from fastflag.evaluate.report import write_report
-        from fastflag.learn.run import check_claim, with_periods
+        from fastflag.learn.run import check_claim
         from fastflag.learn.train import train
         from fastflag.market.sources import load
         from fastflag.policy.weights import open_weights
@@ -55,8 +55,7 @@ class Train:
         market = load(self.settings.data)
         weights = open_weights(self.settings.policy.model)
         world, policy = train(self.settings, market, weights, self.out, self.resume)
-        settings = with_periods(self.settings, market)
-        document = backtest(policy, world, market, settings, "test", _progress("backtest"))
+        document = backtest(policy, world, market, self.settings, "test", _progress("backtest"))
         write_backtest(self.out, document)
         print(_verdict(document))
         print(f"report: {write_report(self.out)}")
@@ -243,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MemoryError:
         _refuse(_NO_MEMORY)
     except RuntimeError as error:
-        if not any(words in str(error) for words in _TORCH_NO_MEMORY):
+        if not any(told in str(error) for told in _TORCH_NO_MEMORY):
             raise
         _refuse(_NO_MEMORY)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """The forward over shared prefixes, against transformers' full forward of each prompt."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.config import PolicyConfig, PromptConfig, SimulatorConfig
 from fastflag.market.simulator import CODES
+from fastflag.policy import ops
 from fastflag.policy.llama import rotary_tables
 from fastflag.policy.lora import FrozenLinear, LoRALinear
 from fastflag.policy.model_config import ModelConfig
@@ -309,6 +311,48 @@ def linears(layer):
 def assert_close(ours, theirs):
     assert ours.norm() > 0
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+# Attention
+
+
+@pytest.mark.parametrize("queries", ["all", "last"])
+def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(queries):
+    """Token by token in fp64, and gradients, which the CUDA form too gives on a CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    lengths, counts, size, heads, groups, width = (5, 1, 9), (2, 3, 1), 4, 6, 2, 8
+    last = torch.tensor([3, 0, 2, 1, 3, 2])
+    count = size if queries == "all" else 1
+    query = random(6, heads, count, width)
+    own = random(6, groups, size, width), random(6, groups, size, width)
+    prefixes = [(random(groups, n, width), random(groups, n, width)) for n in lengths]
+    places = torch.arange(size)
+    visible = (places <= places[:, None])[None] if count > 1 else (places <= last[:, None])[:, None]
+    leaves = [query, *own, *(tensor for pair in prefixes for tensor in pair)]
+    weight = torch.randn(query.shape, generator=generator, dtype=torch.float64)
+    made = []
+    for attend in (ops._prefix_attention_by_prefix, ops._prefix_attention_padded):
+        attended = attend(query, *own, visible, prefixes, counts)
+        made.append((attended, torch.autograd.grad((attended * weight).sum(), leaves)))
+    of_prefix = [day for day, n in enumerate(counts) for _ in range(n)]
+    for u, h, q in itertools.product(range(6), range(heads), range(count)):
+        key, value = (
+            torch.cat((prefixes[of_prefix[u]][side][h // 3], own[side][u, h // 3]))
+            for side in (0, 1)
+        )
+        seen = torch.ones(len(key), dtype=torch.bool)
+        seen[-size:] = visible[u if len(visible) > 1 else 0, q]
+        scores = (key @ query[u, h, q] / width**0.5)[seen]
+        expected = scores.softmax(0) @ value[seen]
+        assert relative(made[1][0][u, h, q], expected) < 1e-12
+        # This form rounds scores to fp32.
+        assert relative(made[0][0][u, h, q], expected) < 1e-5
+    for one, other in zip(made[0][1], made[1][1], strict=True):
+        assert other.norm() > 0 and relative(one, other) < 1e-5
 
 
 # Adapters

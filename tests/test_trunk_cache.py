@@ -153,7 +153,7 @@ def test_the_file_used_least_recently_goes_first(tmp_path):
     kept = filled(tmp_path, [1, 2, 3])
     size = next(tmp_path.iterdir()).stat().st_size
     for age, value in ((300, 1), (200, 2), (100, 3)):
-        path = kept._file_of[(b"key%d" % value).hex()]
+        path = kept._where[(b"key%d" % value).hex()][0]
         os.utime(path, (time.time() - age,) * 2)
     filled(tmp_path, [4], fingerprint="cd34", budget=3 * size + 100)
     again = files(tmp_path)

@@ -113,7 +113,7 @@ def rollout(
             prompts, row_of = _reachable_prompts(world, groups)
             table = policy.evaluate(prompts)
         with phase("rollout"):
-            told = table.log_probabilities.detach().cpu().numpy()
+            told = _told(table)
             cdf = table.probabilities.cumsum(1)
             parts = [_from_table(world, group, told, cdf, row_of) for group in groups]
     with phase("evaluate"):
@@ -216,6 +216,10 @@ def _from_table(
     }
 
 
+def _told(table: Table) -> np.ndarray:
+    return table.log_probabilities.detach().cpu().numpy()
+
+
 class _Visited:
     """The prompts met so far in a rollout, each evaluated once, all by one pass over the days and
     with the same statistics."""
@@ -228,6 +232,8 @@ class _Visited:
         self._row_of = {key: row for row, key in enumerate(reference.keys())}
         self.probabilities = self._tables[0].probabilities
         """[U, A] of the rows so far, as in `Table`."""
+        self.log_probabilities = _told(self._tables[0])
+        """[U, A] fp32, likewise."""
 
     def rows(self, prompts: PromptSet) -> np.ndarray:
         """The row of each prompt [n] in the table to come; those not met before are evaluated."""
@@ -240,6 +246,7 @@ class _Visited:
             self._tables.append(table)
             self._row_of |= {keys[number]: len(self._row_of) + n for n, number in enumerate(new)}
             self.probabilities = np.concatenate([self.probabilities, table.probabilities])
+            self.log_probabilities = np.concatenate([self.log_probabilities, _told(table)])
         return np.array([self._row_of[key] for key in keys])
 
     def table(self) -> tuple[Table, PromptSet]:
@@ -265,16 +272,13 @@ def _day_by_day(
             with phase("rollout"):
                 for group, part, row in zip(groups, parts, now, strict=True):
                     part["row"][:, step] = row
-                    _act(world, group, part, step, visited.probabilities)
+                    _act(world, group, part, step, visited)
             with phase("evaluate"):
                 _observe(visited, world, groups, list(range(len(groups))), step, 1, now)
             for part, row in zip(parts, now, strict=True):
                 part["next_row"][:, step] = row
     with phase("evaluate"):
         table, prompts = visited.table()
-    told = table.log_probabilities.detach().cpu().numpy()
-    for part in parts:
-        part["log_probability"] = told[part["row"], part["action"]]
     return table, prompts, parts
 
 
@@ -309,6 +313,7 @@ def _empty_part(group: _Group) -> dict[str, np.ndarray]:
         "row": np.zeros(shape, np.int32),
         "next_row": np.zeros(shape, np.int32),
         "action": np.zeros(shape, np.int8),
+        "log_probability": np.zeros(shape, np.float32),
         "reward": np.zeros(shape),
         "terminated": np.zeros(shape, bool),
         "valid": np.zeros(shape, bool),
@@ -317,18 +322,21 @@ def _empty_part(group: _Group) -> dict[str, np.ndarray]:
 
 
 def _act(
-    world: World, group: _Group, part: dict[str, np.ndarray], step: int, probabilities: np.ndarray
+    world: World, group: _Group, part: dict[str, np.ndarray], step: int, visited: _Visited
 ) -> None:
-    """One step of a group from the rows of `probabilities` that its accounts are in."""
+    """One step of a group from the rows that its accounts are in."""
+    row = part["row"][:, step]
     environments = group.first_env + np.arange(len(group.accounts))
     uniform = simulator.uniform(world.seed, environments, group.first_step + step)
     part["valid"][:, step] = group.accounts.alive
-    action = choose(probabilities[part["row"][:, step]], uniform)
+    action = choose(visited.probabilities[row], uniform)
     part["reward"][:, step], part["terminated"][:, step] = simulator.step(
         world.bars, world.simulator, group.accounts, group.day[step], action
     )
     # What a closed account does is Hold, as in a rollout from the table.
-    part["action"][:, step] = np.where(part["valid"][:, step], action, simulator.HOLD)
+    action = np.where(part["valid"][:, step], action, simulator.HOLD)
+    part["action"][:, step] = action
+    part["log_probability"][:, step] = visited.log_probabilities[row, action]
 
 
 def _lived_days(world: World, groups: list[_Group]) -> list[int]:

@@ -63,10 +63,9 @@ def claim(run: Path, config: TrainConfig, resume: bool) -> Iterator[bool]:
     """Makes RUN/ this configuration's for as long as the context lasts; True where it has a
     checkpoint to go on from. Raises InputError as `check_claim` does, and where another training
     holds the folder."""
-    check_claim(run, config, resume)
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
-        # What was free before the lock was taken need not be now.
+        # What was free when training was asked for need not be now.
         check_claim(run, config, resume)
         resumes = _has_checkpoint(run)
         if not resumes:

@@ -13,6 +13,7 @@ from fastflag.learn.advantage import explained_variance, generalised_advantage
 from fastflag.learn.objective import Samples, loss_of
 from fastflag.learn.rollout import Batch
 from fastflag.policy.table import Policy, Table
+from fastflag.prompt.tokens import PromptSet
 
 STATISTICS = (
     "policy_loss",
@@ -96,13 +97,13 @@ def update(
     size = config.minibatch_size or len(rows)
     generator = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
-    visited, place = np.unique(rows.cpu().numpy(), return_inverse=True)
-    prompts, places = batch.prompts.subset(visited)
-    rows_of_subset = torch.from_numpy(places[place]).to(rows.device)
+    visited: tuple[PromptSet, Tensor] | None = None
     for _ in range(config.update_epochs):
         for index in _minibatches(len(rows), size, generator):
             if history:
-                chosen = _gather(policy.evaluate(prompts), rows_of_subset[index])
+                # Only here: finding the distinct ones of four million rows takes a while.
+                visited = visited or _visited(batch.prompts, rows)
+                chosen = _gather(policy.evaluate(visited[0]), visited[1][index])
             else:
                 chosen = _gather(table, rows[index])
             loss, statistics = loss_of(*chosen, samples.take(index), config)
@@ -129,6 +130,13 @@ def _samples(table: Table, batch: Batch, advantage: np.ndarray) -> tuple[Tensor,
     target = advantage + value
     drawn = flat(batch.log_probability, torch.float32)
     return rows, Samples(action, advantage, target, drawn, value, batch.initial[rows])
+
+
+def _visited(prompts: PromptSet, rows: Tensor) -> tuple[PromptSet, Tensor]:
+    """The prompts in `rows` [N], each once, and the reference; the new row of each sample [N]."""
+    distinct, place = np.unique(rows.cpu().numpy(), return_inverse=True)
+    kept, places = prompts.subset(distinct)
+    return kept, torch.from_numpy(places[place]).to(rows.device)
 
 
 def _gather(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ Rotary = tuple[Tensor, Tensor]
 LinearFactory = Callable[[Tensor, Tensor | None], nn.Module]
 """(matrix [O, I], bias [O] or None), both on the CPU -> the layer that holds them on the device."""
 
-_LINEARS = {
+LINEARS = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
@@ -68,7 +68,7 @@ class Block(nn.Module):
         self.mlp_norm = norm("post_attention_layernorm")
         self.q_norm = norm("self_attn.q_norm")
         self.k_norm = norm("self_attn.k_norm")
-        for short, name in _LINEARS.items():
+        for short, name in LINEARS.items():
             matrix = weights.tensor(f"model.layers.{index}.{name}.weight", dtype)
             setattr(self, short, make_linear(matrix, optional(f"{name}.bias")))
 

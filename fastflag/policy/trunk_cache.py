@@ -82,9 +82,8 @@ class TrunkFiles:
         """`fingerprint` [hex digits] names what the activations are of."""
         self.folder, self.fingerprint = folder, fingerprint
         self.budget_bytes, self.device = budget_bytes, device
-        self._file_of: dict[str, Path] = {}
+        self._where: dict[str, tuple[Path, list[str]]] = {}  # file and checksums of an entry
         self._open_files: dict[Path, safe_open] = {}
-        self._checksums: dict[str, list[str]] = {}
         self._waiting: dict[str, tuple[Tensor, ...]] = {}
         self._waiting_bytes = 0
         self._writes = True
@@ -93,10 +92,9 @@ class TrunkFiles:
 
     def get(self, key: bytes) -> tuple[Tensor, ...] | None:
         name = key.hex()
-        path = self._file_of.get(name)
-        if path is None:
+        if name not in self._where:
             return self._waiting.get(name)
-        sums = self._checksums[name]
+        path, sums = self._where[name]
         try:
             tensors = tuple(
                 self._open_files[path].get_tensor(f"{name}.{number}") for number in range(len(sums))
@@ -111,7 +109,7 @@ class TrunkFiles:
 
     def put(self, key: bytes, tensors: tuple[Tensor, ...]) -> None:
         name = key.hex()
-        if not self._writes or name in self._file_of or name in self._waiting:
+        if not self._writes or name in self._where or name in self._waiting:
             return
         self._waiting[name] = tensors
         self._waiting_bytes += _size(tensors)
@@ -163,18 +161,14 @@ class TrunkFiles:
             self._discard(path, error)
             return
         self._open_files[path] = file
-        self._checksums |= sums
-        self._file_of |= dict.fromkeys(sums, path)
+        self._where |= {name: (path, of_entry) for name, of_entry in sums.items()}
         _touch(path)
 
     def _discard(self, path: Path, reason: object) -> None:
         _log.warning("frozen activations are made anew: %s, %s", reason, path)
-        self._forget(path)
-        _remove(path)
-
-    def _forget(self, path: Path) -> None:
         self._open_files.pop(path, None)
-        self._file_of = {name: file for name, file in self._file_of.items() if file != path}
+        self._where = {name: where for name, where in self._where.items() if where[0] != path}
+        _remove(path)
 
     def _trim(self) -> None:
         files = []
