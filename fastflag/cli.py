@@ -155,8 +155,9 @@ class Metrics:
     """Print one JSON document."""
 
     def run(self) -> None:
+        from fastflag.market.accounts import Bars
         from fastflag.market.metrics import calendar_of, metrics
-        from fastflag.market.simulator import BUY, Bars
+        from fastflag.market.simulator import BUY
         from fastflag.market.sources import load
         from fastflag.market.tasks import fixed_action_equity
 

@@ -18,7 +18,8 @@ from fastflag.evaluate.backtest import (
 from fastflag.files import InputError
 from fastflag.learn.train import train
 from fastflag.market import simulator
-from fastflag.market.simulator import ACTIONS, BUY, HOLD, SELL, Accounts
+from fastflag.market.accounts import Accounts
+from fastflag.market.simulator import ACTIONS, BUY, HOLD, SELL
 from fastflag.policy.weights import open_weights
 
 TEST_DAYS = range(TRAIN_DAYS, DAYS)

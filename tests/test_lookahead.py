@@ -24,8 +24,8 @@ from fastflag.evaluate import backtest
 from fastflag.evaluate.decide import decide
 from fastflag.learn.rollout import World
 from fastflag.market import simulator
+from fastflag.market.accounts import Bars
 from fastflag.market.bars import Market, News
-from fastflag.market.simulator import Bars
 from fastflag.market.sources import load
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import open_weights

@@ -6,7 +6,8 @@ from small import holey_market, small_market
 
 from fastflag.config import SimulatorConfig
 from fastflag.learn.reference import reference_accounts
-from fastflag.market.simulator import Accounts, Bars, account_code, step
+from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.simulator import account_code, step
 
 RULES = {
     "long_flat": SimulatorConfig(),

@@ -11,7 +11,7 @@ from fastflag.files import InputError
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import choose, prompts_now, rollout, start_accounts
 from fastflag.market import simulator
-from fastflag.market.simulator import Accounts
+from fastflag.market.accounts import Accounts
 from fastflag.market.tasks import schedule
 
 UPDATES = 4

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
 from fastflag.market import simulator
-from fastflag.market.simulator import ACTIONS, BUY, CODES, HOLD, SELL, Accounts, Bars
+from fastflag.market.accounts import HISTORY, Accounts, Bars
+from fastflag.market.simulator import ACTIONS, BUY, CODES, HOLD, SELL
 
 FILLS = ("next_open", "next_close", "same_close")
 POSITIONS = ("long_flat", "long_short")
@@ -113,13 +114,13 @@ def compare(bars, config, seed, num_accounts=4):
             assert abs(accounts.sharpe[b] - twin.sharpe) <= tolerance
             assert abs(reward[b] - expected) <= 2 * tolerance + 1e-12
     for b, twin in enumerate(twins):
-        recent = twin.actions[-simulator.HISTORY :]
-        empty = simulator.HISTORY - len(recent)
+        recent = twin.actions[-HISTORY:]
+        empty = HISTORY - len(recent)
         assert accounts.actions[b].tolist() == [-1] * empty + [ACTIONS.index(a) for a in recent]
         assert np.isnan(accounts.rewards[b, :empty]).all()
         assert np.isnan(accounts.equities[b, :empty]).all()
         np.testing.assert_allclose(
-            accounts.equities[b, empty:], twin.equities[-simulator.HISTORY :], atol=1e-12 * peak
+            accounts.equities[b, empty:], twin.equities[-HISTORY:], atol=1e-12 * peak
         )
         if twin.alive:
             balance = config.cash + twin.gains + twin.dividends - accounts.fees[b]
@@ -526,32 +527,47 @@ def roll(bars, config, accounts, days, restarts, policy, **changes):
     return simulator.rollout(bars, config, accounts, days, restarts, *policy, **arguments)
 
 
-def case_of(fill, positions, seed=2):
-    """A market wild enough for ruin, 24 steps with restarts in between, and carried accounts."""
-    config = SimulatorConfig(fill=fill, positions=positions, ruin=0.4)
+def case_of(fill, positions, seed=2, size=64, **rules):
+    """A market wild enough for ruin, 33 steps with a restart in between, and carried accounts."""
+    config = SimulatorConfig(fill=fill, positions=positions, ruin=0.4, **rules)
     bars = Bars.from_columns(*oracles.random_bars(seed, days=40, volatility=0.2))
     days = np.concatenate([np.arange(3, 15), np.arange(9, 30)])
     restarts = np.zeros(len(days), bool)
     restarts[12] = True
-    accounts = Accounts.start(64, config.cash)
+    accounts = Accounts.start(size, config.cash)
     rng = np.random.default_rng(seed)
     for day in range(3):
-        simulator.step(bars, config, accounts, day, rng.integers(0, 3, 64))
+        simulator.step(bars, config, accounts, day, rng.integers(0, 3, size))
     policy = policy_for(bars, config, range(3, 32), accounts)
     return bars, config, accounts, days, restarts, policy
 
 
+LANES = simulator._LANES
+SIZES = [1, 7, LANES - 1, LANES + 3, 2 * LANES]
+
+
+@pytest.mark.parametrize("rules", [{}, {"reward": "log_return"}, {"lot": 10.0}], ids=str)
 @pytest.mark.parametrize("fill,positions", MODES)
-def test_a_rollout_is_a_loop_of_steps(fill, positions):
-    bars, config, accounts, days, restarts, policy = case_of(fill, positions)
+def test_a_rollout_is_a_loop_of_steps(fill, positions, rules):
+    equals_its_steps(case_of(fill, positions, **rules), ruin=positions == "long_short")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_any_number_of_accounts_is_a_loop_of_steps(size):
+    equals_its_steps(case_of("next_open", "long_short", size=size), ruin=size > 1)
+
+
+def equals_its_steps(case, ruin):
+    bars, config, accounts, days, restarts, policy = case
+    size = len(accounts)
     cdf, row_of = policy
     stepped = Accounts.from_arrays(accounts.arrays())
     out = roll(bars, config, accounts, days, restarts, policy)
     for s, (day, restart) in enumerate(zip(days, restarts, strict=True)):
         if restart:
-            stepped.reset(np.ones(64, bool))
+            stepped.reset(np.ones(size, bool))
         row = row_of[day, simulator.account_code(bars, stepped, day)]
-        u = simulator.uniform(11, np.arange(64), 5 + s) * cdf[row, 2]
+        u = simulator.uniform(11, np.arange(size), 5 + s) * cdf[row, 2]
         action = np.array(
             [np.searchsorted(cdf[r], x, "right") for r, x in zip(row, u, strict=True)]
         )
@@ -565,7 +581,7 @@ def test_a_rollout_is_a_loop_of_steps(fill, positions):
         next_row = row_of[day + 1, simulator.account_code(bars, stepped, day + 1)]
         np.testing.assert_array_equal(out["next_row"][:, s], next_row)
     assert_same(accounts.arrays(), stepped.arrays())
-    assert positions == "long_flat" or out["terminated"].any()
+    assert not ruin or out["terminated"].any()
     dead = ~out["valid"]
     assert not out["reward"][dead].any() and not dead[:, restarts].any()
 
@@ -596,6 +612,20 @@ def test_a_rollout_in_parts_is_the_rollout():
         for name, array in out.items():
             np.testing.assert_array_equal(array, whole[name][:, part], err_msg=name)
     assert_same(accounts.arrays(), parts.arrays())
+
+
+def test_threads_share_a_rollout_and_change_nothing(monkeypatch):
+    one = case_of("next_open", "long_short", size=5 * LANES + 9)
+    shared = Accounts.from_arrays(one[2].arrays())
+    out = roll(*one)
+    monkeypatch.setattr(simulator, "_THREADED_STEPS", 1)
+    for threads, parts in [(2, 2), (4, 3), (100, 6)]:
+        monkeypatch.setattr(simulator, "get_num_threads", lambda threads=threads: threads)
+        several = Accounts.from_arrays(shared.arrays())
+        assert len(simulator._parts(len(several), 33)) == parts
+        for name, array in roll(*one[:2], several, *one[3:]).items():
+            np.testing.assert_array_equal(array, out[name], err_msg=name)
+        assert_same(several.arrays(), one[2].arrays())
 
 
 PROBABILITIES = [(0.2, 0.5, 0.3), (0.0, 0.9, 0.1), (0.4, 0.0, 0.6), (1 / 3, 2 / 3, 0.0), (0, 1, 0)]

@@ -7,7 +7,8 @@ import pytest
 from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
 from fastflag.market import tasks
-from fastflag.market.simulator import ACTIONS, BUY, HOLD, SELL, Bars, uniform
+from fastflag.market.accounts import Bars
+from fastflag.market.simulator import ACTIONS, BUY, HOLD, SELL, uniform
 
 MODES = list(
     itertools.product(("next_open", "next_close", "same_close"), ("long_flat", "long_short"))

@@ -17,9 +17,10 @@ from fastflag.config import TrainConfig
 from fastflag.files import InputError, write_atomic
 from fastflag.learn.rollout import World, choose, prompts_now
 from fastflag.market import simulator
+from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, parse_period, split_days
 from fastflag.market.metrics import CONVENTIONS, calendar_of, metrics
-from fastflag.market.simulator import ACTIONS, BUY, Accounts
+from fastflag.market.simulator import ACTIONS, BUY
 from fastflag.market.tasks import fixed_action_equity, random_equities
 from fastflag.policy.table import Policy
 

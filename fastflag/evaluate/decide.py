@@ -9,8 +9,9 @@ import torch
 from fastflag.evaluate.backtest import greedy
 from fastflag.files import InputError
 from fastflag.learn.rollout import World, prompts_now
+from fastflag.market.accounts import Accounts
 from fastflag.market.bars import ISO_DATE, Market
-from fastflag.market.simulator import ACTIONS, Accounts
+from fastflag.market.simulator import ACTIONS
 from fastflag.policy.table import Policy
 
 

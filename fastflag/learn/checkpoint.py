@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fastflag.files import InputError, read_json, write_atomic
-from fastflag.market.simulator import Accounts
+from fastflag.market.accounts import Accounts
 from fastflag.policy.table import Policy
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastflag.config import SimulatorConfig
-from fastflag.market.simulator import BUY, HOLD, SELL, Accounts, Bars, step
+from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.simulator import BUY, HOLD, SELL, step
 
 # Days for which the position has been held, by turns of the day's index: a text of a position tells
 # its age and profit, and the deviation of the features must hold what these do to them.

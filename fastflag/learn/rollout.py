@@ -14,7 +14,7 @@ from fastflag.config import RolloutConfig, SimulatorConfig
 from fastflag.files import InputError
 from fastflag.learn.reference import reference_accounts
 from fastflag.market import simulator
-from fastflag.market.simulator import Accounts, Bars
+from fastflag.market.accounts import Accounts, Bars
 from fastflag.market.tasks import schedule
 from fastflag.policy.table import Policy, Table
 from fastflag.prompt.template import Prompter

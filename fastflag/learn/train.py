@@ -19,9 +19,9 @@ from fastflag.learn.progress import Log, PhaseTimer
 from fastflag.learn.rollout import Batch, World, rollout, start_accounts
 from fastflag.learn.run import build, check_claim, claim, with_periods
 from fastflag.learn.update import estimate, make_optimizer, set_learning_rates, update
+from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
 from fastflag.market.metrics import annual_days, calendar_of
-from fastflag.market.simulator import Accounts
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights
 

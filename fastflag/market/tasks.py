@@ -4,7 +4,8 @@ import numpy as np
 
 from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
-from fastflag.market.simulator import Bars, equities, uniform
+from fastflag.market.accounts import Bars
+from fastflag.market.simulator import equities, uniform
 
 # Start days and random policies must not draw the numbers that the rollouts of the same seed draw.
 _START_SEED = 0x5354 << 48

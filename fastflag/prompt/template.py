@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastflag.config import PromptConfig, SimulatorConfig
+from fastflag.market.accounts import Accounts, Bars
 from fastflag.market.bars import Market
 from fastflag.market.features import forward_adjusted, indicators
 from fastflag.market.simulator import (
     CODES,
     PROFIT_STEP,
-    Accounts,
-    Bars,
     allowed,
     allowed_codes,
     decode,

@@ -1,0 +1,229 @@
+"""What is traded and who trades: one symbol's bars, and accounts, as flat arrays.
+
+Shapes: T days, B accounts.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fastflag.market.bars import Market
+
+HISTORY = 10
+"""Past steps that an account remembers, for prompts."""
+
+_COLUMNS = ("open", "close", "mark", "split", "dividend", "tradable")
+OPEN, CLOSE, MARK, SPLIT, DIVIDEND, TRADABLE = range(len(_COLUMNS))
+"""Columns of `Bars.table`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bars:
+    """One symbol's bars, all [T]; raw prices, NaN where there is no bar.
+
+    `mark` is the close, or on days without a bar the last mark divided by the day's split (NaN
+    before the first bar). `split` multiplies shares before the open, `dividend` is cash per
+    (post-split) share paid before the open. Raises ValueError for columns of unequal length.
+    """
+
+    open: np.ndarray
+    close: np.ndarray
+    mark: np.ndarray
+    split: np.ndarray
+    dividend: np.ndarray
+    tradable: np.ndarray
+    """bool."""
+    table: np.ndarray = field(init=False, repr=False)
+    """The columns side by side, [T, 6] float64, as the kernels read them."""
+
+    def __post_init__(self) -> None:
+        for name in _COLUMNS:
+            column = np.asarray(getattr(self, name), np.bool_ if name == "tradable" else np.float64)
+            if column.shape != (len(self.close),):
+                raise ValueError(f"bars.{name} has shape {column.shape}, not {(len(self.close),)}")
+            object.__setattr__(self, name, column)
+        table = np.column_stack([getattr(self, name) for name in _COLUMNS])
+        object.__setattr__(self, "table", table)
+
+    @classmethod
+    def from_columns(
+        cls,
+        open: np.ndarray,
+        close: np.ndarray,
+        split: np.ndarray,
+        dividend: np.ndarray,
+        tradable: np.ndarray,
+    ) -> "Bars":
+        """Bars with their marks worked out."""
+        close, split = np.asarray(close, float), np.asarray(split, float)
+        mark = np.full(len(close), np.nan)
+        last = np.nan
+        for day in range(len(close)):
+            last = close[day] if tradable[day] else last / split[day]
+            mark[day] = last
+        return cls(open, close, mark, split, dividend, tradable)
+
+    @classmethod
+    def from_market(cls, market: "Market", symbol: str) -> "Bars":
+        """The bars of `symbol`; InputError where the market has no such symbol."""
+        n = market.column(symbol)
+        prices = (market.open, market.high, market.low, market.close)
+        tradable = np.logical_and.reduce([np.isfinite(price[:, n]) for price in prices])
+        return cls.from_columns(
+            market.open[:, n],
+            market.close[:, n],
+            market.split[:, n],
+            market.dividend[:, n],
+            tradable,
+        )
+
+    def __len__(self) -> int:
+        return len(self.close)
+
+
+class Arrays(NamedTuple):
+    """`Accounts` as the kernels see it: the same names, the same arrays.
+
+    Numba pickles the classes of a kernel's arguments by name into its cache: don't rename it.
+    """
+
+    starting_cash: np.ndarray
+    cash: np.ndarray
+    shares: np.ndarray
+    entry: np.ndarray
+    opened: np.ndarray
+    pending: np.ndarray
+    equity: np.ndarray
+    fees: np.ndarray
+    count: np.ndarray
+    mean: np.ndarray
+    m2: np.ndarray
+    sharpe: np.ndarray
+    alive: np.ndarray
+    rewards: np.ndarray
+    equities: np.ndarray
+    actions: np.ndarray
+
+
+# What an account starts with, besides its cash.
+_FRESH = {
+    "shares": 0.0,
+    "entry": 0.0,
+    "opened": -1,
+    "pending": -1,
+    "fees": 0.0,
+    "count": 0,
+    "mean": 0.0,
+    "m2": 0.0,
+    "sharpe": 0.0,
+    "alive": True,
+    "rewards": np.nan,
+    "equities": np.nan,
+    "actions": -1,
+}
+
+
+@dataclass
+class Accounts:
+    """B accounts; arrays [B], histories [B, HISTORY] with the newest step last."""
+
+    starting_cash: np.ndarray
+    cash: np.ndarray
+    shares: np.ndarray
+    """Negative when short."""
+    entry: np.ndarray
+    """Effective price per share (fee and slippage in it), split-adjusted; 0 when flat."""
+    opened: np.ndarray
+    """int32, day of the fill; -1 when flat."""
+    pending: np.ndarray
+    """int8, the action that waits for a bar; -1 when none does."""
+    equity: np.ndarray
+    """Cash and shares at the last mark."""
+    fees: np.ndarray
+    """Fees and slippage paid so far."""
+    count: np.ndarray
+    """int64; with `mean` and `m2` (sum of squared deviations) Welford's state of step profits."""
+    mean: np.ndarray
+    m2: np.ndarray
+    sharpe: np.ndarray
+    """mean / deviation (ddof 1) of profit per step so far, unannualised; 0 while undefined."""
+    alive: np.ndarray
+    rewards: np.ndarray
+    """NaN where there was no step yet, as in `equities`."""
+    equities: np.ndarray
+    actions: np.ndarray
+    """int8; -1 where there was no step yet. An action that was not allowed counts as Hold."""
+
+    @classmethod
+    def start(cls, num_accounts: int, cash: float) -> "Accounts":
+        """Accounts that hold `cash` and nothing else."""
+        accounts = cls(
+            starting_cash=np.full(num_accounts, float(cash)),
+            cash=np.empty(num_accounts),
+            shares=np.empty(num_accounts),
+            entry=np.empty(num_accounts),
+            opened=np.empty(num_accounts, np.int32),
+            pending=np.empty(num_accounts, np.int8),
+            equity=np.empty(num_accounts),
+            fees=np.empty(num_accounts),
+            count=np.empty(num_accounts, np.int64),
+            mean=np.empty(num_accounts),
+            m2=np.empty(num_accounts),
+            sharpe=np.empty(num_accounts),
+            alive=np.empty(num_accounts, np.bool_),
+            rewards=np.empty((num_accounts, HISTORY)),
+            equities=np.empty((num_accounts, HISTORY)),
+            actions=np.empty((num_accounts, HISTORY), np.int8),
+        )
+        accounts.reset(np.ones(num_accounts, np.bool_))
+        return accounts
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Starts the accounts in `mask` [B] (bool) anew, in place."""
+        mask = np.asarray(mask, np.bool_)
+        for name, value in _FRESH.items():
+            getattr(self, name)[mask] = value
+        self.cash[mask] = self.equity[mask] = self.starting_cash[mask]
+
+    def enter(self, side: np.ndarray, price: np.ndarray, day: np.ndarray) -> None:
+        """Puts the equity of accounts that hold cash alone into a position, in place and free of
+        costs: `side` [B] -1, 0 or 1, `price` and `day` [B] where it is entered."""
+        held = side != 0
+        self.shares[held] = (side * self.cash / price)[held]
+        self.cash[held] *= 1.0 - side[held]
+        self.entry[held], self.opened[held] = price[held], day[held]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name: the accounts' own, not copies."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Accounts":
+        """Accounts from copies of what `arrays()` gave.
+
+        Raises ValueError for a missing or unknown name, a wrong shape or a wrong dtype.
+        """
+        if set(arrays) != set(Arrays._fields):
+            raise ValueError(f"accounts need {sorted(Arrays._fields)}, not {sorted(arrays)}")
+        expected = cls.start(len(arrays["cash"]), 1.0).arrays()
+        for name, array in expected.items():
+            given = arrays[name]
+            if given.shape != array.shape or given.dtype != array.dtype:
+                raise ValueError(
+                    f"accounts.{name} is {given.dtype}{given.shape}, not {array.dtype}{array.shape}"
+                )
+            array[...] = given
+        return cls(**expected)
+
+    def take(self, rows: np.ndarray) -> "Accounts":
+        """Copies of the accounts in `rows`."""
+        return Accounts(**{name: array[rows].copy() for name, array in self.arrays().items()})
+
+    def __len__(self) -> int:
+        return len(self.cash)
+
+    def views(self) -> Arrays:
+        return Arrays(*(getattr(self, name) for name in Arrays._fields))
