@@ -18,7 +18,17 @@ from typing import Any, Literal
 
 import tyro
 
-from fastflag.config import PRESETS, DataConfig, SimulatorConfig, TrainConfig, from_dict
+from fastflag.config import (
+    PRESETS,
+    AlgorithmConfig,
+    DataConfig,
+    Optimizer,
+    PlanConfig,
+    PolicyConfig,
+    SimulatorConfig,
+    TrainConfig,
+    from_dict,
+)
 from fastflag.files import InputError, read_json
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -189,14 +199,26 @@ class Report:
 
 @dataclass(frozen=True)
 class Doctor:
-    """What this machine has, and which implementation each op uses, and why."""
+    """What this machine has, which implementation each op uses and why; or what a model needs."""
 
     json: Switch = False
     """Print one JSON document."""
+    plan: Switch = False
+    """What training takes of a GPU's memory instead, by part: in MiB, or with --json in bytes."""
+    policy: tyro.conf.OmitArgPrefixes[PolicyConfig] = field(default_factory=PolicyConfig)
+    optimizer: Optimizer = AlgorithmConfig.optimizer
+    """As in train."""
+    batch: tyro.conf.OmitArgPrefixes[PlanConfig] = field(default_factory=PlanConfig)
 
     def run(self) -> None:
-        from fastflag.evaluate.doctor import examine
+        from fastflag.evaluate.doctor import examine, plan
 
+        if self.plan:
+            document = plan(self.policy, self.optimizer, self.batch)
+            print(json.dumps(document) if self.json else _plan_table(document))
+            return
+        if self != Doctor(json=self.json):
+            raise InputError("settings of a policy need --plan, doctor")
         document = examine()
         if self.json:
             print(json.dumps(document))
@@ -365,6 +387,13 @@ def _verdict(document: dict[str, Any]) -> str:
         f"  greedy's Sharpe beats {rank:.0f}% of {document['random']['episodes']} random policies"
     )
     return "\n".join(lines)
+
+
+def _plan_table(document: dict[str, Any]) -> str:
+    totals = {name: size for name, size in document.items() if name.startswith("total")}
+    rows = {**document["parts"], **totals}
+    lines = [f"  {name.replace('_', ' '):<30}{size / 2**20:>12,.1f}" for name, size in rows.items()]
+    return "\n".join([f"{document['model']}, MiB of GPU memory", *lines])
 
 
 def _shown(value: Any) -> str:

@@ -26,6 +26,8 @@ class Range:
         return " and ".join(told) or "finite"
 
 
+Optimizer = Literal["adamw", "adamw8bit"]
+
 # Above it NumPy and PyTorch fail in many ways, none of which is a sentence.
 Count = Annotated[int, Range(at_least=1, at_most=10**12)]
 NotNegative = Annotated[float, Range(at_least=0)]
@@ -149,7 +151,7 @@ class AlgorithmConfig(_Checked):
     """Learning rate of the trained layers (adapters, or all their weights)."""
     anneal_lr: bool = True
     """Learning rates fall linearly to 0."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """adamw8bit: bitsandbytes' 8-bit states (CUDA)."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay of the trained layers."""
@@ -177,6 +179,20 @@ class AlgorithmConfig(_Checked):
     """Gradient norm clipped to this; 0: not clipped."""
     target_kl: NotNegative = 0.0
     """Stop an update's epochs above this approximate KL to the rollout's policy; 0: never."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(_Checked):
+    """The prompts of an update; by default what 63 decisions on AAPL's bars can come to."""
+
+    days: Count = 64
+    """Days, the one after the last decision included."""
+    texts: Count = 27
+    """Account texts a day."""
+    prefix_tokens: Count = 116
+    """Tokens of a day's text, the longest."""
+    suffix_tokens: Count = 16
+    """Tokens of an account's text, the longest."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from small import DAYS, TRAIN_DAYS, small_config, small_market, write_csv
 
 import fastflag
 from fastflag import cli
-from fastflag.config import PRESETS, TrainConfig, from_dict, to_dict
+from fastflag.config import PRESETS, PlanConfig, PolicyConfig, TrainConfig, from_dict, to_dict
+from fastflag.evaluate.doctor import plan
 from fastflag.learn.run import claim
 from fastflag.policy.ops import IMPLEMENTATIONS
 
@@ -258,6 +260,41 @@ def test_doctor(capsys):
     cli.main(["doctor"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*document["ops"], document["packages"]["torch"]))
+
+
+def test_doctor_plans(smollm, capsys):
+    words = ["doctor", "--plan", "--model", smollm, "--top-layers", "3", "--days", "5"]
+    cli.main([*words, "--json"])
+    document = json.loads(capsys.readouterr().out)
+    config = PolicyConfig(model=smollm, top_layers=3)
+    assert document == plan(config, "adamw", PlanConfig(days=5))
+    assert document["total"] == sum(document["parts"].values())
+    cli.main(words)
+    shown = dict(re.findall(r"^  ([a-z ]+?) +([\d,.]+)$", capsys.readouterr().out, re.MULTILINE))
+    wanted = document["parts"] | {"total": document["total"]}
+    for name, size in wanted.items():
+        assert shown[name.replace("_", " ")] == f"{size / 1024**2:,.1f}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--plan", "--model", "none"], "no such folder or file, none"),
+        (["--plan", "--top-layers", "3"], "top_layers must be 1 to 2, not 3"),
+        (["--plan", "--days", "0"], "days must be at least 1 and at most"),
+        (
+            ["--plan", "--prefix-tokens", "2033"],
+            "a prompt has 2049 tokens, the model reads 2048: lower --prefix-tokens or",
+        ),
+    ],
+)
+def test_doctor_refuses_a_plan(flags, told, tiny_model, refused):
+    assert told in refused("doctor", "--model", tiny_model, *flags)
+
+
+@pytest.mark.parametrize("flags", ["--top-layers 1", "--texts 3 --json", "--optimizer adamw8bit"])
+def test_doctor_refuses_what_only_a_plan_needs(flags, refused):
+    assert refused("doctor", *flags.split()) == "settings of a policy need --plan, doctor"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

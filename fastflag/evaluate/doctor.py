@@ -1,4 +1,4 @@
-"""What this machine has, and which implementation each op uses, and why."""
+"""What this machine has, which implementation each op uses, and why, and what a model needs."""
 
 import importlib.util
 import os
@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 import fastflag
+from fastflag.config import Optimizer, PlanConfig, PolicyConfig
+from fastflag.files import InputError
+from fastflag.policy import memory
 from fastflag.policy.ops import IMPLEMENTATIONS
+from fastflag.policy.weights import open_config
 
 _PACKAGES = (
     "torch",
@@ -43,6 +47,31 @@ def examine() -> dict[str, dict[str, Any]]:
             name: {"implementation": implementation, "reason": reason}
             for name, (implementation, reason) in IMPLEMENTATIONS.items()
         },
+    }
+
+
+def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[str, Any]:
+    """Bytes of a GPU's memory: {"model": ..., "parts": {part: bytes}, "total",
+    "total_without_fused_attention"}.
+
+    Raises InputError for a model that can't be read, has too few layers or reads too few tokens.
+    """
+    model = open_config(policy.model)
+    model.trunk_layers(policy.top_layers, policy.model)
+    tokens = batch.prefix_tokens + batch.suffix_tokens
+    if tokens > model.max_positions:
+        raise InputError(
+            f"a prompt has {tokens} tokens, the model reads {model.max_positions}: lower "
+            "--prefix-tokens or --suffix-tokens, prompts"
+        )
+    parts, composite = (
+        memory.parts(model, policy, optimizer, batch, fused) for fused in (True, False)
+    )
+    return {
+        "model": policy.model,
+        "parts": parts,
+        "total": sum(parts.values()),
+        "total_without_fused_attention": sum(composite.values()),
     }
 
 

@@ -21,7 +21,7 @@ SIDES = 3
 """Short, flat and long, in this order; `side` is an index into them, int64."""
 _FLAT = 1
 _EPSILON = 1e-6
-_MLP_WIDTH = 64
+MLP_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def _mlp(inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
-    first = nn.Linear(inputs, _MLP_WIDTH)
+    first = nn.Linear(inputs, MLP_WIDTH)
     bound = inputs**-0.5
     nn.init.uniform_(first.weight, -bound, bound, generator=generator)
     nn.init.zeros_(first.bias)
-    return nn.Sequential(first, nn.Tanh(), _zero_linear(_MLP_WIDTH, outputs))
+    return nn.Sequential(first, nn.Tanh(), _zero_linear(MLP_WIDTH, outputs))

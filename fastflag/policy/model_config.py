@@ -36,6 +36,12 @@ class ModelConfig:
     """q and k are normalised per head, before the rotary embedding."""
     max_positions: int
 
+    def trunk_layers(self, top_layers: int, source: str) -> int:
+        """How many layers lie below the top ones. Raises InputError where it has not so many."""
+        if not 1 <= top_layers <= self.layers:
+            raise InputError(f"top_layers must be 1 to {self.layers}, not {top_layers}, {source}")
+        return self.layers - top_layers
+
     def rotary_frequencies(self) -> np.ndarray:
         """Radians a position of each pair of a head's numbers, [head_dim / 2] float64.
 

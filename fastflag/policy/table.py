@@ -129,18 +129,14 @@ class Policy(nn.Module):
         seed: int,
     ):
         super().__init__()
-        layers = weights.config.layers
-        if not 1 <= config.top_layers <= layers:
-            raise InputError(
-                f"top_layers must be 1 to {layers}, not {config.top_layers}, {weights.source}"
-            )
         self.config = config
         self.model = weights.config
+        layers = self.model.layers
+        split = self.model.trunk_layers(config.top_layers, weights.source)
         self.dtype = _DTYPES[config.dtype]
         self.device = _device(config.device)
         generator = torch.Generator().manual_seed(seed)
         self.embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
-        split = layers - config.top_layers
         self.trunk = [self._block(weights, index, self._frozen) for index in range(split)]
         self.top = nn.ModuleList(
             self._block(weights, index, self._trained(generator)) for index in range(split, layers)

@@ -91,15 +91,52 @@ def open_weights(model: str) -> Weights:
     file inside an installed Python package, which is not imported) or `owner/name` on the Hugging
     Face hub. Raises InputError for anything missing, broken or unsupported.
     """
-    if model.startswith("package:"):
-        return _open_gguf(_packaged(model), model)
-    path = Path(os.path.expanduser(model))
+    path = _located(model, ["*.safetensors", "*.json", "tokenizer*"])
     if path.is_dir():
-        return _open_folder(path, model)
-    if path.is_file():
-        return _open_gguf(path, model)
+        return Weights(_folder_config(path), _Safetensors(path), path, model)
+    file = GGUFFile(path)
+    return Weights(file.config, file, path, model)
+
+
+def open_config(model: str) -> ModelConfig:
+    """The config of `model`, named as in `open_weights`; a folder, or the hub, need hold no more
+    than config.json. Raises InputError likewise."""
+    path = _located(model, ["config.json"])
+    return _folder_config(path) if path.is_dir() else GGUFFile(path).config
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a layer, by its name in it."""
+    width, mlp = config.width, config.mlp_width
+    rows = {
+        "q": config.heads * config.head_dim,
+        "k": config.kv_heads * config.head_dim,
+        "v": config.kv_heads * config.head_dim,
+    }
+    layer = {f"self_attn.{part}_proj.weight": (size, width) for part, size in rows.items()}
+    if config.attention_bias:
+        layer |= {f"self_attn.{part}_proj.bias": (size,) for part, size in rows.items()}
+    if config.qk_norm:
+        layer |= {f"self_attn.{part}_norm.weight": (config.head_dim,) for part in "qk"}
+    return layer | {
+        "self_attn.o_proj.weight": (width, rows["q"]),
+        "mlp.gate_proj.weight": (mlp, width),
+        "mlp.up_proj.weight": (mlp, width),
+        "mlp.down_proj.weight": (width, mlp),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+
+
+def _located(model: str, hub_files: list[str]) -> Path:
+    """The folder or GGUF file that `model` names, with `hub_files` of it fetched from the hub."""
+    if model.startswith("package:"):
+        return _packaged(model)
+    path = Path(os.path.expanduser(model))
+    if path.is_dir() or path.is_file():
+        return path
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        return _open_folder(_snapshot(model), model)
+        return _snapshot(model, hub_files)
     raise InputError(f"no such folder or file, {model}")
 
 
@@ -127,31 +164,13 @@ def _check_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]], sourc
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    width, mlp = config.width, config.mlp_width
-    rows = {
-        "q": config.heads * config.head_dim,
-        "k": config.kv_heads * config.head_dim,
-        "v": config.kv_heads * config.head_dim,
-    }
-    layer = {f"self_attn.{part}_proj.weight": (size, width) for part, size in rows.items()}
-    if config.attention_bias:
-        layer |= {f"self_attn.{part}_proj.bias": (size,) for part, size in rows.items()}
-    if config.qk_norm:
-        layer |= {f"self_attn.{part}_norm.weight": (config.head_dim,) for part in "qk"}
-    layer |= {
-        "self_attn.o_proj.weight": (width, rows["q"]),
-        "mlp.gate_proj.weight": (mlp, width),
-        "mlp.up_proj.weight": (mlp, width),
-        "mlp.down_proj.weight": (width, mlp),
-        "input_layernorm.weight": (width,),
-        "post_attention_layernorm.weight": (width,),
-    }
     shapes = {
-        "model.embed_tokens.weight": (config.vocabulary, width),
-        "model.norm.weight": (width,),
+        "model.embed_tokens.weight": (config.vocabulary, config.width),
+        "model.norm.weight": (config.width,),
     }
     if not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocabulary, width)
+        shapes["lm_head.weight"] = (config.vocabulary, config.width)
+    layer = layer_shapes(config)
     for index in range(config.layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     return shapes
@@ -160,12 +179,11 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 # Safetensors
 
 
-def _open_folder(folder: Path, source: str) -> Weights:
+def _folder_config(folder: Path) -> ModelConfig:
     values = read_json(folder / "config.json")
     if not isinstance(values, dict):
         raise InputError(f"must be a JSON object, {folder / 'config.json'}")
-    config = json_config(Settings(values, str(folder / "config.json")))
-    return Weights(config, _Safetensors(folder), folder, source)
+    return json_config(Settings(values, str(folder / "config.json")))
 
 
 class _Safetensors:
@@ -239,11 +257,6 @@ def _line(error: Exception) -> str:
 # GGUF
 
 
-def _open_gguf(path: Path, source: str) -> Weights:
-    file = GGUFFile(path)
-    return Weights(file.config, file, path, source)
-
-
 def _packaged(model: str) -> Path:
     name = model.removeprefix("package:")
     # A dotted name would import its parent, and so run it.
@@ -260,8 +273,9 @@ def _packaged(model: str) -> Path:
 # Hugging Face hub
 
 
-def _snapshot(model: str) -> Path:
-    """Folder of the hub's newest version of `model`; of the local cache's if the hub is away."""
+def _snapshot(model: str, files: list[str]) -> Path:
+    """Folder of the hub's newest version of `model`, with its `files`; of the local cache's if the
+    hub is away."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -269,7 +283,7 @@ def _snapshot(model: str) -> Path:
     try:
         folder = snapshot_download(
             model,
-            allow_patterns=["*.safetensors", "*.json", "tokenizer*"],
+            allow_patterns=files,
             etag_timeout=HUB_SECONDS,
             local_files_only=problem is not None,
         )

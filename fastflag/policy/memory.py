@@ -1,0 +1,196 @@
+"""What a policy needs of a GPU's memory, part by part, in bytes: arithmetic on shapes alone.
+
+Left out is what comes and goes (a frozen layer unpacked, the gradient of a layer's activations, the
+optimiser's square roots), the samples of a rollout, and what CUDA itself takes.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fastflag.config import Optimizer, PlanConfig, PolicyConfig
+from fastflag.policy.heads import MLP_WIDTH, SIDES
+from fastflag.policy.llama import LINEARS
+from fastflag.policy.model_config import ModelConfig
+from fastflag.policy.quant import BLOCKSIZE
+from fastflag.policy.table import ACTIONS
+from fastflag.policy.weights import layer_shapes
+
+_FP32 = 4
+_BYTES = {"bf16": 2, "fp32": _FP32}
+# bitsandbytes' AdamW8bit leaves smaller tensors in fp32, and scales each 256 numbers on their own.
+_SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256
+
+
+def parts(
+    model: ModelConfig,
+    policy: PolicyConfig,
+    optimizer: Optimizer,
+    batch: PlanConfig,
+    fused: bool = True,
+) -> dict[str, int]:
+    """Bytes of each part, where `policy` has no more top layers than the model has layers.
+
+    Without `fused`, attention is PyTorch's composite of products and a softmax, as where no kernel
+    takes both a mask and query heads that share keys: of PyTorch 2.13's, its documentation has
+    shared keys in flash attention alone, which takes no mask.
+    """
+    dtype, trunk = _BYTES[policy.dtype], model.layers - policy.top_layers
+    shapes = layer_shapes(model)
+    matrices = [math.prod(shape) for shape in shapes.values() if len(shape) == 2]
+    norms = sum(shape[0] for name, shape in shapes.items() if name.endswith("norm.weight"))
+    biases = sum(shape[0] for name, shape in shapes.items() if name.endswith("bias"))
+    # LoRA's base stays beside the adapters; matrices trained in full are their own master copies.
+    base = sum(matrices) + biases if policy.adaptation == "lora" else 0
+    layers = policy.top_layers * _trained_in_layer(model, policy)
+    heads = _head_tensors(model, policy)
+    trained = _FP32 * (sum(layers) + sum(heads))
+    # Running statistics: a mean and an int64 count for each side, and a deviation. For the
+    # language-model head, the rows of its words and a copy of what training starts from.
+    words, initial = (ACTIONS, trained) if policy.head == "lm" else (0, 0)
+    beside = _FP32 * (SIDES + 1 + words) * model.width + 8 * SIDES
+    kept = policy.trunk_cache_mb * 2**20
+    return {
+        "trunk": trunk * (_stored(matrices, policy) + (norms + biases) * dtype),
+        "embedding": (model.vocabulary + 1) * model.width * dtype,  # and the final norm
+        "top_frozen": policy.top_layers * (base + norms) * dtype,
+        "trained": _FP32 * sum(layers),
+        "heads": _FP32 * sum(heads) + beside,
+        "initial": initial,
+        "gradients": trained,
+        "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
+        "trunk_cache": min(_cacheable(model, trunk, batch) * dtype, kept),
+        "activations": _Activations(model, policy, batch, fused).total(),
+    }
+
+
+def _stored(matrices: list[int], policy: PolicyConfig) -> int:
+    """A frozen layer's matrices. NF4 is half a byte a number, and an fp32 scale a block."""
+    if policy.trunk_weights != "nf4":
+        return sum(matrices) * _BYTES[policy.trunk_weights]
+    return sum(-(-n // 2) + _FP32 * -(-n // BLOCKSIZE) for n in matrices)
+
+
+def _trained_in_layer(model: ModelConfig, policy: PolicyConfig) -> list[int]:
+    """Numbers of each trained tensor of a top layer: LoRA's A and B of each matrix, or all but the
+    norms. Both are fp32, whatever the arithmetic."""
+    shapes = layer_shapes(model)
+    if policy.adaptation == "full":
+        return [math.prod(shape) for name, shape in shapes.items() if "norm" not in name]
+    sides = [side for shape in shapes.values() if len(shape) == 2 for side in shape]
+    return [side * policy.lora_rank for side in sides]
+
+
+def _head_tensors(model: ModelConfig, policy: PolicyConfig) -> list[int]:
+    """Numbers of each tensor of the value head and, but for "lm", of the action head."""
+    action = {
+        "linear": [ACTIONS * model.width, SIDES * ACTIONS],
+        "mlp": [MLP_WIDTH * model.width, MLP_WIDTH, ACTIONS * MLP_WIDTH, SIDES * ACTIONS],
+        "lm": [],
+    }
+    return [model.width, SIDES, *action[policy.head]]
+
+
+def _optimizer_state(tensors: list[int], optimizer: Optimizer) -> int:
+    """Two moments of each number. AdamW's are fp32 (its step counters lie on the host); AdamW8bit's
+    a byte and an fp32 scale a block, with two tables of 256 fp32 levels that all tensors share."""
+    large = [n for n in tensors if n >= _SMALLEST_8BIT and optimizer == "adamw8bit"]
+    tables = 2 * _FP32 * 256 if large else 0
+    of_large = sum(n + _FP32 * -(-n // _BLOCK_8BIT) for n in large)
+    return 2 * (of_large + _FP32 * (sum(tensors) - sum(large))) + tables
+
+
+def _cacheable(model: ModelConfig, trunk: int, batch: PlanConfig) -> int:
+    """Numbers of every text's states under the top layers, and of each day's keys and values in
+    every frozen layer, which account texts yet to come attend to."""
+    of_token = model.width + trunk * 2 * model.kv_heads * model.head_dim
+    of_texts = batch.texts * batch.suffix_tokens * model.width
+    return batch.days * (batch.prefix_tokens * of_token + of_texts)
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """What autograd keeps of an evaluation until its backward pass, in bytes."""
+
+    model: ModelConfig
+    policy: PolicyConfig
+    batch: PlanConfig
+    fused: bool
+
+    def total(self) -> int:
+        batch, last = self.batch, self.policy.top_layers - 1
+        days, prompts = batch.days, batch.days * batch.texts
+        prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
+        total = self._read_out(prompts)
+        # cos and sin, half a head each, of a prefix's places, of a suffix's and of its last token.
+        total += (prefix + prompts * (suffix + 1)) * self.model.head_dim * self._dtype
+        for index in range(last + 1):
+            # The last layer is asked for what suffixes attend to, and for their last token.
+            of_prefix, of_suffix = (prefix, suffix) if index < last else (0, 1)
+            total += self._layer(days, prefix, of_prefix, 0, through=index > 0)
+            total += self._layer(prompts, suffix, of_suffix, prefix, through=index > 0)
+        return total
+
+    @property
+    def _dtype(self) -> int:
+        return _BYTES[self.policy.dtype]
+
+    def _layer(self, rows: int, tokens: int, queries: int, prefix: int, through: bool) -> int:
+        """A layer over `rows` texts of `tokens`, which attend to `prefix` tokens before them;
+        queries, output and MLP are those of the last `queries` tokens. A gradient goes through to
+        its input unless it is the first one trained."""
+        model, width, mlp = self.model, self.model.width, self.model.mlp_width
+        read, asked = rows * tokens, rows * queries
+        # Linear layers keep their input, one for q, k and v, of which the last tokens' is copied.
+        inputs = read + (asked if queries < tokens else 0)
+        total = inputs * width * self._dtype + self._linears(read, ("k", "v"), through)
+        total += self._norm(read, width) if through else 0
+        if model.qk_norm:
+            total += self._norm(read * model.kv_heads + asked * model.heads, model.head_dim)
+        if not queries:
+            return total
+        total += self._attention(rows, queries, prefix + tokens, masked=prefix > 0)
+        # gate and up have one input; silu keeps gate, the product silu(gate) and up, down its own.
+        total += self._norm(asked, width) + asked * (width + 4 * mlp) * self._dtype
+        total += self._linears(asked, ("q",), through)
+        return total + self._linears(asked, ("o", "gate", "up", "down"), through=True)
+
+    def _norm(self, rows: int, columns: int) -> int:
+        """The input in fp32, and one over its root mean square."""
+        return rows * (columns + 1) * _FP32
+
+    def _linears(self, tokens: int, names: tuple[str, ...], through: bool) -> int:
+        """What linear layers keep besides their input: the matrices as they were multiplied, where
+        a gradient goes through, and LoRA's products with A and scaled B. fp32 matrices are
+        multiplied as they lie."""
+        shapes = layer_shapes(self.model)
+        cast = through and self.policy.dtype != "fp32"
+        numbers = 0
+        for outputs, inputs in (shapes[f"{LINEARS[name]}.weight"] for name in names):
+            if self.policy.adaptation == "full":
+                numbers += outputs * inputs * cast
+            else:
+                numbers += self.policy.lora_rank * (tokens + inputs * cast + outputs)
+        return numbers * self._dtype
+
+    def _attention(self, rows: int, queries: int, keys: int, masked: bool) -> int:
+        """Fused: queries, keys and values (on a GPU each suffix has a copy of its prefix's), the
+        mask as numbers, an fp32 sum a query, and what was attended to, once more with its heads
+        side by side where there are several queries. Composite: all in fp32, keys and values for
+        each query head, the weights; what was attended to side by side."""
+        heads, head = self.model.heads, self.model.head_dim
+        asked = rows * heads * queries
+        if not self.fused:
+            wide = asked * (head + keys) + rows * heads * 2 * keys * head
+            return asked * head * self._dtype + _FP32 * wide
+        copies = 3 if queries > 1 else 2
+        shared = rows * 2 * self.model.kv_heads * keys * head
+        mask = rows * queries * keys if masked else 0
+        return (copies * asked * head + shared + mask) * self._dtype + asked * _FP32
+
+    def _read_out(self, prompts: int) -> int:
+        """The final norm; then in fp32, of all rows and of the reference (one a day and side) what
+        they are from their means, all rows centred, an MLP's numbers, the log-probabilities."""
+        reference = self.batch.days * min(self.batch.texts, SIDES)
+        inner = MLP_WIDTH if self.policy.head == "mlp" else 0
+        numbers = (2 * prompts + reference) * self.model.width + prompts * (inner + ACTIONS)
+        return self._norm(prompts, self.model.width) + _FP32 * numbers
