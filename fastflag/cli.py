@@ -10,11 +10,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import tyro
 
@@ -249,17 +249,52 @@ _NO_MEMORY = "not enough memory: lower --num-steps, --num-envs or --backtest-epi
 _TORCH_NO_MEMORY = ("out of memory", "can't allocate memory")  # on CUDA, on a CPU
 
 
+class _Stream:
+    """stdout or stderr that never fails, since a training must not end for its progress: what is
+    written after the first error is lost."""
+
+    def __init__(self, stream: TextIO | None):
+        # Python has none where the caller closed it (`>&-`).
+        self._stream = stream or open(os.devnull)  # noqa: SIM115 (until the process ends)
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _attempt(self, act: Callable[..., object], *arguments: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            act(*arguments)
+        except OSError as error:
+            self.error = error
+            # Else Python complains once more when it flushes at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line. Exits with 2 and one line on stderr for what the user gave wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with redirect_stdout(_Stream(sys.stdout)) as out, redirect_stderr(_Stream(sys.stderr)):
+        command = _guard(words)
+        out.flush()
+        if out.error is not None:
+            _tell_lost_output(out.error, is_result=not isinstance(command, Train | Report))
+
+
+def _guard(words: list[str]) -> Any:
+    """Runs a command line as `_run`; what goes wrong becomes one line and an exit status."""
     try:
-        _run(words)
+        return _run(words)
     except InputError as error:
         _refuse(str(error))
-    except BrokenPipeError:
-        # Nobody reads on (`| head`). Python would complain once more when it flushes at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
     except OSError as error:
         _refuse(f"{error.strerror or error}, {error.filename or 'while writing'}")
     except MemoryError:
@@ -274,19 +309,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> Any:
+    """Runs a command line. Returns the command that ran; None where it was help or the version."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
-        return
+        return None
     name, rest = arguments[0], arguments[1:]
     if name == "--version":
         import fastflag
 
         print(fastflag.__version__)
-    elif name not in COMMANDS:
+        return None
+    if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}, one of {', '.join(COMMANDS)} is expected")
-    else:
-        _parse(COMMANDS[name], f"fastflag {name}", rest).run()
+    command = _parse(COMMANDS[name], f"fastflag {name}", rest)
+    if command is not None:
+        command.run()
+    return command
 
 
 def _usage() -> str:
@@ -303,7 +342,10 @@ def _usage() -> str:
 
 
 def _parse(command: type, program: str, arguments: list[str]) -> Any:
-    """The command with its flags. Raises InputError, in one line, for a flag that does not fit."""
+    """The command with its flags, None where they asked for its help.
+
+    Raises InputError, in one line, for a flag that does not fit.
+    """
     default = {"default": _train_default(arguments)} if command is Train else {}
     shown = io.StringIO()
     try:
@@ -311,7 +353,7 @@ def _parse(command: type, program: str, arguments: list[str]) -> Any:
             return tyro.cli(command, prog=program, args=arguments, **default)
     except SystemExit as stop:
         if not stop.code:
-            raise
+            return None
         raise InputError(f"{_complaint(shown.getvalue())}, see {program} --help") from None
 
 
@@ -362,6 +404,17 @@ def _complaint(boxed: str) -> str:
 def _refuse(message: str) -> None:
     print(f"fastflag: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _tell_lost_output(error: OSError, is_result: bool) -> None:
+    """Of a command that writes files, what it prints is not its result."""
+    told = f"{error.strerror or error}, standard output"
+    if not is_result:
+        print(f"fastflag: {told}", file=sys.stderr)
+    elif isinstance(error, BrokenPipeError):  # nobody reads on (`| head`)
+        raise SystemExit(141)
+    else:
+        _refuse(told)
 
 
 def _progress(text: str) -> Callable[[Iterable[int]], Iterable[int]]:

@@ -306,9 +306,7 @@ def test_usage_names_every_command(arguments, capsys):
 
 def test_help_of_every_command(capsys):
     for name in cli.COMMANDS:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([name, "--help"])
-        assert not stop.value.code
+        cli.main([name, "--help"])
         assert f"usage: fastflag {name}" in capsys.readouterr().out
     cli.main(["--version"])
     assert capsys.readouterr().out.strip() == fastflag.__version__
@@ -385,6 +383,43 @@ def test_nobody_reads_the_output(bars, tmp_path):
     prepare = "import os\nreading, writing = os.pipe()\nos.dup2(writing, 1)\nos.close(reading)"
     done = command("metrics", "--data", f"csv:{bars}", cwd=tmp_path, prepare=prepare)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+FULL_DISK = "import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), {})"
+NO_SPACE = "No space left on device, standard output"
+
+
+@pytest.mark.parametrize(("descriptor", "terminal"), [(1, False), (1, True), (2, True)])
+def test_a_training_does_not_end_for_its_output(
+    descriptor, terminal, trained, config_file, tmp_path, monkeypatch
+):
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    words = ["train", "--out", "run", "--config", config_file]
+    done = command(*words, cwd=tmp_path, prepare=FULL_DISK.format(descriptor))
+    told = f"fastflag: {NO_SPACE}\n" if descriptor == 1 else ""
+    assert done.returncode == 0 and done.stderr.endswith(told), done.stderr
+    assert "Traceback" not in done.stderr
+    written = [sorted(path.name for path in run.iterdir()) for run in (trained, tmp_path / "run")]
+    assert written[0] == written[1]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["metrics", "--data", "BARS", "--json"], ["train", "--help"]])
+def test_a_result_that_can_not_be_written(words, unbuffered, bars, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    words = [word.replace("BARS", f"csv:{bars}") for word in words]
+    done = command(*words, cwd=tmp_path, prepare=FULL_DISK.format(1))
+    assert the_refusal(done.returncode, done.stdout, done.stderr) == NO_SPACE
+    assert command("--version", cwd=tmp_path, prepare=FULL_DISK.format(2)).returncode == 0
+    assert command("metrics", "-x", cwd=tmp_path, prepare=FULL_DISK.format(2)).returncode == 2
+
+
+def test_a_closed_stdout(tmp_path):
+    """As in `fastflag --version >&-`."""
+    done = command("--version", cwd=tmp_path, prepare="import sys\nsys.stdout = None")
+    assert the_refusal(done.returncode, "", done.stderr) == "not writable, standard output"
 
 
 # What is refused
