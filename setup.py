@@ -28,7 +28,7 @@ setup(
     package_data={"fastflag.evaluate": ["report.html", "report.css", "report.js"]},
     # Installed under fastflag, because the import name `kernels` is Hugging Face's.
     package_dir={"fastflag.kernels": "kernels"},
-    entry_points={"console_scripts": ["fastflag=fastflag.cli:main"]},
+    entry_points={"console_scripts": ["fastflag=fastflag.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

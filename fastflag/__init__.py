@@ -3,12 +3,13 @@
 Importing this package imports neither torch nor numba and touches no device.
 """
 
-from pathlib import Path
+import os
 
 __version__ = "0.1.0"
 
-_root = Path(__file__).resolve().parent.parent
-if (_root / "setup.py").is_file():
+# Without pathlib, whose import would be half the time in which nothing can answer Ctrl-C.
+_root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.isfile(os.path.join(_root, "setup.py")):
     # In a clone, kernels/ lies beside the package; wheels install it as fastflag.kernels. The bare
     # name `kernels` belongs to Hugging Face's package, so the folder has no __init__.py.
-    __path__.append(str(_root))
+    __path__.append(_root)

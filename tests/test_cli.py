@@ -385,6 +385,18 @@ def test_nobody_reads_the_output(bars, tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_ctrl_c_while_the_command_line_is_imported(tmp_path):
+    (tmp_path / "tyro.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+    done = subprocess.run(
+        [sys.executable, "-m", "fastflag", "--version"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 FULL_DISK = "import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), {})"
 NO_SPACE = "No space left on device, standard output"
 
