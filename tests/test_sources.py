@@ -4,9 +4,11 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from fastflag.config import DataConfig
 from fastflag.files import InputError
@@ -442,6 +444,27 @@ def test_parquet_refused(tmp_path):
         frame.to_parquet(tmp_path / "bars.parquet")
         line = refusal(data=f"parquet:{tmp_path}/bars.parquet")
         assert message in line and f"{tmp_path}/bars.parquet" in line
+
+
+@pytest.mark.parametrize("kind", ["string", "binary"])
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("bars", name) for name in ("date", "close", "symbol")]
+    + [("bars.news", name) for name in ("published", "available", "symbol", "text")],
+)
+def test_parquet_texts_that_are_not_utf8(file, name, kind, tmp_path):
+    dates, prices = ["2024-01-02", "2024-01-03"], [1.0, 2.0]
+    bars = dict.fromkeys(("open", "high", "low", "close"), prices)
+    bars |= {"date": dates, "symbol": ["A", "A"]}
+    news = {"published": dates, "available": dates, "symbol": ["A", "A"], "text": ["Up", "Down"]}
+    tables = {"bars": bars, "bars.news": news}
+    cells = pa.array([str(tables[file][name][0]).encode(), b"\xff"])
+    tables[file][name] = cells if kind == "binary" else cells.view(pa.string())
+    for stem, table in tables.items():
+        parquet.write_table(pa.table(table), tmp_path / f"{stem}.parquet")
+    line = refusal(data=f"parquet:{tmp_path}/bars.parquet")
+    told = "not Parquet (Column " if kind == "string" else f"{name} is not text ("
+    assert line.startswith(told) and line.endswith(f", {tmp_path}/{file}.parquet")
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "investorbench"])

@@ -204,9 +204,11 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise InputError(f"Parquet needs the package pyarrow, {path}") from None
     content = pyarrow.BufferReader(_read_bytes(path))
     try:
+        table = parquet.ParquetFile(content).read()
+        table.validate(full=True)  # reading does not look whether texts are UTF-8
         # An unknown time zone is a LookupError.
         # Without the metadata a date that pandas had as its index is a column like any other.
-        frame = parquet.ParquetFile(content).read().to_pandas(ignore_metadata=True)
+        frame = table.to_pandas(ignore_metadata=True)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         raise InputError(f"not Parquet ({_one_line(error)}), {path}") from None
     if frame.empty:
@@ -262,7 +264,9 @@ def _market(frame: pd.DataFrame, where: str, symbol: str) -> Market:
         for name in (*_PRICES, "volume", "adj_close")
         if name in frame
     }
-    owners = _texts(frame["symbol"]) if "symbol" in frame else np.full(len(frame), symbol, object)
+    owners = np.full(len(frame), symbol, object)
+    if "symbol" in frame:
+        owners = _texts(frame["symbol"], where)
     _refuse(frame, owners == "", "is empty", "symbol", where)
     symbols = tuple(dict.fromkeys(owners))
     calendar = np.unique(dates)
@@ -313,9 +317,9 @@ def _read_news(path: Path) -> list[News]:
     bare = times["available"] == times["available"].astype("datetime64[D]")
     available = times["available"] + bare * _END_OF_DATE
     _refuse(frame, available < times["published"], "is before `published`", "available", where)
-    texts = _texts(frame["text"])
+    texts = _texts(frame["text"], where)
     _refuse(frame, texts == "", "is empty", "text", where)
-    columns = (times["published"], available, _texts(frame["symbol"]), texts)
+    columns = (times["published"], available, _texts(frame["symbol"], where), texts)
     return [News(*row) for row in zip(*columns, strict=True)]
 
 
@@ -334,7 +338,7 @@ def _moments(column: pd.Series, where: str) -> tuple[np.ndarray, np.ndarray]:
         moments, zoned = column, np.zeros(len(column), bool)
     else:
         # In a whole match or in nothing: pandas alone would take "2020" or "20200102" for dates.
-        parts = column.astype(str).str.strip().str.extract(f"^{_MOMENT}$")
+        parts = pd.Series(_texts(column, where), dtype=str).str.extract(f"^{_MOMENT}$")
         iso = parts["date"] + "T" + parts["time"].fillna("00:00")
         moments = pd.to_datetime(iso, format="ISO8601", errors="coerce")
         zoned = parts["zone"].notna().to_numpy()
@@ -352,16 +356,20 @@ def _numbers(column: pd.Series, where: str) -> np.ndarray:
     """A column as float64, empty cells and "nan" as NaN."""
     if pd.api.types.is_numeric_dtype(column.dtype):
         return column.to_numpy(np.float64, na_value=np.nan)
-    texts = pd.Series(_texts(column), column.index, dtype=object)
+    texts = pd.Series(_texts(column, where), column.index, dtype=object)
     numbers = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
     wrong = np.isnan(numbers) & ~texts.str.lower().isin(["", "nan"]).to_numpy()
     _refuse(column.to_frame(), wrong, "is not a number", column.name, where)
     return numbers
 
 
-def _texts(column: pd.Series) -> np.ndarray:
+def _texts(column: pd.Series, where: str) -> np.ndarray:
     """A column as stripped texts, missing ones empty; object dtype."""
-    return column.astype(object).where(column.notna(), "").astype(str).str.strip().to_numpy(object)
+    texts = column.astype(object).where(column.notna(), "")
+    try:
+        return texts.astype(str).str.strip().to_numpy(object)
+    except UnicodeDecodeError as error:  # Parquet's cells of bytes
+        raise InputError(f"{column.name} is not text ({error}), {where}") from None
 
 
 # Refusals
