@@ -24,7 +24,7 @@ from fastflag.market.simulator import (
     reachable,
     step,
 )
-from fastflag.prompt.template import Prompter, _cut, anonymiser, headline
+from fastflag.prompt.template import AccountFacts, Prompter, _cut, anonymiser, headline
 from fastflag.prompt.tokens import Tokenizer, _from_gguf, read_gguf_metadata
 
 LONG_FLAT = SimulatorConfig()
@@ -497,6 +497,46 @@ def test_exact_prompts(smollm, layout):
     assert prompts.reference.tolist() == []
 
 
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("layout", ["default", "paper"])
+def test_no_exact_prompt_is_longer_than_the_longest(pre, layout):
+    """Accounts that trade every day for a while, in amounts from cents to the end of float64."""
+    fields = read_gguf_metadata(GGUF, "tokenizer.")
+    tokenizer = Tokenizer(_from_gguf({**fields, "tokenizer.ggml.pre": pre}, GGUF))
+    told = prompter(tokenizer, random_market(5), LONG_SHORT, layout=layout, **EXACT)
+    days = range(4, 20)
+    longest = told.longest(days)
+    rng = np.random.default_rng(0)
+    for cash in (0.01, 1e5, 1e15, 1e17, 1e300):
+        accounts = Accounts.start(8, cash)
+        for day in days:
+            prompts, _ = told.exact_prompts(day, accounts)
+            assert max(len(prompts.tokens(row)) for row in range(len(prompts.pairs))) <= longest
+            mask = allowed(told.bars, LONG_SHORT, accounts.shares, day)
+            action = np.where(mask, rng.random(mask.shape), -1).argmax(1).astype(np.int8)
+            step(told.bars, LONG_SHORT, accounts, np.full(8, day), action)
+
+
+NUMBERS = st.floats() | st.sampled_from([sign * n for sign in (1, -1) for n in (1e16, 9e15, 1e-9)])
+
+
+@given(
+    numbers=st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS),
+    history=st.lists(st.tuples(NUMBERS, NUMBERS, st.sampled_from(range(3))), max_size=10),
+    side=st.sampled_from([-1, 0, 1]),
+    held=st.integers(0, len(TINY.dates)),
+    layout=st.sampled_from(["default", "paper"]),
+)
+def test_no_exact_text_is_longer_than_the_longest(smollm, numbers, history, side, held, layout):
+    """Exact accounts can't be listed, and are refused before training where they may not fit."""
+    rewards, net_values, actions = zip(*history, strict=True) if history else ((), (), ())
+    cash, position, value, profit = numbers
+    facts = AccountFacts(side, cash, position, value, profit, held, rewards, net_values, actions)
+    told = prompter(smollm, layout=layout, **EXACT)
+    text = told.layout.exact(facts)
+    assert len(told.prefix(3)) + len(text.encode()) <= told.longest([3])
+
+
 def test_exact_prompts_tell_apart_what_looks_flat(smollm):
     """Long of 0.00001 shares reads as none in the paper's JSON, and may sell."""
     told = prompter(smollm, **PAPER, **EXACT, **NAMED)
@@ -516,6 +556,7 @@ def test_exact_prompts_tell_apart_what_looks_flat(smollm):
         (12345.678, 6, "12345"),
         (1234567.89, 6, "1234568"),
         (12345678901.2, 10, "12345678901"),
+        (-9.87654321e17, 10, "-9.876543e+17"),
     ],
 )
 def test_the_papers_cut_keeps_the_size_of_a_number(number, characters, told):

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastflag.config import PromptConfig, SimulatorConfig
-from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.accounts import HISTORY, Accounts, Bars
 from fastflag.market.bars import Market
 from fastflag.market.features import forward_adjusted, indicators
 from fastflag.market.simulator import (
     CODES,
     PROFIT_STEP,
+    SELL,
     allowed,
     allowed_codes,
     decode,
@@ -124,11 +125,11 @@ def _default_stepped(side: int, profit: float, held: int) -> str:
 
 
 def _default_exact(account: AccountFacts) -> str:
-    parts = [f"Account: {_SIDES[account.side]}", f"cash {account.cash:.2f}"]
+    parts = [f"Account: {_SIDES[account.side]}", f"cash {_fixed(account.cash, '.2f')}"]
     if account.side != 0:
-        parts += [f"shares {account.position:.4f}", f"profit {account.profit:+.2%}"]
-        parts += [f"held {_days(account.held)}"]
-    return ", ".join([*parts, f"value {account.value:.2f}"]) + ". Action:"
+        parts += [f"shares {_fixed(account.position, '.4f')}"]
+        parts += [f"profit {_fixed(100 * account.profit, '+.2f')}%", f"held {_days(account.held)}"]
+    return ", ".join([*parts, f"value {_fixed(account.value, '.2f')}"]) + ". Action:"
 
 
 def _paper_prefix(day: DayFacts, positions: str) -> str:
@@ -156,8 +157,9 @@ def _paper_exact(account: AccountFacts) -> str:
     net_values = ", ".join(_cut(value, 10) for value in account.net_values)
     actions = ", ".join(f'"{ACTION_WORDS[action]}"' for action in account.actions)
     return (
-        f'"account_status": {{"cash_balance": {account.cash:.2f}, '
-        f'"asset_position": {account.position:.4f}, "total_account_value": {account.value:.2f}}},\n'
+        f'"account_status": {{"cash_balance": {_fixed(account.cash, ".2f")}, '
+        f'"asset_position": {_fixed(account.position, ".4f")}, '
+        f'"total_account_value": {_fixed(account.value, ".2f")}}},\n'
         f'"previous_decision_metrics": {{"recent_rewards": [{rewards}], '
         f'"net_values": [{net_values}], "actions": [{actions}]}}' + _PAPER_ANSWER
     )
@@ -184,9 +186,18 @@ def _significant(price: float) -> str:
     return np.format_float_positional(price, 5, unique=False, fractional=False, trim="-")
 
 
+_NO_MORE_DIGITS = 1e16
+
+
+def _fixed(number: float, form: str) -> str:
+    """`number` in a form of fixed digits. From 10^16 on, where float64 has none after the point,
+    with an exponent: so there is a longest text."""
+    return format(number, form if abs(number) < _NO_MORE_DIGITS else ".6e")
+
+
 def _cut(number: float, characters: int) -> str:
     """The paper's way of rounding; still a JSON number, and all of its digits before the point."""
-    whole = f"{number:.0f}"
+    whole = _fixed(number, ".0f")
     return whole if len(whole) >= characters else f"{number:.8f}"[:characters].rstrip(".")
 
 
@@ -399,11 +410,10 @@ class Prompter:
         return self._prefixes[day]
 
     def longest(self, days: Sequence[int]) -> int:
-        """Tokens of the longest prompt of `days`; of exact accounts, whose texts can't be listed,
-        those of a flat one count."""
+        """Tokens of the longest prompt of `days`. Exact accounts can't be listed: for them it is an
+        upper bound, a token for each byte of the longest text."""
         if self.config.account == "exact":
-            flat = Accounts.start(1, self.simulator.cash)
-            suffix = max(len(self.tokenizer.encode(self.exact_text(flat, 0, days[0]))), 1)
+            suffix = len(self._longest_exact_text().encode())
         else:
             suffix = max(len(self.suffix(code)) for code in range(CODES))
         return max(len(self.prefix(day)) for day in days) + suffix
@@ -438,6 +448,22 @@ class Prompter:
             rewards=tuple(rewards[np.isfinite(rewards)].tolist()),
             net_values=tuple(net_values[np.isfinite(net_values)].tolist()),
             actions=tuple(actions[actions >= 0].tolist()),
+        )
+        return self.layout.exact(facts)
+
+    def _longest_exact_text(self) -> str:
+        """A short account's with all numbers as long as `_fixed` makes them."""
+        longest = -0.9 * _NO_MORE_DIGITS
+        facts = AccountFacts(
+            side=-1,
+            cash=longest,
+            position=longest,
+            value=longest,
+            profit=longest / 100,
+            held=len(self.bars),
+            rewards=(longest,) * HISTORY,
+            net_values=(longest,) * HISTORY,
+            actions=(SELL,) * HISTORY,
         )
         return self.layout.exact(facts)
 
