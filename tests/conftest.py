@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["commands"]
+
 settings.register_profile("fastflag", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("fastflag")
 

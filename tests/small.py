@@ -33,6 +33,9 @@ def small_market(**changes: Any) -> Market:
     return dataclasses.replace(planted_market(DAYS, seed=3), **changes)
 
 
+DATES = [str(date) for date in small_market().dates]
+
+
 def holey_market():
     """Two missing bars, a split and a dividend within the training days."""
     market = small_market()

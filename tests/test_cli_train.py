@@ -1,0 +1,306 @@
+"""`fastflag train` as a user meets it: what it leaves, what it refuses, what it goes on from."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from commands import FULL_DISK, NO_SPACE, command, the_refusal, unchanged
+from safetensors.torch import load_file
+from small import DATES, small_market, write_csv
+
+import fastflag
+from fastflag import cli
+from fastflag.config import PRESETS, TrainConfig, from_dict, to_dict
+from fastflag.learn.run import claim
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_train_leaves_a_whole_run(trained, config):
+    names = {path.name for path in trained.iterdir()}
+    expected = {"config.json", "metrics.jsonl", "checkpoint", "tensorboard"}
+    assert names == expected | {"backtest.json", "report.html"}
+    document = json.loads((trained / "config.json").read_text())
+    assert document == to_dict(config) | {"fastflag": fastflag.__version__}
+    steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").open()]
+    assert steps == list(range(config.steps))
+    state = json.loads((trained / "checkpoint" / "state.json").read_text())
+    assert state["step"] == config.steps
+    assert sorted(os.listdir(trained / "checkpoint")) == [state["tensors"], "state.json"]
+    assert (trained / "report.html").stat().st_size > 1e6
+
+
+def test_flags_go_over_the_config_over_the_preset(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"algorithm": {"gamma": 0.5, "gae_lambda": 0.6}, "seed": 4}))
+    seen = []
+    monkeypatch.setattr(cli.Train, "run", lambda self: seen.append(self.settings))
+    flags = ["--preset", "paper", "--config", str(path), "--gamma", "0.7"]
+    cli.main(["train", "--out", "x", *flags])
+    cli.main(["train", f"--config={path}", "--preset=paper", "--gamma=0.7", "--out=x"])
+    cli.main(["train", "--out", "x", "--preset", "demo", "--config", "none", *flags])
+    for settings in seen:
+        algorithm = settings.algorithm
+        assert (algorithm.gamma, algorithm.gae_lambda, settings.seed) == (0.7, 0.6, 4)
+        assert algorithm.ent_coef == PRESETS["paper"].algorithm.ent_coef != 0.01
+    cli.main(["train", "--out", "x"])
+    assert seen[-1] == TrainConfig()
+    cli.main(["train", "--out", "x", "--no-anonymise", "--num_envs", "8", "--symbol", ""])
+    assert (seen[-1].prompt.anonymise, seen[-1].rollout.num_envs) == (False, 8)
+    # A run's own config.json can be given as it is.
+    path.write_text(json.dumps(to_dict(PRESETS["paper"]) | {"fastflag": "0.1.0"}))
+    cli.main(["train", "--out", "x", "--config", str(path)])
+    assert seen[-1] == PRESETS["paper"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_at_least_once(preset, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.Train, "run", lambda self: seen.append(self.settings))
+    cli.main(["train", "--out", "x", "--preset", preset])
+    assert seen == [PRESETS[preset]]
+    assert seen[0].steps > 0
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    trained, config_file, tmp_path, monkeypatch, capsys
+):
+    from fastflag.learn.progress import Log
+
+    real = Log.step
+    words = ["train", "--out", str(tmp_path / "run"), "--config", str(config_file)]
+
+    def interrupt_third(self, record):
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+        real(self, record)
+
+    monkeypatch.setattr(Log, "step", interrupt_third)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    cli.main([*words, "--resume"])
+    tensors = [
+        load_file(next((folder / "checkpoint").glob("*.safetensors")))
+        for folder in (trained, tmp_path / "run")
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(
+        torch.equal(torch.nan_to_num(tensors[0][k]), torch.nan_to_num(tensors[1][k]))
+        for k in tensors[0]
+    )
+    capsys.readouterr()
+    cli.main([*words, "--resume"])  # a finished run is only looked at again
+    assert "update" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("descriptor", "terminal"), [(1, False), (1, True), (2, True)])
+def test_a_training_does_not_end_for_its_output(
+    descriptor, terminal, trained, config_file, tmp_path, monkeypatch
+):
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    words = ["train", "--out", "run", "--config", config_file]
+    done = command(*words, cwd=tmp_path, prepare=FULL_DISK.format(descriptor))
+    told = f"fastflag: {NO_SPACE}\n" if descriptor == 1 else ""
+    assert done.returncode == 0 and done.stderr.endswith(told), done.stderr
+    assert "Traceback" not in done.stderr
+    written = [sorted(path.name for path in run.iterdir()) for run in (trained, tmp_path / "run")]
+    assert written[0] == written[1]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_metrics_file_with_a_bad_byte_is_read_past(run, config_file):
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n" + b"[" * 200_000 + b"\n")
+    cli.main(["train", "--out", str(run), "--config", str(config_file), "--resume"])
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--window", "0"], "window must be at least 1 and at most 1,000, not 0, --window"),
+        (["--window", "100000"], "not 100000, --window"),
+        (["--news-tokens=-1"], "news_tokens must be at least 0"),
+        (["--fee-bps=-1"], "fee_bps must be at least 0 and below 10,000, not -1.0, --fee-bps"),
+        (["--slippage-bps", "10000"], "slippage_bps must be"),
+        (["--lot", "inf"], "lot must be"),
+        (["--cash", "0"], "cash must be above 0, not 0.0, --cash"),
+        (["--ruin", "1"], "ruin must be above 0 and below 1"),
+        (
+            ["--horizon", "0"],
+            "horizon must be at least 1 and at most 1,000,000,000,000, not 0, --horizon",
+        ),
+        (["--top-layers", "0"], "top_layers must be at least 1"),
+        (["--top-layers", "3"], "top_layers must be 1 to 2, not 3"),
+        (["--lora-rank", "0"], "lora_rank must be at least 1"),
+        (["--num-envs", "0"], "num_envs must be at least 1"),
+        (
+            ["--num-envs", "5", "--start-groups", "2"],
+            "num_envs 5 must be a multiple of",
+        ),
+        (["--num-steps", "0"], "num_steps must be at least 1"),
+        (["--seed=-1"], "seed must be at least 0"),
+        (["--total-timesteps", "23"], "total_timesteps 23 is less than one update of 4 x 6"),
+        (["--total-timesteps", "0"], "total_timesteps must be at least 1"),
+        (["--learning-rate=-0.1"], "learning_rate must be at least 0, not -0.1"),
+        (["--learning-rate", "nan"], "learning_rate must be at least 0, not nan"),
+        (["--layer-learning-rate", "inf"], "layer_learning_rate must be at least 0, not inf"),
+        (["--gamma", "1.1"], "gamma must be at least 0 and at most 1, not 1.1, --gamma"),
+        (["--minibatch-size=-4"], "minibatch_size must be at least 0"),
+        (["--checkpoint-every", "0"], "checkpoint_every must be at least 1"),
+        (["--backtest-episodes", "0"], "backtest_episodes must be at least 1"),
+        (["--optimizer", "adamw8bit", "--device", "cpu"], "8-bit AdamW needs a CUDA GPU"),
+        (["--data", "bars.csv"], "unknown data source"),
+        (["--data", "sample:TSLA"], "unknown sample 'TSLA'"),
+        (["--data", "csv:none.csv"], "No such file or directory, none.csv"),
+        (["--news", "none.csv"], "No such file or directory, none.csv"),
+        (["--train", "2001-01-01"], "not START..END"),
+        (["--train", f"{DATES[9]}..{DATES[2]}"], "start after end"),
+        (["--train", "1999-01-01..2001-01-10"], "is not inside the data, 2001-01-01..2001-02-23"),
+        (["--test", "2001-02-01..2002-02-01"], "is not inside the data"),
+        (["--test", "2001-02-03..2001-02-04"], "no day of the market"),
+        (["--train", f"{DATES[0]}..{DATES[30]}"], "before training ends"),
+        (["--train", f"{DATES[0]}..{DATES[0]}"], "fewer than 2 days, training period"),
+        (["--train", "2001-02-30..2001-03-01"], "not a date"),
+        (["--model", "none"], "no such folder or file, none"),
+        (["--model", "package:none_such"], "no such Python package is installed"),
+    ],
+)
+def test_train_refuses(flags, told, config_file, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with unchanged(tmp_path):
+        assert told in refused("train", "--out", "run", "--config", config_file, *flags)
+
+
+def test_train_refuses_a_symbol_that_is_not_there(config_file, refused, bars, tmp_path):
+    pd.read_csv(bars).assign(symbol="ONE").to_csv(tmp_path / "one.csv", index=False)
+    words = ["--config", config_file, "--data", f"csv:{tmp_path / 'one.csv'}", "--symbol", "TWO"]
+    with unchanged(tmp_path):
+        assert "unknown symbol 'TWO' of ONE" in refused("train", "--out", tmp_path / "run", *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_train_refuses_a_gpu_that_is_not_there(config_file, refused, tmp_path):
+    words = ["--out", tmp_path / "run", "--config", config_file, "--device", "cuda"]
+    assert refused("train", *words) == "no CUDA GPU is available, --device cuda"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "not valid JSON"),
+        ('{"seed": 1', "not valid JSON"),
+        ("[]", "config must be a JSON object"),
+        ('{"seeds": 1}', "unknown config key 'seeds'"),
+        ('{"algorithm": {"gamma": "high"}}', "'algorithm.gamma' must be a number, not 'high'"),
+        ('{"algorithm": {"gamma": NaN}}', "gamma must be at least 0 and at most 1, not nan"),
+        (
+            '{"rollout": {"num_envs": 0}}',
+            "num_envs must be at least 1 and at most 1,000,000,000,000, not 0, --num-envs in",
+        ),
+    ],
+)
+def test_train_refuses_a_config(content, told, refused, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with unchanged(tmp_path):
+        message = refused("train", "--out", tmp_path / "run", "--config", path)
+    assert told in message and str(path) in message
+
+
+def test_a_run_in_the_way(run, config_file, refused):
+    words = ["train", "--out", run, "--config", config_file]
+    with unchanged(run):
+        in_the_way = f"holds a run already: go on with --resume or name another, {run}"
+        assert refused(*words) == in_the_way
+        # Told at once, before data and model are read.
+        assert refused(*words, "--data", "csv:none.csv", "--model", "none") == in_the_way
+        message = refused(*words, "--resume", "--gamma", "0.9")
+        assert message == f"the run to resume was started with another gamma (0.95, not 0.9), {run}"
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/run", "/dev/null"])
+def test_a_folder_that_can_not_be(out, config_file, refused, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with unchanged(tmp_path):
+        message = refused("train", "--out", tmp_path / out, "--config", config_file)
+    assert str(tmp_path / out) in message
+
+
+def test_a_folder_of_somebody_elses_is_not_written_into(config_file, refused, tmp_path, tiny_model):
+    for name in ("config.json", "metrics.jsonl", "report.html"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with unchanged(folder):
+            message = refused("train", "--out", folder, "--config", config_file)
+            assert message == f"{name} is there and of no run: name another folder, {folder}"
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    with unchanged(model):
+        words = ["--config", config_file, "--model", model]
+        assert "config.json is there and of no run" in refused("train", "--out", model, *words)
+    assert "a folder of its own" in refused("train", "--out", "", "--config", config_file)
+
+
+def test_two_trainings_do_not_share_a_folder(config_file, refused, tmp_path):
+    settings = from_dict(json.loads(config_file.read_text()), "config")
+    with claim(tmp_path / "run", settings, resume=False):
+        for flags in ([], ["--resume"]):
+            words = ["train", "--out", tmp_path / "run", "--config", config_file, *flags]
+            assert "another training is at work in it" in refused(*words)
+
+
+@pytest.mark.parametrize("limit", [1_500, 20_000, 1_000_000])
+def test_a_full_disk(limit, config_file, tmp_path):
+    """No file may grow beyond `limit`: the configuration, a checkpoint or the report fails. What is
+    there is whole, and with room again the run goes on."""
+    prepare = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    )
+    words = ["train", "--out", "run", "--config", config_file]
+    done = command(*words, cwd=tmp_path, prepare=prepare)
+    message = the_refusal(done.returncode, "", done.stderr)
+    assert message.startswith("File too large, run/"), message
+    documents = [*tmp_path.rglob("*.json")]
+    assert all(json.loads(path.read_text()) for path in documents)
+    assert not list(tmp_path.rglob(".*"))
+    assert not (tmp_path / "run" / "report.html").exists()
+    cli.main(["train", "--out", str(tmp_path / "run"), *map(str, words[3:]), "--resume"])
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_keeps_its_days_when_the_file_grows_shorter(config, refused, tmp_path):
+    """Else days that were trained on would pass for held-out ones."""
+    bars = write_csv(small_market(), tmp_path / "bars.csv")
+    open_ended = dataclasses.replace(config.data, data=f"csv:{bars}", train="", test="")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(dataclasses.replace(config, data=open_ended))))
+    cli.main(["train", "--out", str(tmp_path / "run"), "--config", str(file)])
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert kept["train"] == f"{DATES[0]}..{DATES[31]}" and kept["test"].startswith(DATES[32])
+    cli.main(["train", "--out", str(tmp_path / "run"), "--config", str(file), "--resume"])
+    lines = bars.read_text().splitlines(keepends=True)
+    bars.write_text("".join(lines[:30]))
+    with unchanged(tmp_path / "run"):
+        assert "is not inside the data" in refused("backtest", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate", "--layer-learning-rate"])
+def test_a_policy_that_overflows_is_told_in_one_line(flag, config_file, capsys, tmp_path):
+    words = ["train", "--out", str(tmp_path / "run"), "--config", str(config_file), flag, "1e37"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--max-grad-norm", "0"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert "lower the learning rates" in message
