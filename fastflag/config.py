@@ -145,6 +145,8 @@ class RolloutConfig(_Checked):
 class AlgorithmConfig(_Checked):
     algorithm: Literal["ppo", "reinforce"] = "ppo"
     """Policy gradient: PPO, or REINFORCE with a value baseline."""
+    estimator: Literal["sampled", "all-actions"] = "sampled"
+    """Advantages of the actions that were drawn, or of all, by one step of each and the value."""
     learning_rate: NotNegative = 5e-4
     """Learning rate of the heads."""
     layer_learning_rate: NotNegative = 5e-5
@@ -179,6 +181,11 @@ class AlgorithmConfig(_Checked):
     """Gradient norm clipped to this; 0: not clipped."""
     target_kl: NotNegative = 0.0
     """Stop an update's epochs above this approximate KL to the rollout's policy; 0: never."""
+
+    @property
+    def one_step(self) -> bool:
+        """Whether an update is a single gradient step."""
+        return self.update_epochs == 1 and not self.minibatch_size
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fastflag.config import (
     SimulatorConfig,
     TrainConfig,
 )
-from fastflag.learn.rollout import World
+from fastflag.learn.batch import World
 from fastflag.learn.run import build
 from fastflag.market.bars import Market, split_days
 from fastflag.policy.table import Policy

@@ -60,8 +60,22 @@ def test_lambda_one_is_the_discounted_return_less_the_value():
 
 
 def test_explained_variance():
+    def of(value, target):
+        return explained_variance(value, target, np.ones(len(value)), np.zeros(len(value)))
+
     target = np.array([1.0, 2.0, 4.0])
-    assert explained_variance(target, target) == 1
-    assert explained_variance(np.zeros(3), target) == 0
-    assert explained_variance(-target, target) == pytest.approx(-3)
-    assert explained_variance(np.arange(3.0), np.ones(3)) == 0
+    assert of(target, target) == 1
+    assert of(np.zeros(3), target) == 0
+    assert of(-target, target) == pytest.approx(-3)
+    assert of(np.arange(3.0), np.ones(3)) == 0
+
+
+def test_explained_variance_of_means_is_that_of_what_they_are_means_of():
+    random = np.random.default_rng(0)
+    value, place = random.normal(size=4), np.array([0, 0, 0, 1, 2, 2, 3])
+    target = random.normal(size=7)
+    weight = np.bincount(place)
+    mean = np.bincount(place, target) / weight
+    spread = np.bincount(place, (target - mean[place]) ** 2)
+    whole = 1 - (target - value[place]).var() / target.var()
+    assert explained_variance(value, mean, weight, spread) == pytest.approx(whole)

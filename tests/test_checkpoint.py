@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from small import small_config, small_market, small_world
 
 from fastflag.files import InputError
+from fastflag.learn.batch import start_accounts
 from fastflag.learn.checkpoint import (
     read_checkpoint,
     restore_accounts,
@@ -22,11 +23,12 @@ from fastflag.learn.checkpoint import (
     restore_policy,
     write_checkpoint,
 )
+from fastflag.learn.lesson import estimate
 from fastflag.learn.progress import PhaseTimer
-from fastflag.learn.rollout import rollout, start_accounts
+from fastflag.learn.rollout import rollout
 from fastflag.learn.run import load_policy
 from fastflag.learn.train import train
-from fastflag.learn.update import estimate, make_optimizer, update
+from fastflag.learn.update import make_optimizer, update
 from fastflag.market.simulator import CODES
 from fastflag.policy.weights import open_weights
 
@@ -46,18 +48,12 @@ class Trainer:
         self.accounts = start_accounts(config.rollout, config.simulator.cash)
 
     def update(self, step):
-        table, batch = rollout(
-            self.policy,
-            self.world,
-            self.days,
-            self.accounts,
-            self.config.rollout,
-            step,
-            PhaseTimer(),
+        config, phase = self.config, PhaseTimer()
+        table, batches = rollout(
+            self.policy, self.world, self.days, self.accounts, config, step, phase
         )
-        algorithm = self.config.algorithm
-        advantage = estimate(table, batch, algorithm)
-        return update(self.policy, self.optimizer, table, batch, advantage, algorithm, step)
+        lesson = estimate(table, batches, config.algorithm, phase)
+        return update(self.policy, self.optimizer, table, lesson, config.algorithm, step)
 
     def write(self, run, step):
         write_checkpoint(run, step, FINGERPRINT, self.policy, self.optimizer, self.accounts)

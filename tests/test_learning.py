@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from planted import planted_market
 
-import fastflag.learn.train
+import fastflag.learn.lesson
 from fastflag.config import (
     AlgorithmConfig,
     DataConfig,
@@ -85,8 +85,8 @@ def test_news_dealt_at_random_teaches_nothing(tiny_model, tmp_path):
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_check_sees_a_flipped_sign(tiny_model, tmp_path, monkeypatch):
-    estimate = fastflag.learn.train.estimate
-    monkeypatch.setattr(fastflag.learn.train, "estimate", lambda *arguments: -estimate(*arguments))
+    right = fastflag.learn.lesson.advantages
+    monkeypatch.setattr(fastflag.learn.lesson, "advantages", lambda *given: -right(*given))
     assert not has_learnt(held_out(small(tiny_model, PPO), 400, 40, tmp_path / "run"))
 
 

@@ -22,7 +22,7 @@ from small import make_opinionated
 from fastflag.config import DataConfig, PolicyConfig, PromptConfig, SimulatorConfig
 from fastflag.evaluate import backtest
 from fastflag.evaluate.decide import decide
-from fastflag.learn.rollout import World
+from fastflag.learn.batch import World
 from fastflag.market import simulator
 from fastflag.market.accounts import Bars
 from fastflag.market.bars import Market, News

@@ -16,7 +16,7 @@ from fastflag.learn.objective import (
     kl_divergences,
     loss_of,
     squared_error,
-    whiten,
+    whitened,
 )
 from fastflag.policy.heads import masked_log_softmax
 
@@ -101,12 +101,15 @@ def tensors(p):
     wide = {name: torch.from_numpy(np.asarray(array)) for name, array in p.items()}
     logits, value = wide["logits"].requires_grad_(), wide["value"].requires_grad_()
     samples = Samples(
-        wide["action"],
-        wide["advantage"],
-        wide["target"],
-        wide["old"],
-        wide["old_value"],
-        wide["initial"],
+        action=wide["action"],
+        weight=torch.ones(COUNT, dtype=torch.float64),
+        advantage=wide["advantage"],
+        advantage_spread=torch.zeros(COUNT, dtype=torch.float64),
+        target=wide["target"],
+        target_spread=torch.zeros(COUNT, dtype=torch.float64),
+        old_log_probability=wide["old"],
+        old_value=wide["old_value"],
+        initial=wide["initial"],
     )
     return logits, value, masked_log_softmax(logits, wide["allowed"]), samples
 
@@ -182,7 +185,7 @@ def test_masked_actions_have_no_gradient_and_spoil_none(algorithm):
 def test_the_surrogate_is_flat_where_the_ratio_left_the_range_the_good_way():
     log_ratio = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss = clipped_surrogate(log_ratio, advantage, 0.2)
+    loss = clipped_surrogate(log_ratio, advantage, 0.2).mean()
     loss.backward()
     ratio = np.exp([0.5, -0.5])
     assert loss.item() == pytest.approx((-1.2 + ratio[0] - ratio[1] + 0.8) / 4)
@@ -192,10 +195,10 @@ def test_the_surrogate_is_flat_where_the_ratio_left_the_range_the_good_way():
 def test_the_value_loss_is_the_larger_of_clipped_and_not():
     value, target = torch.tensor([2.0, 2.0, 0.1]), torch.tensor([2.5, -1.0, 1.0])
     old = torch.tensor([1.0, 0.0, 0.0])
-    assert squared_error(value, target, old, 0.2).item() == pytest.approx(
+    assert squared_error(value, target, old, 0.2).mean().item() == pytest.approx(
         0.5 * (1.3**2 + 3.0**2 + 0.9**2) / 3
     )
-    assert squared_error(value, target, old, None).item() == pytest.approx(
+    assert squared_error(value, target, old, None).mean().item() == pytest.approx(
         0.5 * (0.5**2 + 3.0**2 + 0.9**2) / 3
     )
 
@@ -213,15 +216,33 @@ def test_entropy_and_divergence_of_known_distributions():
     assert (kl_divergences(skewed, skewed) == 0).all()
 
 
+def weighed(advantage, weight, spread):
+    """Samples of which only the advantages matter."""
+    columns = (torch.as_tensor(column, dtype=torch.float64) for column in (weight, spread))
+    none = torch.zeros(len(weight))
+    weight, spread = columns
+    advantage = torch.as_tensor(advantage, dtype=torch.float64)
+    return Samples(none, weight, advantage, spread, none, none, none, none, none)
+
+
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=20))
 def test_whitened_advantages_have_mean_0_and_deviation_1(values):
-    advantage = np.array(values)
+    advantage, one = np.array(values), np.ones(len(values))
     expected = (advantage - advantage.mean()) / (advantage.std(ddof=1) + 1e-8)
-    np.testing.assert_allclose(whiten(torch.from_numpy(advantage)), expected, rtol=1e-9, atol=1e-9)
+    samples = weighed(advantage, one, 0 * one)
+    np.testing.assert_allclose(whitened(samples), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_means_are_whitened_as_what_they_are_means_of():
+    advantage = np.array([1.0, 2.0, 6.0, -1.0, 0.5])
+    whole = (advantage - advantage.mean()) / (advantage.std(ddof=1) + 1e-8)
+    means = weighed([3.0, -1.0, 0.5], [3, 1, 1], [14.0, 0, 0])
+    expected = [whole[:3].mean(), whole[3], whole[4]]
+    np.testing.assert_allclose(whitened(means), expected, rtol=1e-9)
 
 
 def test_one_sample_is_not_whitened():
-    assert whiten(torch.tensor([3.0])).tolist() == [3.0]
+    assert whitened(weighed([3.0], [1], [0])).tolist() == [3.0]
 
 
 def test_a_minibatch_whitens_its_own_advantages():

@@ -8,8 +8,10 @@ from small import holey_market, make_opinionated, small_config, small_market, sm
 import fastflag.learn.rollout as rollout_module
 from fastflag.config import RolloutConfig
 from fastflag.files import InputError
+from fastflag.learn.batch import start_accounts
 from fastflag.learn.progress import PhaseTimer
-from fastflag.learn.rollout import choose, prompts_now, rollout, start_accounts
+from fastflag.learn.rollout import rollout
+from fastflag.learn.visited import choose, prompts_now
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.market.tasks import schedule
@@ -20,6 +22,13 @@ UPDATES = 4
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def only_batch(policy, world, days, accounts, config, step):
+    """The table and the only batch of a rollout."""
+    table, batches = rollout(policy, world, days, accounts, config, step, PhaseTimer())
+    (batch,) = batches
+    return table, batch
+
+
 def roll(model, market, updates=UPDATES, uniform=False, **changes):
     """(config, world, [(table, batch) of each update]) under an untrained policy."""
     config = small_config(model, **changes)
@@ -28,10 +37,7 @@ def roll(model, market, updates=UPDATES, uniform=False, **changes):
         make_opinionated(policy)
     accounts = start_accounts(config.rollout, config.simulator.cash)
     with torch.no_grad():
-        done = [
-            rollout(policy, world, days, accounts, config.rollout, step, PhaseTimer())
-            for step in range(updates)
-        ]
+        done = [only_batch(policy, world, days, accounts, config, step) for step in range(updates)]
     return config, world, done
 
 
@@ -153,7 +159,7 @@ def test_stepped_and_exact_accounts_live_alike_under_the_untrained_policy(tiny_m
         world, policy, days = small_world(config, holey_market())
         accounts = start_accounts(config.rollout, config.simulator.cash)
         for step in range(3):
-            _, batch = rollout(policy, world, days, accounts, config.rollout, step, PhaseTimer())
+            _, batch = only_batch(policy, world, days, accounts, config, step)
             batches.append(batch)
     for stepped, exact in zip(batches[:3], batches[3:], strict=True):
         for name in ("action", "reward", "terminated", "truncated", "valid"):
@@ -168,7 +174,7 @@ def test_a_table_made_day_by_day_is_that_of_one_evaluation(tiny_model, account, 
     world, policy, days = small_world(config, small_market())
     make_opinionated(policy)
     accounts = start_accounts(config.rollout, config.simulator.cash)
-    table, batch = rollout(policy, world, days, accounts, config.rollout, 0, PhaseTimer())
+    table, batch = only_batch(policy, world, days, accounts, config, 0)
     gradients = []
     for made in (table, policy.evaluate(batch.prompts)):
         policy.zero_grad()
@@ -233,7 +239,7 @@ def test_another_seed_shares_no_environment(tiny_model):
         config = small_config(tiny_model, seed=seed, rollout__num_envs=64, rollout__num_steps=9)
         world, policy, days = small_world(config, small_market())
         accounts = start_accounts(config.rollout, config.simulator.cash)
-        _, batch = rollout(policy, world, days, accounts, config.rollout, 0, PhaseTimer())
+        _, batch = only_batch(policy, world, days, accounts, config, 0)
         actions.append(batch.action)
     assert not np.array_equal(actions[0][1:], actions[1][:-1])
 

@@ -7,15 +7,15 @@ from small import make_opinionated, small_config, small_market, small_world
 
 from fastflag.files import InputError
 from fastflag.learn.advantage import generalised_advantage
+from fastflag.learn.batch import start_accounts
+from fastflag.learn.lesson import advantages, estimate
 from fastflag.learn.objective import loss_of
 from fastflag.learn.progress import PhaseTimer
-from fastflag.learn.rollout import rollout, start_accounts
+from fastflag.learn.rollout import rollout
 from fastflag.learn.update import (
     STATISTICS,
     _gather,
     _minibatches,
-    _samples,
-    estimate,
     make_optimizer,
     set_learning_rates,
     update,
@@ -42,33 +42,28 @@ class Run:
             self.collect(step)
 
     def collect(self, step):
-        self.table, self.batch = rollout(
-            self.policy,
-            self.world,
-            self.days,
-            self.accounts,
-            self.config.rollout,
-            step,
-            PhaseTimer(),
+        policy, world = self.policy, self.world
+        self.table, batches = rollout(
+            policy, world, self.days, self.accounts, self.config, step, PhaseTimer()
         )
-        self.advantage = estimate(self.table, self.batch, self.algorithm)
+        (self.batch,) = batches
+        self.lesson = self.learn(self.algorithm)
+
+    def learn(self, algorithm):
+        return estimate(self.table, [self.batch], algorithm, PhaseTimer())
+
+    def every_step(self):
+        """(rows, samples) with nothing added up, as minibatches need them."""
+        lesson = self.learn(dataclasses.replace(self.algorithm, minibatch_size=10**9))
+        return lesson.rows, lesson.samples
 
     def update(self, seed=1):
-        return update(
-            self.policy,
-            self.optimizer,
-            self.table,
-            self.batch,
-            self.advantage,
-            self.algorithm,
-            seed,
-        )
+        return update(self.policy, self.optimizer, self.table, self.lesson, self.algorithm, seed)
 
     def loss(self):
         """The loss of the whole batch at the policy's present weights."""
-        rows, samples = _samples(self.table, self.batch, self.advantage)
         current = self.policy.evaluate(self.batch.prompts)
-        return loss_of(*_gather(current, rows), samples, self.algorithm)
+        return loss_of(*_gather(current, self.lesson.rows), self.lesson.samples, self.algorithm)
 
 
 @pytest.mark.parametrize("account", ["stepped", "exact"])
@@ -123,17 +118,19 @@ def test_the_samples_are_the_valid_steps(tiny_model):
     valid = run.batch.valid
     assert valid[1].tolist() == [False] * 3 + [True] * 3  # the next episode starts at step 9
     assert not valid.all()
-    rows, samples = _samples(run.table, run.batch, run.advantage)
-    assert rows.tolist() == run.batch.row[valid].tolist()
-    assert samples.action.tolist() == run.batch.action[valid].tolist()
+    rows, samples = run.every_step()
+    assert rows.tolist() == run.batch.row.T[valid.T].tolist()
+    assert samples.action.tolist() == run.batch.action.T[valid.T].tolist()
+    assert set(samples.weight.tolist()) == {1.0} and not samples.advantage_spread.any()
     log_probabilities = run.table.log_probabilities.detach().numpy()
     value = run.table.value.detach().numpy()
-    for i, (b, h) in enumerate(np.argwhere(valid)):
+    advantage = advantages(run.table, run.batch, run.algorithm)
+    for i, (h, b) in enumerate(np.argwhere(valid.T)):
         row, action = run.batch.row[b, h], run.batch.action[b, h]
         assert samples.old_log_probability[i] == log_probabilities[row, action]
         assert samples.old_value[i] == value[row]
-        assert samples.advantage[i] == np.float32(run.advantage[b, h])
-        assert samples.target[i] == np.float32(run.advantage[b, h]) + value[row]
+        assert samples.advantage[i] == np.float32(advantage[b, h])
+        assert samples.target[i] == pytest.approx(advantage[b, h] + value[row], rel=1e-6)
 
 
 def test_advantages_come_from_the_tables_values(tiny_model):
@@ -150,7 +147,7 @@ def test_advantages_come_from_the_tables_values(tiny_model):
         algorithm.gae_lambda,
     )
     assert batch.truncated.any() and (value != 0).all()
-    np.testing.assert_array_equal(run.advantage, expected)
+    np.testing.assert_array_equal(advantages(run.table, batch, algorithm), expected)
 
 
 def one_prompt(prompts: PromptSet, row: int) -> PromptSet:
@@ -181,8 +178,8 @@ def test_the_gradient_is_that_of_one_forward_per_environment_step(
         algorithm__algorithm=algorithm,
         algorithm__kl_coef=0.1,
     )
-    rows, samples = _samples(run.table, run.batch, run.advantage)
-    loss, _ = loss_of(*_gather(run.table, rows), samples, run.algorithm)
+    lesson = run.lesson
+    loss, _ = loss_of(*_gather(run.table, lesson.rows), lesson.samples, run.algorithm)
     loss.backward()
     gradients = [p.grad.clone() for p in run.policy.parameters()]
     run.policy.zero_grad()
@@ -192,6 +189,8 @@ def test_the_gradient_is_that_of_one_forward_per_environment_step(
     reference = [run.policy._features(one, run.policy.read(one.prefixes)) for one in alone]
     side = torch.from_numpy(prompts.side[prompts.reference]).long() + 1
     statistics = Statistics.of(torch.cat(reference), side)
+    rows, samples = run.every_step()
+    assert len(rows) > len(lesson.rows)
     tables = [run.policy.evaluate(one_prompt(prompts, row), statistics) for row in rows.tolist()]
     naive, _ = loss_of(
         torch.cat([table.log_probabilities for table in tables]),
@@ -334,7 +333,7 @@ def test_the_divergence_is_to_the_untrained_weights(tiny_model):
     for step in (1, 2):
         run.update()
         run.collect(step)
-    rows, samples = _samples(run.table, run.batch, run.advantage)
+    rows, samples = run.lesson.rows, run.lesson.samples
     initial = fresh.evaluate(run.batch.prompts).log_probabilities.detach()[rows]
     torch.testing.assert_close(samples.initial, initial, rtol=1e-4, atol=1e-5)
     assert (run.table.log_probabilities.detach()[rows] - initial).abs().nan_to_num(0).max() > 1e-3
@@ -361,6 +360,7 @@ def test_a_batch_of_ruined_accounts_alone_teaches_nothing(tiny_model):
     keys = set(run.update())
     assert keys == set(STATISTICS)
     run.batch = dataclasses.replace(run.batch, valid=np.zeros_like(run.batch.valid))
+    run.lesson = run.learn(run.algorithm)
     before = {name: tensor.clone() for name, tensor in run.policy.state_dict().items()}
     assert run.update() == dict.fromkeys(STATISTICS, 0.0)
     for name, tensor in run.policy.state_dict().items():
@@ -370,7 +370,7 @@ def test_a_batch_of_ruined_accounts_alone_teaches_nothing(tiny_model):
 def test_a_gradient_that_is_not_finite_is_refused_before_the_step(tiny_model):
     run = Run(tiny_model)
     before = [p.detach().clone() for p in run.policy.parameters()]
-    run.advantage[0, 0] = np.inf
+    run.lesson.samples.advantage[0] = np.inf
     with pytest.raises(InputError, match="not finite"):
         run.update()
     for parameter, old in zip(run.policy.parameters(), before, strict=True):

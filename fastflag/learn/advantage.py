@@ -28,7 +28,17 @@ def generalised_advantage(
     return advantage
 
 
-def explained_variance(value: np.ndarray, target: np.ndarray) -> float:
-    """1 - Var(target - value) / Var(target); 0 where the targets do not vary."""
-    variance = target.var()
-    return float(1 - (target - value).var() / variance) if variance > 0 else 0.0
+def explained_variance(
+    value: np.ndarray, target: np.ndarray, weight: np.ndarray, target_spread: np.ndarray
+) -> float:
+    """1 - Var(target - value) / Var(target); 0 where the targets do not vary. All [N].
+
+    A target is the mean of `weight` many, whose squared distances from it sum to `target_spread`.
+    """
+
+    def variance(numbers: np.ndarray) -> float:
+        mean = np.average(numbers, weights=weight)
+        return (weight * (numbers - mean) ** 2 + target_spread).sum() / weight.sum()
+
+    whole = variance(target)
+    return float(1 - variance(target - value) / whole) if whole > 0 else 0.0

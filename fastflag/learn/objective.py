@@ -1,4 +1,7 @@
-"""Losses: tensors in, (loss, statistics) out; pure. N samples, A actions."""
+"""Losses: tensors in, (loss, statistics) out; pure. N samples, A actions.
+
+Every mean is over samples by their weight.
+"""
 
 from dataclasses import dataclass
 
@@ -10,17 +13,28 @@ from fastflag.config import AlgorithmConfig
 
 @dataclass(frozen=True)
 class Samples:
-    """What a batch remembers of each sample; none of it carries a gradient."""
+    """What a batch remembers of each sample; none of it carries a gradient.
+
+    A sample may stand for several of one state and action: its advantage and target are their
+    means by weight, its spreads the sums of their weighted squared distances from those.
+    """
 
     action: Tensor  # [N] int64
+    weight: Tensor  # [N]
     advantage: Tensor  # [N]
+    advantage_spread: Tensor  # [N]
     target: Tensor  # [N] value target
+    target_spread: Tensor  # [N]
     old_log_probability: Tensor  # [N] of the action, when it was sampled
     old_value: Tensor  # [N]
     initial: Tensor  # [N, A] log-probabilities of the untrained policy
 
     def take(self, index: Tensor) -> "Samples":
         return Samples(*(tensor[index] for tensor in vars(self).values()))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """values [N] -> scalar, by weight"""
+        return (self.weight * values).sum() / self.weight.sum()
 
 
 def loss_of(
@@ -31,16 +45,17 @@ def loss_of(
     log_probabilities [N, A], -inf where not allowed; value [N]; both with gradient.
     """
     chosen = log_probabilities.gather(1, samples.action[:, None])[:, 0]
-    advantage = whiten(samples.advantage) if config.norm_adv else samples.advantage
+    advantage = whitened(samples) if config.norm_adv else samples.advantage
     log_ratio = chosen - samples.old_log_probability
     if config.algorithm == "ppo":
-        policy_loss = clipped_surrogate(log_ratio, advantage, config.clip_coef)
+        policy_loss = samples.mean(clipped_surrogate(log_ratio, advantage, config.clip_coef))
     else:
-        policy_loss = -(advantage * chosen).mean()
+        policy_loss = -samples.mean(advantage * chosen)
     clip_value = config.clip_coef if config.algorithm == "ppo" and config.clip_vloss else None
-    value_loss = squared_error(value, samples.target, samples.old_value, clip_value)
-    entropy = entropies(log_probabilities).mean()
-    divergence = kl_divergences(log_probabilities, samples.initial).mean()
+    value_loss = samples.mean(squared_error(value, samples.target, samples.old_value, clip_value))
+    value_loss = value_loss + 0.5 * samples.target_spread.sum() / samples.weight.sum()
+    entropy = samples.mean(entropies(log_probabilities))
+    divergence = samples.mean(kl_divergences(log_probabilities, samples.initial))
     loss = (
         policy_loss
         + config.vf_coef * value_loss
@@ -55,8 +70,8 @@ def loss_of(
             "entropy": entropy.item(),
             "kl_initial": divergence.item(),
             # Schulman's low-variance estimate, http://joschu.net/blog/kl-approx.html
-            "kl": (ratio - 1 - log_ratio).mean().item(),
-            "clip_fraction": ((ratio - 1).abs() > config.clip_coef).float().mean().item(),
+            "kl": samples.mean(ratio - 1 - log_ratio).item(),
+            "clip_fraction": samples.mean(((ratio - 1).abs() > config.clip_coef).float()).item(),
             "ratio_min": ratio.min().item(),
             "ratio_max": ratio.max().item(),
         }
@@ -64,19 +79,19 @@ def loss_of(
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's loss (arXiv 1707.06347, eq. 7), to be minimised. [N], [N] -> scalar"""
+    """PPO's loss (arXiv 1707.06347, eq. 7), to be minimised. [N], [N] -> [N]"""
     ratio = log_ratio.exp()
-    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)).mean()
+    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
 def squared_error(value: Tensor, target: Tensor, old_value: Tensor, clip: float | None) -> Tensor:
     """0.5 (V - target)^2; with `clip`, the larger of that and the same with V held within `clip` of
-    its old value, as CleanRL has it. [N] each -> scalar"""
+    its old value, as CleanRL has it. [N] each -> [N]"""
     loss = (value - target).pow(2)
     if clip is not None:
         held = old_value + (value - old_value).clamp(-clip, clip)
         loss = torch.max(loss, (held - target).pow(2))
-    return 0.5 * loss.mean()
+    return 0.5 * loss
 
 
 def entropies(log_probabilities: Tensor) -> Tensor:
@@ -91,9 +106,12 @@ def kl_divergences(log_probabilities: Tensor, reference: Tensor) -> Tensor:
     return (log_probabilities.exp() * difference).sum(-1)
 
 
-def whiten(advantage: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 (ddof 1), as CleanRL has it; one sample has no deviation and
-    stays as it is."""
-    if len(advantage) < 2:
-        return advantage
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+def whitened(samples: Samples) -> Tensor:
+    """The advantages with mean 0 and standard deviation 1 (ddof 1), as CleanRL has it; one sample
+    has no deviation and stays as it is. -> [N]"""
+    total = samples.weight.sum()
+    if total < 2:
+        return samples.advantage
+    centred = samples.advantage - samples.mean(samples.advantage)
+    squares = samples.weight * centred.pow(2) + samples.advantage_spread
+    return centred / ((squares.sum() / (total - 1)).sqrt() + 1e-8)

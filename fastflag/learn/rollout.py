@@ -49,7 +49,7 @@ def rollout(
         table = policy.evaluate(prompts)
         initial = policy.initial_log_probabilities(prompts)
     parts = _from_table(world, groups, table, row_of, branches, phase)
-    if config.algorithm.one_step:
+    if config.algorithm.one_step and _steps(config) > _PIECE_STEPS:
         return table, (_joined(prompts, initial, [part]) for part in parts)
     return table, iter([_joined(prompts, initial, list(parts))])
 
@@ -64,8 +64,12 @@ def _goes_day_by_day(policy: Policy, world: World, config: TrainConfig) -> bool:
     """
     if world.prompter.config.account == "exact":
         return True
-    steps = config.rollout.num_envs * config.rollout.num_steps
-    return policy.device.type == "cpu" and steps < _MANY_STEPS
+    return policy.device.type == "cpu" and _steps(config) < _MANY_STEPS
+
+
+def _steps(config: TrainConfig) -> int:
+    """Environment steps of an update."""
+    return config.rollout.num_envs * config.rollout.num_steps
 
 
 def _joined(prompts: PromptSet, initial: Tensor, parts: list[dict[str, np.ndarray]]) -> Batch:

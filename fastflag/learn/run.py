@@ -14,8 +14,8 @@ import numpy as np
 import fastflag
 from fastflag.config import TrainConfig, from_dict, to_dict
 from fastflag.files import InputError, read_json, write_atomic
+from fastflag.learn.batch import World
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
-from fastflag.learn.rollout import World
 from fastflag.market.bars import Market, split_days
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights, open_weights

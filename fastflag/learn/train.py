@@ -8,6 +8,7 @@ import numpy as np
 
 from fastflag.config import TrainConfig
 from fastflag.files import InputError
+from fastflag.learn.batch import World, start_accounts
 from fastflag.learn.checkpoint import (
     read_checkpoint,
     restore_accounts,
@@ -15,10 +16,11 @@ from fastflag.learn.checkpoint import (
     restore_policy,
     write_checkpoint,
 )
+from fastflag.learn.lesson import Lesson, estimate
 from fastflag.learn.progress import Log, PhaseTimer
-from fastflag.learn.rollout import Batch, World, rollout, start_accounts
+from fastflag.learn.rollout import rollout
 from fastflag.learn.run import build, check_claim, claim, with_periods
-from fastflag.learn.update import estimate, make_optimizer, set_learning_rates, update
+from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
 from fastflag.market.metrics import annual_days, calendar_of
@@ -60,22 +62,15 @@ def train(
             for step in range(start, config.steps):
                 began = time.perf_counter()
                 factor = set_learning_rates(optimizer, config.algorithm, step, config.steps)
-                table, batch = rollout(policy, world, days, accounts, config.rollout, step, phase)
-                with phase("advantage"):
-                    advantage = estimate(table, batch, config.algorithm)
+                table, batches = rollout(policy, world, days, accounts, config, step, phase)
+                lesson = estimate(table, batches, config.algorithm, phase)
                 with phase("update"):
                     statistics = update(
-                        policy,
-                        optimizer,
-                        table,
-                        batch,
-                        advantage,
-                        config.algorithm,
-                        _seed(config, step),
+                        policy, optimizer, table, lesson, config.algorithm, _seed(config, step)
                     )
                 statistics["learning_rate"] = config.algorithm.learning_rate * factor
                 elapsed = time.perf_counter() - began
-                log.step(_record(step, batch, accounts, annual, statistics, elapsed, phase.take()))
+                log.step(_record(step, lesson, accounts, annual, statistics, elapsed, phase.take()))
                 done = step + 1
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     write_checkpoint(run, done, weights.fingerprint, policy, optimizer, accounts)
@@ -91,7 +86,7 @@ def _seed(config: TrainConfig, step: int) -> int:
 
 def _record(
     step: int,
-    batch: Batch,
+    lesson: Lesson,
     accounts: list[Accounts],
     annual: int,
     statistics: dict[str, float],
@@ -103,10 +98,10 @@ def _record(
     sharpe = np.concatenate([group.sharpe for group in accounts]).mean() * np.sqrt(annual)
     return {
         "step": step,
-        "env_steps": (step + 1) * batch.action.size,
-        "return": float(batch.reward.sum(1).mean()),
+        "env_steps": (step + 1) * lesson.env_steps,
+        "return": lesson.reward / sum(map(len, accounts)),
         "sharpe": float(sharpe),
-        "distinct_prompts": len(batch.prompts.pairs),
-        "steps_per_second": batch.action.size / elapsed,
+        "distinct_prompts": len(lesson.prompts.pairs),
+        "steps_per_second": lesson.env_steps / elapsed,
         "seconds": seconds,
     } | statistics

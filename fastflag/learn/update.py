@@ -1,4 +1,4 @@
-"""Epochs, minibatches, clipping, optimiser: one batch in, a better policy out."""
+"""Epochs, minibatches, clipping, optimiser: one lesson in, a better policy out."""
 
 from collections.abc import Iterator
 
@@ -9,9 +9,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from fastflag.config import AlgorithmConfig
 from fastflag.files import InputError
-from fastflag.learn.advantage import explained_variance, generalised_advantage
+from fastflag.learn.advantage import explained_variance
+from fastflag.learn.lesson import Lesson
 from fastflag.learn.objective import Samples, loss_of
-from fastflag.learn.rollout import Batch
 from fastflag.policy.table import Policy, Table
 from fastflag.prompt.tokens import PromptSet
 
@@ -61,49 +61,33 @@ def set_learning_rates(
     return factor
 
 
-def estimate(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarray:
-    """The batch's advantages, [B, H]; values are the table's."""
-    value = table.value.detach().double().cpu().numpy()
-    return generalised_advantage(
-        batch.reward,
-        value[batch.row],
-        value[batch.next_row],
-        batch.terminated,
-        batch.truncated,
-        config.gamma,
-        config.gae_lambda,
-    )
-
-
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     table: Table,
-    batch: Batch,
-    advantage: np.ndarray,
+    lesson: Lesson,
     config: AlgorithmConfig,
     seed: int,
 ) -> dict[str, float]:
-    """Steps the optimiser over the batch and returns the mean statistics of its gradient steps.
+    """Steps the optimiser over the lesson and returns the mean statistics of its gradient steps.
 
     The first step differentiates `table`, the very forward that the rollout read: its ratios are
-    exactly 1. Later steps evaluate the visited prompts anew. `seed` shuffles the minibatches. A
-    batch in which every account was ruined before its first step teaches nothing: zeros.
+    exactly 1. Later steps evaluate the prompts of their samples anew. `seed` shuffles the
+    minibatches. A lesson in which every account was ruined before its first step teaches nothing:
+    zeros.
     """
-    rows, samples = _samples(table, batch, advantage)
+    rows, samples = lesson.rows, lesson.samples
     if not len(rows):
         return dict.fromkeys(STATISTICS, 0.0)
     policy.running.track(table.statistics)
     size = config.minibatch_size or len(rows)
     generator = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
-    visited: tuple[PromptSet, Tensor] | None = None
     for _ in range(config.update_epochs):
         for index in _minibatches(len(rows), size, generator):
             if history:
-                # Only here: finding the distinct ones of four million rows takes a while.
-                visited = visited or _visited(batch.prompts, rows)
-                chosen = _gather(policy.evaluate(visited[0]), visited[1][index])
+                prompts, places = _visited(lesson.prompts, rows[index])
+                chosen = _gather(policy.evaluate(prompts), places)
             else:
                 chosen = _gather(table, rows[index])
             loss, statistics = loss_of(*chosen, samples.take(index), config)
@@ -113,23 +97,13 @@ def update(
             break
     means = {key: float(np.mean([entry[key] for entry in history])) for key in history[0]}
     means["first_ratio_error"] = max(1 - history[0]["ratio_min"], history[0]["ratio_max"] - 1)
-    means["explained_variance"] = explained_variance(
-        samples.old_value.cpu().numpy(), samples.target.cpu().numpy()
-    )
+    means["explained_variance"] = _explained(samples)
     return means
 
 
-def _samples(table: Table, batch: Batch, advantage: np.ndarray) -> tuple[Tensor, Samples]:
-    """The rows [N] and the memory of the valid samples of a batch."""
-
-    def flat(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(values[batch.valid]).to(table.value.device, dtype)
-
-    rows, action = flat(batch.row, torch.int64), flat(batch.action, torch.int64)
-    value, advantage = table.value.detach()[rows], flat(advantage, torch.float32)
-    target = advantage + value
-    drawn = flat(batch.log_probability, torch.float32)
-    return rows, Samples(action, advantage, target, drawn, value, batch.initial[rows])
+def _explained(samples: Samples) -> float:
+    columns = (samples.old_value, samples.target, samples.weight, samples.target_spread)
+    return explained_variance(*(column.double().cpu().numpy() for column in columns))
 
 
 def _visited(prompts: PromptSet, rows: Tensor) -> tuple[PromptSet, Tensor]:

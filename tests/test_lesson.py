@@ -1,0 +1,208 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small import make_opinionated, small_config, small_market, small_world
+
+import fastflag.learn.rollout as rollout_module
+from fastflag.config import AlgorithmConfig
+from fastflag.learn.batch import start_accounts
+from fastflag.learn.lesson import _condensed, _joined, _Points, _samples, advantages, estimate
+from fastflag.learn.objective import loss_of
+from fastflag.learn.progress import PhaseTimer
+from fastflag.learn.rollout import rollout
+from fastflag.market import simulator
+from fastflag.market.accounts import Accounts
+from fastflag.market.tasks import schedule
+from fastflag.policy.heads import masked_log_softmax
+from fastflag.policy.table import Table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS, ACTIONS = 5, 3
+
+
+def table_of(random):
+    logits = torch.from_numpy(random.normal(size=(ROWS, ACTIONS)))
+    allowed = torch.ones(ROWS, ACTIONS, dtype=torch.bool)
+    allowed[0, 2] = False
+    value = torch.from_numpy(random.normal(size=ROWS)).requires_grad_()
+    return logits.requires_grad_(), Table(masked_log_softmax(logits, allowed), value, None)
+
+
+def points_of(random, table, count):
+    row = random.integers(0, ROWS, count)
+    action = np.minimum(random.integers(0, ACTIONS, count), 1 + (row > 0))
+    none = np.zeros(count)
+    drawn = table.log_probabilities.detach().numpy()[row, action]
+    weight, advantage, target = random.uniform(0.1, 2, count), *random.normal(size=(2, count))
+    return _Points(row, action, weight, advantage, none, target, none, drawn)
+
+
+def learnt(logits, table, points, config):
+    """The loss, its gradients and its statistics."""
+    forbidden = table.log_probabilities.isinf()
+    initial = masked_log_softmax(torch.zeros(ROWS, ACTIONS), ~forbidden)
+    rows, samples = _samples(table, initial, points)
+    wide = {name: tensor.double() for name, tensor in vars(samples).items() if name != "action"}
+    samples = dataclasses.replace(samples, **wide)
+    chosen = table.log_probabilities[rows], table.value[rows]
+    loss, statistics = loss_of(*chosen, samples, config)
+    gradients = torch.autograd.grad(loss, (logits, table.value), retain_graph=True)
+    return [loss, *gradients], statistics
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 60))
+def test_samples_added_up_teach_what_they_teach_one_by_one(algorithm, norm_adv, seed, count):
+    random = np.random.default_rng(seed)
+    config = AlgorithmConfig(algorithm=algorithm, norm_adv=norm_adv, kl_coef=0.1)
+    logits, table = table_of(random)
+    points = points_of(random, table, count)
+    whole, statistics = learnt(logits, table, points, config)
+    added, same = learnt(logits, table, _condensed(points), config)
+    for one, other in zip(whole, added, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert same == pytest.approx(statistics, rel=1e-5, abs=1e-6)
+
+
+@given(seed=st.integers(0, 2**31), cut=st.integers(1, 29))
+def test_it_does_not_matter_in_how_many_parts_they_are_added_up(seed, cut):
+    random = np.random.default_rng(seed)
+    points = points_of(random, table_of(random)[1], 30)
+    parts = [
+        _Points(*(column[part] for column in vars(points).values()))
+        for part in (slice(cut), slice(cut, None))
+    ]
+    whole, by_parts = _condensed(points), _condensed(_joined(list(map(_condensed, parts))))
+    assert len(set(zip(whole.row, whole.action, strict=True))) == len(whole.row)
+    for name, column in vars(whole).items():
+        np.testing.assert_allclose(vars(by_parts)[name], column, atol=1e-12, err_msg=name)
+
+
+def lived(model, piece_steps=None, monkeypatch=None, **changes):
+    """(config, world, days, table, batches, lesson, accounts) of a first rollout."""
+    if piece_steps:
+        monkeypatch.setattr(rollout_module, "_MANY_STEPS", 1)
+        monkeypatch.setattr(rollout_module, "_PIECE_STEPS", piece_steps)
+    config = small_config(model, **changes)
+    world, policy, days = small_world(config, small_market())
+    make_opinionated(policy)
+    accounts = start_accounts(config.rollout, config.simulator.cash)
+    table, batches = rollout(policy, world, days, accounts, config, 0, PhaseTimer())
+    batches = list(batches)
+    return (
+        config,
+        world,
+        days,
+        table,
+        batches,
+        estimate(table, batches, config.algorithm, PhaseTimer()),
+        accounts,
+    )
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "all-actions"])
+def test_a_rollout_in_pieces_teaches_what_one_does(tiny_model, monkeypatch, estimator):
+    changes = {"rollout__num_envs": 12, "rollout__start_groups": 2} | {
+        "algorithm__estimator": estimator
+    }
+    *_, one, whole, moved = lived(tiny_model, 10**9, monkeypatch, **changes)
+    *_, several, lesson, same = lived(tiny_model, 4 * 6, monkeypatch, **changes)
+    assert (len(one), len(several)) == (1, 4)  # 6 environments of each group: 4 and 2
+    assert lesson.env_steps == whole.env_steps == 12 * 6
+    assert lesson.reward == pytest.approx(whole.reward)
+    assert lesson.rows.tolist() == whole.rows.tolist()
+    for name, column in vars(whole.samples).items():
+        torch.testing.assert_close(vars(lesson.samples)[name], column, rtol=1e-5, atol=1e-6)
+    for before, after in zip(moved, same, strict=True):
+        for name, array in before.arrays().items():
+            np.testing.assert_array_equal(after.arrays()[name], array)
+
+
+@pytest.mark.parametrize("all_at_once", [True, False])
+@pytest.mark.parametrize("positions", ["long_flat", "long_short"])
+def test_all_actions_are_weighed_by_what_each_would_bring(
+    tiny_model, monkeypatch, positions, all_at_once
+):
+    """Against every action tried on a copy of the account, one account at a time."""
+    config, world, days, table, (batch,), lesson, _ = lived(
+        tiny_model,
+        10**9 if all_at_once else None,
+        monkeypatch,
+        simulator__positions=positions,
+        algorithm__estimator="all-actions",
+        algorithm__minibatch_size=10**6,
+    )
+    value = table.value.detach().double().numpy()
+    row_of = {key: row for row, key in enumerate(batch.prompts.keys())}
+    day, restart, _ = schedule(days, config.simulator.horizon, world.seed, 0, 0, 6)
+    expected = []
+    for h in range(6):
+        for b in range(config.rollout.num_envs):
+            expected.append((b, h))
+    samples = iter(range(len(lesson.rows)))
+    sampled = advantages(table, batch, config.algorithm)
+    replayed = [Accounts.start(1, config.simulator.cash) for _ in range(config.rollout.num_envs)]
+    for b, h in expected:
+        account = replayed[b]
+        if restart[h]:
+            account.reset(np.ones(1, bool))
+        row = batch.row[b, h]
+        for action in np.flatnonzero(batch.prompts.allowed[row]):
+            after = account.take(np.zeros(1, int))
+            reward, ruined = simulator.step(
+                world.bars, config.simulator, after, day[h], int(action)
+            )
+            code = simulator.account_code(world.bars, after, day[h] + 1)
+            present = np.zeros((1, simulator.CODES), bool)
+            present[0, code] = True
+            prompts, _ = world.prompter.stepped_prompts([int(day[h]) + 1], present)
+            following = 0 if ruined[0] else value[row_of[prompts.keys()[0]]]
+            n = next(samples)
+            assert (lesson.rows[n], lesson.samples.action[n]) == (row, action)
+            advantage = reward[0] + config.algorithm.gamma * following - value[row]
+            assert lesson.samples.advantage[n].item() == pytest.approx(advantage, abs=1e-6)
+            assert lesson.samples.weight[n].item() == pytest.approx(
+                table.probabilities[row, action]
+            )
+            target = sampled[b, h] + value[row]
+            assert lesson.samples.target[n].item() == pytest.approx(target, abs=1e-6)
+        simulator.step(world.bars, config.simulator, account, day[h], batch.action[b, h])
+    assert next(samples, None) is None
+
+
+def test_the_all_actions_gradient_is_that_of_the_expected_advantage(tiny_model):
+    """sum over s, a of pi(a|s) A(s, a), differentiated through pi."""
+    config, *_, table, (batch,), lesson, _ = lived(
+        tiny_model,
+        simulator__positions="long_short",
+        algorithm__estimator="all-actions",
+        algorithm__norm_adv=False,
+        algorithm__ent_coef=0.0,
+        algorithm__vf_coef=0.0,
+        algorithm__max_grad_norm=0.0,
+    )
+    policy_gradient = {}
+    for algorithm in ("ppo", "reinforce"):
+        chosen = dataclasses.replace(config.algorithm, algorithm=algorithm)
+        made = table.log_probabilities[lesson.rows], table.value[lesson.rows]
+        loss, _ = loss_of(*made, lesson.samples, chosen)
+        (policy_gradient[algorithm],) = torch.autograd.grad(
+            loss, table.log_probabilities, retain_graph=True
+        )
+    value = table.value.detach().double().numpy()
+    branches = batch.branches
+    following = value[branches.next_row] * ~branches.terminated
+    gain = branches.reward + config.algorithm.gamma * following - value[batch.row][..., None]
+    rows = torch.from_numpy(batch.row.ravel().astype(np.int64))
+    probabilities = table.log_probabilities.exp()[rows]
+    expected = -(probabilities * torch.from_numpy(gain.reshape(-1, 3))).sum(1).mean()
+    (gradient,) = torch.autograd.grad(expected, table.log_probabilities, retain_graph=True)
+    assert gradient.abs().max() > 1e-4
+    for made in policy_gradient.values():
+        torch.testing.assert_close(made.nan_to_num(0), gradient, rtol=1e-4, atol=1e-7)
