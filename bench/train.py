@@ -15,7 +15,7 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,13 @@ import torch
 from bench.baseline import PlainPolicy
 from bench.results import Row, publish
 from fastflag.config import PRESETS, AlgorithmConfig, TrainConfig
+from fastflag.learn.batch import Batch, start_accounts
+from fastflag.learn.lesson import Lesson, estimate
 from fastflag.learn.objective import loss_of
 from fastflag.learn.progress import PhaseTimer
-from fastflag.learn.rollout import Batch, rollout, start_accounts
+from fastflag.learn.rollout import rollout
 from fastflag.learn.run import build
-from fastflag.learn.update import _gather, _samples, estimate, make_optimizer, update
+from fastflag.learn.update import _gather, make_optimizer, update
 from fastflag.market.sources import load
 from fastflag.policy.heads import Statistics
 from fastflag.policy.llama import SuffixLayout, prefix_pass, suffix_pass
@@ -41,14 +43,15 @@ _BATCHES = (4, 8, 16, 32, 64)
 _DAYS = 63
 
 
-def configuration(envs: int, dtype: str = "bf16") -> TrainConfig:
+def configuration(envs: int, dtype: str = "bf16", account: str = "stepped") -> TrainConfig:
     """64 days of AAPL in prompts of about 150 + 14 tokens; one environment lives 40 of them, which
-    is the paper's setting."""
+    is the paper's setting. Exact accounts are told in the paper's layout."""
     demo = PRESETS["demo"]
     steps = 40 if envs == 1 else _DAYS
+    layout = "default" if account == "stepped" else "paper"
     return dataclasses.replace(
         demo,
-        prompt=dataclasses.replace(demo.prompt, window=16),
+        prompt=dataclasses.replace(demo.prompt, window=16, account=account, layout=layout),
         policy=dataclasses.replace(demo.policy, dtype=dtype),
         simulator=dataclasses.replace(demo.simulator, horizon=steps),
         rollout=dataclasses.replace(demo.rollout, num_envs=envs, num_steps=steps),
@@ -68,25 +71,22 @@ class Trainer:
         self.accounts = start_accounts(config.rollout, config.simulator.cash)
         self.phase, self.updates = PhaseTimer(), 0
 
-    def collect(self) -> tuple[Table, Batch]:
+    def collect(self, config: TrainConfig) -> tuple[Table, Iterator[Batch]]:
         self.updates += 1
-        return rollout(
-            self.policy,
-            self.world,
-            self.days,
-            self.accounts,
-            self.config.rollout,
-            self.updates - 1,
-            self.phase,
-        )
+        world, number = self.world, self.updates - 1
+        return rollout(self.policy, world, self.days, self.accounts, config, number, self.phase)
 
-    def update(self) -> Batch:
-        table, batch = self.collect()
-        advantage = estimate(table, batch, self.config.algorithm)
+    def every_step(self) -> tuple[Table, Lesson]:
+        """A rollout whose samples are not added up."""
+        algorithm = dataclasses.replace(self.config.algorithm, minibatch_size=10**9)
+        table, batches = self.collect(dataclasses.replace(self.config, algorithm=algorithm))
+        return table, estimate(table, batches, algorithm, self.phase)
+
+    def update(self) -> None:
+        table, batches = self.collect(self.config)
+        lesson = estimate(table, batches, self.config.algorithm, self.phase)
         with self.phase("update"):
-            algorithm = self.config.algorithm
-            update(self.policy, self.optimizer, table, batch, advantage, algorithm, 0)
-        return batch
+            update(self.policy, self.optimizer, table, lesson, self.config.algorithm, 0)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -100,15 +100,11 @@ class Baseline:
 
     def __init__(self, trainer: Trainer, batches: tuple[int, int] | None):
         self.plain = PlainPolicy(trainer.policy, trainer.weights)
-        table, batch = trainer.collect()
+        table, lesson = trainer.every_step()
         self.algorithm = trainer.config.algorithm
-        self.prompts = batch.prompts
-        advantage = estimate(table, batch, self.algorithm)
-        rows, samples = _samples(table, batch, advantage)
-        # Day by day, so that a part of the samples is of one day, whose prefix the cache holds.
-        count, steps = batch.row.shape
-        by_day = np.argsort(np.tile(np.arange(steps), count), kind="stable")
-        self.rows, self.samples = rows.numpy()[by_day], samples.take(torch.from_numpy(by_day))
+        self.prompts = lesson.prompts
+        # They come day by day: a part of them is of one day, whose prefix the cache holds.
+        self.rows, self.samples = lesson.rows.numpy(), lesson.samples
         self.statistics = dataclasses.replace(
             table.statistics,
             mean=table.statistics.mean.detach(),
@@ -165,10 +161,10 @@ def _parts(samples: range, size: int) -> list[np.ndarray]:
 
 
 def speed_rows(
-    envs: int, rounds: int, batches: tuple[int, int] | None
+    envs: int, rounds: int, batches: tuple[int, int] | None, account: str = "stepped"
 ) -> tuple[list[Row], tuple[int, int]]:
     """Rows of one number of environments, and the baseline's fastest batch sizes."""
-    trainer = Trainer(configuration(envs))
+    trainer = Trainer(configuration(envs, account=account))
     steps = trainer.config.rollout.num_steps
     cold = seconds(trainer.update)
     baseline = Baseline(trainer, batches)
@@ -181,7 +177,8 @@ def speed_rows(
         plain.append(one)
         cached.append(other)
     phases = {name: value / rounds for name, value in trainer.phase.take().items()}
-    count, shape = envs * steps, f"{envs} x {steps}"
+    exact = ", exact accounts" if account == "exact" else ""
+    count, shape = envs * steps, f"{envs} x {steps}{exact}"
     part = "" if envs == 1 else f"measured on {_PART} steps and scaled"
     sizes = f"batches of {min(baseline.rollout_batch, envs)} and {baseline.update_batch}"
     note = ", ".join(filter(None, (sizes, part)))
@@ -211,12 +208,11 @@ def gradient_rows(dtype: str) -> list[Row]:
     both against that in fp32: what each loses to rounding."""
     trainer = Trainer(configuration(1, dtype))
     trainer.update()  # adapters start at zero, where half of their gradients are zero
-    table, batch = trainer.collect()
+    table, lesson = trainer.every_step()
     algorithm: AlgorithmConfig = trainer.config.algorithm
-    rows, samples = _samples(table, batch, estimate(table, batch, algorithm))
     trainer.policy.zero_grad()
-    loss_of(*_gather(table, rows), samples, algorithm)[0].backward()
-    given = batch.prompts, rows.numpy(), samples, algorithm
+    loss_of(*_gather(table, lesson.rows), lesson.samples, algorithm)[0].backward()
+    given = lesson.prompts, lesson.rows.numpy(), lesson.samples, algorithm
     exact = PlainPolicy(trainer.policy, trainer.weights, torch.float32).gradient(*given)
     made = {"fastflag": {name: p.grad for name, p in trainer.policy.named_parameters()}}
     if dtype != "fp32":
@@ -237,10 +233,10 @@ def gradient_rows(dtype: str) -> list[Row]:
 def ablation_rows(rounds: int) -> list[Row]:
     """Forward and backward of what 64 environments visited, with one idea taken out at a time."""
     trainer = Trainer(configuration(64))
-    batch = trainer.update()
+    _, lesson = trainer.every_step()
     trainer.update()
-    policy, prompts = trainer.policy, batch.prompts
-    every = np.concatenate([prompts.reference, batch.row.ravel()])
+    policy, prompts = trainer.policy, lesson.prompts
+    every = np.concatenate([prompts.reference, lesson.rows.numpy()])
     variants: dict[str, tuple[Policy, PromptSet, Callable[..., Table]]] = {
         "fastflag": (policy, prompts, Policy.evaluate),
         "without sharing prefixes": (policy, _unshared(prompts), Policy.evaluate),
@@ -316,6 +312,49 @@ def _evaluate_all_tokens(policy: Policy, prompts: PromptSet) -> Table:
     return Table(features, value, statistics)
 
 
+def variance_rows(updates: int = 10, seeds: int = 16) -> list[Row]:
+    """How far the gradient of 64 environments' batch is from that of another seed's: mean squared
+    distance from the mean gradient, over its square. Of one policy, a little trained, and from the
+    same rollouts for both estimators."""
+    trainer = Trainer(configuration(64))
+    for _ in range(updates):
+        trainer.update()
+    config = trainer.config
+    sampled = dataclasses.replace(config.algorithm, vf_coef=0.0, ent_coef=0.0)
+    every = dataclasses.replace(sampled, estimator="all-actions")
+    found: dict[str, list[torch.Tensor]] = {"sampled": [], "all-actions": []}
+    for seed in range(seeds):
+        world = dataclasses.replace(trainer.world, seed=seed)
+        accounts = start_accounts(config.rollout, config.simulator.cash)
+        branching = dataclasses.replace(config, algorithm=every)
+        table, batches = rollout(
+            trainer.policy, world, trainer.days, accounts, branching, 0, trainer.phase
+        )
+        (batch,) = batches
+        for name, some in {
+            "sampled": (dataclasses.replace(batch, branches=None), sampled),
+            "all-actions": (batch, every),
+        }.items():
+            lesson = estimate(table, [some[0]], some[1], trainer.phase)
+            trainer.policy.zero_grad()
+            loss = loss_of(*_gather(table, lesson.rows), lesson.samples, some[1])[0]
+            loss.backward(retain_graph=name == "sampled")
+            parameters = [p for p in trainer.policy.parameters() if p.grad is not None]
+            found[name].append(torch.cat([p.grad.flatten() for p in parameters]))
+    values = {}
+    for name, gradients in found.items():
+        all_of_them = torch.stack(gradients)
+        mean = all_of_them.mean(0)
+        # The mean's own square is too large by a part of the variance.
+        variance = (all_of_them - mean).pow(2).sum(1).sum() / (seeds - 1)
+        values[name] = (variance / (mean.pow(2).sum() - variance / seeds)).item()
+    note = f"after {updates} updates, {seeds} seeds"
+    return [
+        Row("gradient: variance", f"64 x {_DAYS}", name, value, "of its square", note=note)
+        for name, value in values.items()
+    ]
+
+
 def memory_rows(envs: list[int]) -> list[Row]:
     """Peak memory of a process that makes one update, each in one of its own."""
     rows = []
@@ -332,7 +371,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=3, help="times that each is measured")
     parser.add_argument("--envs", type=int, nargs="+", default=[1, 64, 1024, 4096, 65536])
-    parts = ["gradients", "speed", "ablations", "memory"]
+    parts = ["gradients", "speed", "exact", "variance", "ablations", "memory"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--peak", type=int, help="print the peak memory of an update and stop")
     chosen = parser.parse_args()
@@ -346,6 +385,10 @@ def main() -> None:
         rows += [row for dtype in ("fp32", "bf16") for row in gradient_rows(dtype)]
     if "speed" in chosen.parts:
         rows += all_speed_rows(chosen.envs, chosen.rounds)
+    if "exact" in chosen.parts:
+        rows += all_speed_rows([1], chosen.rounds, "exact")
+    if "variance" in chosen.parts:
+        rows += variance_rows()
     if "ablations" in chosen.parts:
         rows += ablation_rows(chosen.rounds)
     if "memory" in chosen.parts:
@@ -353,12 +396,12 @@ def main() -> None:
     publish("train", rows, chosen.json)
 
 
-def all_speed_rows(numbers: list[int], rounds: int) -> list[Row]:
+def all_speed_rows(numbers: list[int], rounds: int, account: str = "stepped") -> list[Row]:
     rows, batches = [], None
     # The largest first: of one environment's 40 steps no batch of 64 can be tried.
     for envs in sorted(numbers, reverse=True):
-        print(f"{envs} environments", file=sys.stderr, flush=True)
-        made, batches = speed_rows(envs, rounds, batches)
+        print(f"{envs} environments, {account} accounts", file=sys.stderr, flush=True)
+        made, batches = speed_rows(envs, rounds, batches, account)
         rows += made
     return rows
 

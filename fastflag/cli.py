@@ -246,7 +246,6 @@ COMMANDS: dict[str, type] = {
 
 
 _NO_MEMORY = "not enough memory: lower --num-steps, --num-envs or --backtest-episodes, here"
-_TORCH_NO_MEMORY = ("out of memory", "can't allocate memory")  # on CUDA, on a CPU
 
 
 class _Stream:
@@ -297,10 +296,10 @@ def _guard(words: list[str]) -> Any:
         _refuse(str(error))
     except OSError as error:
         _refuse(f"{error.strerror or error}, {error.filename or 'while writing'}")
-    except MemoryError:
-        _refuse(_NO_MEMORY)
-    except RuntimeError as error:
-        if not any(told in str(error) for told in _TORCH_NO_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        from fastflag.policy.activations import ran_out
+
+        if not ran_out(error):
             raise
         _refuse(_NO_MEMORY)
     except KeyboardInterrupt:

@@ -1,10 +1,12 @@
 """The loop."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastflag.config import TrainConfig
 from fastflag.files import InputError
@@ -62,12 +64,10 @@ def train(
             for step in range(start, config.steps):
                 began = time.perf_counter()
                 factor = set_learning_rates(optimizer, config.algorithm, step, config.steps)
-                table, batches = rollout(policy, world, days, accounts, config, step, phase)
-                lesson = estimate(table, batches, config.algorithm, phase)
-                with phase("update"):
-                    statistics = update(
-                        policy, optimizer, table, lesson, config.algorithm, _seed(config, step)
-                    )
+                work = partial(
+                    _one_update, policy, optimizer, world, days, accounts, config, step, phase
+                )
+                accounts, lesson, statistics = policy.activations.attempt(work)
                 statistics["learning_rate"] = config.algorithm.learning_rate * factor
                 elapsed = time.perf_counter() - began
                 log.step(_record(step, lesson, accounts, annual, statistics, elapsed, phase.take()))
@@ -76,6 +76,28 @@ def train(
                     write_checkpoint(run, done, weights.fingerprint, policy, optimizer, accounts)
                     policy.cache.flush()
     return world, policy
+
+
+def _one_update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    days: range,
+    accounts: list[Accounts],
+    config: TrainConfig,
+    step: int,
+    phase: PhaseTimer,
+) -> tuple[list[Accounts], Lesson, dict[str, float]]:
+    """Where the accounts are then, what was learnt from, and the statistics of learning it.
+
+    `accounts` stay as they are: where memory runs out, the update is made again.
+    """
+    accounts = [group.take(np.arange(len(group))) for group in accounts]
+    table, batches = rollout(policy, world, days, accounts, config, step, phase)
+    lesson = estimate(table, batches, config.algorithm, phase)
+    with phase("update"):
+        statistics = update(policy, optimizer, table, lesson, config.algorithm, _seed(config, step))
+    return accounts, lesson, statistics
 
 
 def _seed(config: TrainConfig, step: int) -> int:

@@ -1,6 +1,7 @@
 """Epochs, minibatches, clipping, optimiser: one lesson in, a better policy out."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -79,22 +80,22 @@ def update(
     rows, samples = lesson.rows, lesson.samples
     if not len(rows):
         return dict.fromkeys(STATISTICS, 0.0)
-    policy.running.track(table.statistics)
     size = config.minibatch_size or len(rows)
     generator = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
     for _ in range(config.update_epochs):
         for index in _minibatches(len(rows), size, generator):
+            learn = partial(_differentiate, optimizer, samples.take(index), config)
             if history:
-                prompts, places = _visited(lesson.prompts, rows[index])
-                chosen = _gather(policy.evaluate(prompts), places)
+                again = partial(_evaluated, policy, lesson.prompts, rows[index])
+                statistics = policy.activations.attempt(lambda: learn(*again()))  # noqa: B023
             else:
-                chosen = _gather(table, rows[index])
-            loss, statistics = loss_of(*chosen, samples.take(index), config)
-            statistics["grad_norm"] = _step(policy, optimizer, loss, config.max_grad_norm)
+                statistics = learn(*_gather(table, rows[index]))
+            statistics["grad_norm"] = _step(policy, optimizer, config.max_grad_norm)
             history.append(statistics)
         if config.target_kl and history[-1]["kl"] > config.target_kl:
             break
+    policy.running.track(table.statistics)
     means = {key: float(np.mean([entry[key] for entry in history])) for key in history[0]}
     means["first_ratio_error"] = max(1 - history[0]["ratio_min"], history[0]["ratio_max"] - 1)
     means["explained_variance"] = _explained(samples)
@@ -106,11 +107,12 @@ def _explained(samples: Samples) -> float:
     return explained_variance(*(column.double().cpu().numpy() for column in columns))
 
 
-def _visited(prompts: PromptSet, rows: Tensor) -> tuple[PromptSet, Tensor]:
-    """The prompts in `rows` [N], each once, and the reference; the new row of each sample [N]."""
+def _evaluated(policy: Policy, prompts: PromptSet, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient: their prompts, each
+    once, and the reference are evaluated anew."""
     distinct, place = np.unique(rows.cpu().numpy(), return_inverse=True)
-    kept, places = prompts.subset(distinct)
-    return kept, torch.from_numpy(places[place]).to(rows.device)
+    visited, places = prompts.subset(distinct)
+    return _gather(policy.evaluate(visited), torch.from_numpy(places[place]).to(rows.device))
 
 
 def _gather(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,12 +131,22 @@ def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[
     return iter(torch.randperm(count, generator=generator).split(size))
 
 
-def _step(
-    policy: Policy, optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float
-) -> float:
-    """One step of the optimiser; returns the gradient's norm before clipping."""
+def _differentiate(
+    optimizer: torch.optim.Optimizer,
+    samples: Samples,
+    config: AlgorithmConfig,
+    log_probabilities: Tensor,
+    value: Tensor,
+) -> dict[str, float]:
+    """Leaves the gradient of the loss with the parameters; returns the loss' statistics."""
     optimizer.zero_grad(set_to_none=True)
+    loss, statistics = loss_of(log_probabilities, value, samples, config)
     loss.backward()
+    return statistics
+
+
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
+    """One step of the optimiser; returns the gradient's norm before clipping."""
     norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf)
     if not torch.isfinite(norm):
         raise InputError("the gradient is not finite: lower the learning rates, training")

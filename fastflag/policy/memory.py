@@ -8,11 +8,10 @@ import math
 from dataclasses import dataclass
 
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
-from fastflag.policy.heads import MLP_WIDTH, SIDES
+from fastflag.policy.heads import ACTIONS, MLP_WIDTH, SIDES
 from fastflag.policy.llama import LINEARS
 from fastflag.policy.model_config import ModelConfig
 from fastflag.policy.quant import BLOCKSIZE
-from fastflag.policy.table import ACTIONS
 from fastflag.policy.weights import layer_shapes
 
 _FP32 = 4
@@ -59,7 +58,7 @@ def parts(
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
         "trunk_cache": min(_cacheable(model, trunk, batch) * dtype, kept),
-        "activations": _Activations(model, policy, batch, fused).total(),
+        "activations": _Kept(model, policy, fused).evaluation(batch),
     }
 
 
@@ -107,27 +106,44 @@ def _cacheable(model: ModelConfig, trunk: int, batch: PlanConfig) -> int:
     return batch.days * (batch.prefix_tokens * of_token + of_texts)
 
 
+def prefix_bytes(
+    model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, fused: bool
+) -> int:
+    """What autograd keeps of the top layers' pass over `rows` prefixes of `tokens`."""
+    return _Kept(model, policy, fused).passed(rows, tokens, 0)
+
+
+def suffix_bytes(
+    model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, prefix: int, fused: bool
+) -> int:
+    """What it keeps of `rows` suffixes of `tokens`, after prefixes of `prefix` tokens."""
+    return _Kept(model, policy, fused).passed(rows, tokens, prefix)
+
+
 @dataclass(frozen=True)
-class _Activations:
-    """What autograd keeps of an evaluation until its backward pass, in bytes."""
+class _Kept:
+    """What autograd keeps until the backward pass, in bytes."""
 
     model: ModelConfig
     policy: PolicyConfig
-    batch: PlanConfig
     fused: bool
 
-    def total(self) -> int:
-        batch, last = self.batch, self.policy.top_layers - 1
-        days, prompts = batch.days, batch.days * batch.texts
-        prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
-        total = self._read_out(prompts)
+    def evaluation(self, batch: PlanConfig) -> int:
+        prompts = batch.days * batch.texts
+        of_prefixes = self.passed(batch.days, batch.prefix_tokens, 0)
+        of_suffixes = self.passed(prompts, batch.suffix_tokens, batch.prefix_tokens)
+        return of_prefixes + of_suffixes + self._read_out(batch)
+
+    def passed(self, rows: int, tokens: int, prefix: int) -> int:
+        """Of `rows` texts through the top layers, suffixes after `prefix` tokens or, after none,
+        prefixes. The last layer is asked for what suffixes attend to, and for their last token."""
+        asked = 1 if prefix else 0
         # cos and sin, half a head each, of a prefix's places, of a suffix's and of its last token.
-        total += (prefix + prompts * (suffix + 1)) * self.model.head_dim * self._dtype
-        for index in range(last + 1):
-            # The last layer is asked for what suffixes attend to, and for their last token.
-            of_prefix, of_suffix = (prefix, suffix) if index < last else (0, 1)
-            total += self._layer(days, prefix, of_prefix, 0, through=index > 0)
-            total += self._layer(prompts, suffix, of_suffix, prefix, through=index > 0)
+        places = rows * (tokens + 1) if prefix else tokens
+        total = places * self.model.head_dim * self._dtype
+        for index in range(self.policy.top_layers):
+            queries = tokens if index < self.policy.top_layers - 1 else asked
+            total += self._layer(rows, tokens, queries, prefix, through=index > 0)
         return total
 
     @property
@@ -187,10 +203,10 @@ class _Activations:
         mask = rows * queries * keys if masked else 0
         return (copies * asked * head + shared + mask) * self._dtype + asked * _FP32
 
-    def _read_out(self, prompts: int) -> int:
+    def _read_out(self, batch: PlanConfig) -> int:
         """The final norm; then in fp32, of all rows and of the reference (one a day and side) what
         they are from their means, all rows centred, an MLP's numbers, the log-probabilities."""
-        reference = self.batch.days * min(self.batch.texts, SIDES)
+        prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
         inner = MLP_WIDTH if self.policy.head == "mlp" else 0
         numbers = (2 * prompts + reference) * self.model.width + prompts * (inner + ACTIONS)
         return self._norm(prompts, self.model.width) + _FP32 * numbers

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
-from fastflag.policy import ops
+from fastflag.policy import memory, ops
+from fastflag.policy.activations import Activations
 from fastflag.policy.heads import (
     RunningStatistics,
     Statistics,
@@ -45,7 +46,6 @@ from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles, cache_folder
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
 
-ACTIONS = 3
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Counted up when the trunk's arithmetic changes in any bit: activations kept on disk are then new.
 _ARITHMETIC = 1
@@ -148,15 +148,14 @@ class Policy(nn.Module):
             self.action_words = unembedding[list(action_tokens)].to(self.device)
             self.action_head = None
         else:
-            self.action_head = make_action_head(config.head, width, ACTIONS, generator).to(
-                self.device
-            )
+            self.action_head = make_action_head(config.head, width, generator).to(self.device)
         self.value_head = make_value_head(width).to(self.device)
         self.running = RunningStatistics(width).to(self.device)
         self.cache = TrunkCache(config.trunk_cache_mb * 2**20, self._trunk_files(weights, split))
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
+        self.activations = Activations(config.memory_budget * 2**20)
         self._resident: ExitStack | None = None
 
     def read(self, prefixes: Iterable[np.ndarray]) -> Days:
@@ -164,9 +163,19 @@ class Policy(nn.Module):
         prompts; with gradient where enabled."""
         tokens = {_digest(prefix): prefix for prefix in prefixes}
         hidden = self._prefix_states(tokens)
-        lengths = [len(states) for states in hidden]
-        padded = pad_sequence(hidden, batch_first=True)
-        _, keys_values = prefix_pass(self.top, padded, lengths, keys_values_only=True)
+        longest, fused = max(map(len, hidden)), self.device.type == "cuda"
+
+        def some(part: slice) -> list[list[KeysValues]]:
+            padded, lengths = pad_sequence(hidden[part], batch_first=True), map(len, hidden[part])
+            return prefix_pass(self.top, padded, list(lengths), keys_values_only=True)[1]
+
+        def cost(rows: int) -> int:
+            return memory.prefix_bytes(self.model, self.config, rows, longest, fused)
+
+        if torch.is_grad_enabled():
+            self.activations.restart()
+        parts = self.activations.run(some, len(hidden), cost)
+        keys_values = [[day for part in parts for day in part[n]] for n in range(len(self.top))]
         return Days({digest: place for place, digest in enumerate(tokens)}, keys_values)
 
     def evaluate(
@@ -229,18 +238,28 @@ class Policy(nn.Module):
         places = np.array([days.place[_digest(tokens)] for tokens in prompts.prefixes])
         of_row = places[prompts.pairs[:, 0]]
         order = np.argsort(of_row, kind="stable")
-        present, counts = np.unique(of_row, return_counts=True)
-        keys_values = [[layer[day] for day in present] for layer in days.keys_values]
         states = self._suffix_states(prompts)
-        suffixes = pad_sequence([states[row] for row in order], batch_first=True)
-        layout = SuffixLayout.build(
-            counts.tolist(),
-            [key.shape[1] for key, _ in keys_values[0]],
-            _lengths([states[row] for row in order], self.device),
-            suffixes.shape[1],
-        )
-        last = suffix_pass(self.top, suffixes, keys_values, layout, last_only=True)
-        features = ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+        fused = self.device.type == "cuda"
+
+        def some(part: slice) -> Tensor:
+            rows = order[part]
+            present, counts = np.unique(of_row[rows], return_counts=True)
+            keys_values = [[layer[day] for day in present] for layer in days.keys_values]
+            suffixes = pad_sequence([states[row] for row in rows], batch_first=True)
+            layout = SuffixLayout.build(
+                counts.tolist(),
+                [key.shape[1] for key, _ in keys_values[0]],
+                _lengths([states[row] for row in rows], self.device),
+                suffixes.shape[1],
+            )
+            last = suffix_pass(self.top, suffixes, keys_values, layout, last_only=True)
+            return ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+
+        def cost(rows: int) -> int:
+            longest = int(sizes[0].max()), max(map(len, states))
+            return memory.suffix_bytes(self.model, self.config, rows, *longest[::-1], fused)
+
+        features = torch.cat(self.activations.run(some, len(order), cost))
         return features.index_select(0, torch.from_numpy(np.argsort(order)).to(self.device))
 
     def check_length(self, longest: int) -> None:

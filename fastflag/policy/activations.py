@@ -1,0 +1,75 @@
+"""How much of the top layers' work autograd may keep for the backward pass.
+
+What does not fit into the budget is cut into parts, by days, whose work is done again in the
+backward pass: the same gradient, for a forward pass more and the memory of one part at a time.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+
+class Activations:
+    """A budget in bytes, 0 for none: half for what is kept, half for what is done again."""
+
+    def __init__(self, budget: int):
+        self._budget: float = budget or math.inf
+        self._kept = self._asked = 0
+        self._divisible = True
+
+    def restart(self) -> None:
+        """An evaluation begins; what earlier ones kept is gone."""
+        self._kept = self._asked = 0
+
+    def run(self, work: Callable[[slice], T], rows: int, cost: Callable[[int], int]) -> list[T]:
+        """`work` on all of so many rows, or part by part; `cost` is the bytes that autograd keeps
+        of a number of them."""
+        if not torch.is_grad_enabled():
+            return [work(part) for part in self._parts(rows, cost)]
+        whole = cost(rows)
+        self._asked += whole
+        if self._kept + whole <= self._budget / 2:
+            self._kept += whole
+            return [work(slice(0, rows))]
+        return [
+            checkpoint(work, part, use_reentrant=False, preserve_rng_state=False)
+            for part in self._parts(rows, cost)
+        ]
+
+    def attempt(self, work: Callable[[], T]) -> T:
+        """What `work` returns. Where memory runs out it is done again with half the budget, until
+        one row alone is too much."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error) or not self._divisible:
+                    raise
+            # Not in the handler, where the error holds on to every tensor of the attempt.
+            self._budget = min(self._budget, max(self._asked, 1)) / 2
+            _LOG.warning(
+                "out of memory: going on with --memory-budget %d", max(self._budget / 2**20, 1)
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _parts(self, rows: int, cost: Callable[[int], int]) -> list[slice]:
+        size = rows
+        while size > 1 and cost(size) > self._budget / 2:
+            size = -(-size // 2)
+        self._divisible = size > 1
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it says that there is no memory: Python's, PyTorch's on CUDA or on a CPU."""
+    told = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in told)

@@ -1,0 +1,157 @@
+"""The budget of what autograd keeps: the same numbers whatever it is, and what happens without."""
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from small import make_opinionated, small_config, small_market, small_world
+
+import fastflag.policy.table as table_module
+from fastflag.learn.batch import start_accounts
+from fastflag.learn.progress import PhaseTimer
+from fastflag.learn.rollout import rollout
+from fastflag.policy import memory
+from fastflag.policy.activations import Activations, ran_out
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def evaluated(model, budget, **changes):
+    """(log-probabilities, values, gradients, bytes that autograd kept) of one rollout's prompts."""
+    config = small_config(model, policy__top_layers=2, **changes)
+    world, policy, days = small_world(config, small_market())
+    make_opinionated(policy)
+    policy.activations = Activations(budget)
+    accounts = start_accounts(config.rollout, config.simulator.cash)
+    # By weak reference: what another pass lets go of does not count.
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = weakref.ref(tensor), storage.nbytes()
+        return tensor
+
+    known = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        table, batches = rollout(policy, world, days, accounts, config, 0, PhaseTimer())
+        list(batches)
+    gc.collect()
+    kept = sum(
+        size for at, (ref, size) in storages.items() if ref() is not None and at not in known
+    )
+    finite = table.log_probabilities.nan_to_num(neginf=0.0)
+    (finite.square().sum() + table.value.sin().sum()).backward()
+    gradients = [p.grad for p in policy.parameters()]
+    return table.log_probabilities.detach(), table.value.detach(), gradients, kept
+
+
+@pytest.mark.parametrize("changes", [{}, {"prompt__account": "exact"}], ids=["stepped", "exact"])
+@pytest.mark.parametrize("adaptation", ["lora", "full"])
+def test_the_gradient_is_the_same_within_any_budget(tiny_model, adaptation, changes):
+    changes = changes | {"policy__adaptation": adaptation}
+    *whole, most = evaluated(tiny_model, 0, **changes)
+    kept = [most]
+    for budget in (10**6, 10**5, 1):
+        *parts, some = evaluated(tiny_model, budget, **changes)
+        kept.append(some)
+        for one, other in zip(whole[:2], parts[:2], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=3e-6)
+        for one, other in zip(whole[2], parts[2], strict=True):
+            assert one.norm() > 0
+            assert (one - other).norm() <= 1e-5 * one.norm()
+    assert kept == sorted(kept, reverse=True) and kept[-1] < most / 3
+
+
+def test_all_at_once_is_cut_into_parts_too(tiny_model, monkeypatch):
+    monkeypatch.setattr("fastflag.learn.rollout._MANY_STEPS", 1)
+    *whole, most = evaluated(tiny_model, 0)
+    *parts, some = evaluated(tiny_model, 50_000)
+    assert some < most / 2
+    for one, other in zip(whole[2], parts[2], strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+def test_passes_are_kept_while_they_fit_into_half_the_budget():
+    activations = Activations(100)
+    ran = []
+
+    def work(part):
+        ran.append(part.stop - part.start)
+        return torch.zeros(1, requires_grad=True) * 2
+
+    def run(rows):
+        ran.clear()
+        activations.run(work, rows, lambda rows: 10 * rows)
+        return ran
+
+    assert run(3) == [3] and run(2) == [2]  # 50 bytes
+    assert run(1) == [1] and run(12) == [3, 3, 3, 3]  # half the budget is 5 rows
+    activations.restart()
+    assert run(5) == [5]
+    with torch.no_grad():
+        assert run(6) == [3, 3]
+
+
+class Machine:
+    """Has memory for so many rows of suffixes at a time."""
+
+    def __init__(self, monkeypatch, rows):
+        self.rows, self.calls, right = rows, [], table_module.suffix_pass
+
+        def suffix_pass(blocks, x, *arguments, **named):
+            # Only the trained layers' pass, whose memory the budget is of.
+            if named.get("last_only"):
+                self.calls.append(len(x))
+                if len(x) > self.rows:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return right(blocks, x, *arguments, **named)
+
+        monkeypatch.setattr(table_module, "suffix_pass", suffix_pass)
+
+
+def test_out_of_memory_halves_until_it_fits_and_says_so(tiny_model, tmp_path, monkeypatch, caplog):
+    from test_train import trained
+
+    config = small_config(tiny_model, algorithm__update_epochs=2)
+    _, whole = trained(config, tmp_path / "whole")
+    machine = Machine(monkeypatch, 3)
+    with caplog.at_level(logging.WARNING):
+        _, halved = trained(config, tmp_path / "halved")
+    assert max(machine.calls) > 3
+    assert "out of memory: going on with --memory-budget" in caplog.text
+    assert len(halved) == len(whole) == 4
+    for one, other in zip(whole, halved, strict=True):
+        assert other == pytest.approx(one, rel=2e-3, abs=1e-5)
+
+
+def test_one_prompt_that_does_not_fit_ends_it(tiny_model, tmp_path, monkeypatch):
+    from test_train import trained
+
+    Machine(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        trained(small_config(tiny_model), tmp_path / "run")
+
+
+def test_other_errors_are_not_taken_for_want_of_memory():
+    def fail():
+        raise RuntimeError("expected scalar type Float but found BFloat16")
+
+    with pytest.raises(RuntimeError, match="scalar type"):
+        Activations(0).attempt(fail)
+    assert ran_out(MemoryError())
+    assert ran_out(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"))
+
+
+def test_the_costs_add_up_to_the_plan(tiny_model):
+    """An evaluation is a pass over prefixes, one over suffixes, and what reads them out."""
+    from fastflag.config import PlanConfig
+
+    config = small_config(tiny_model, policy__top_layers=2)
+    _, policy, _ = small_world(config, small_market())
+    batch = PlanConfig(days=5, texts=3, prefix_tokens=70, suffix_tokens=16)
+    given = policy.model, config.policy
+    parts = memory.prefix_bytes(*given, 5, 70, True) + memory.suffix_bytes(*given, 15, 16, 70, True)
+    whole = memory.parts(*given, "adamw", batch)["activations"]
+    assert 0.9 * whole < parts < whole

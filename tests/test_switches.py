@@ -1,0 +1,113 @@
+"""Whatever makes training fast changes no training curve: each of it taken out, in fp32."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from small import small_config
+from test_train import trained
+
+import fastflag.learn.rollout as rollout_module
+import fastflag.policy.table as table_module
+from fastflag.config import AlgorithmConfig
+from fastflag.policy.activations import Activations
+from fastflag.policy.table import Policy
+from fastflag.prompt.tokens import PromptSet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def unshared(prompts: PromptSet) -> PromptSet:
+    """Each prompt a text of its own after the first token, which all have in common."""
+    whole = [prompts.tokens(row) for row in range(len(prompts.pairs))]
+    return dataclasses.replace(
+        prompts,
+        prefixes=(whole[0][:1],),
+        suffixes=tuple(tokens[1:] for tokens in whole),
+        pairs=np.array([[0, row] for row in range(len(whole))], np.int32),
+    )
+
+
+def without_sharing(monkeypatch):
+    evaluate = Policy.evaluate
+
+    def evaluate_alone(self, prompts, statistics=None, days=None):
+        return evaluate(self, unshared(prompts), statistics)
+
+    monkeypatch.setattr(Policy, "evaluate", evaluate_alone)
+
+
+def with_every_token(monkeypatch):
+    right = table_module.suffix_pass
+
+    def suffix_pass(blocks, x, keys_values, layout, last_only=False):
+        states = right(blocks, x, keys_values, layout)
+        return states[torch.arange(len(x)), layout.last] if last_only else states
+
+    monkeypatch.setattr(table_module, "suffix_pass", suffix_pass)
+
+
+def step_by_step(monkeypatch):
+    monkeypatch.setattr(AlgorithmConfig, "one_step", False)
+
+
+def all_at_once(monkeypatch):
+    monkeypatch.setattr(rollout_module, "_MANY_STEPS", 1)
+
+
+def recomputed(monkeypatch):
+    monkeypatch.setattr(table_module, "Activations", lambda budget: Activations(1))
+
+
+def in_pieces(monkeypatch):
+    all_at_once(monkeypatch)
+    monkeypatch.setattr(rollout_module, "_PIECE_STEPS", 12)
+
+
+SWITCHES = {
+    "no trunk cache": {"policy__trunk_cache_mb": 0, "policy__trunk_disk_mb": 0},
+    "no files": {"policy__trunk_disk_mb": 0},
+    "all of it recomputed": recomputed,
+    "prefixes not shared": without_sharing,
+    "every token of the last layer": with_every_token,
+    "samples not added up": step_by_step,
+    "all prompts before the rollout": all_at_once,
+    "rollout in pieces": in_pieces,
+}
+
+
+@pytest.fixture(scope="module")
+def curves(tiny_model, tmp_path_factory):
+    return {
+        top: trained(config_of(tiny_model, top), tmp_path_factory.mktemp("curve") / "run")[1]
+        for top in (1, 2)
+    }
+
+
+def config_of(model, top, **changes):
+    return small_config(
+        model,
+        policy__top_layers=top,
+        simulator__positions="long_short",
+        algorithm__max_grad_norm=0.0,
+        algorithm__kl_coef=0.05,
+        total_timesteps=5 * 24,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("top", [1, 2])
+@pytest.mark.parametrize("name", SWITCHES)
+def test_the_curve_is_the_same(tiny_model, curves, tmp_path, monkeypatch, name, top):
+    switch = SWITCHES[name]
+    changes = switch if isinstance(switch, dict) else {}
+    if callable(switch):
+        switch(monkeypatch)
+    _, curve = trained(config_of(tiny_model, top, **changes), tmp_path / "run")
+    assert len(curve) == len(curves[top]) == 5
+    for one, other in zip(curves[top], curve, strict=True):
+        # How many prompts a table holds is not what it says of them.
+        del other["distinct_prompts"]
+        same = {key: value for key, value in one.items() if key != "distinct_prompts"}
+        assert other == pytest.approx(same, rel=1e-3, abs=2e-5)
