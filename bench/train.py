@@ -31,6 +31,7 @@ from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
 from fastflag.learn.run import build
 from fastflag.learn.update import _gather, make_optimizer, update
+from fastflag.market.bars import Market, split_days
 from fastflag.market.sources import load
 from fastflag.policy.heads import Statistics
 from fastflag.policy.llama import SuffixLayout, prefix_pass, suffix_pass
@@ -61,12 +62,12 @@ def configuration(envs: int, dtype: str = "bf16", account: str = "stepped") -> T
 class Trainer:
     """FastFLAG's loop, an update at a time."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, market: Market | None = None):
         self.config = config
-        market = load(config.data)
+        market = market or load(config.data)
         self.weights = open_weights(config.policy.model)
         self.world, self.policy = build(config, market, self.weights)
-        self.days = market.days(*config.data.train.split(".."))
+        self.days, _ = split_days(market, config.data.train, config.data.test)
         self.optimizer = make_optimizer(self.policy, config.algorithm)
         self.accounts = start_accounts(config.rollout, config.simulator.cash)
         self.phase, self.updates = PhaseTimer(), 0

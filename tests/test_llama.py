@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import EXACT, MODELS, Given, last_states, prompt_set, relative, texts, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import EXACT, MODELS, TINY, Given, last_states, prompt_set, relative, texts, tiny
 from peft import LoraConfig, get_peft_model
 from planted import planted_market
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fastflag.config import PolicyConfig, PromptConfig, SimulatorConfig
 from fastflag.market.simulator import CODES
 from fastflag.policy import ops
+from fastflag.policy.activations import Activations
 from fastflag.policy.llama import rotary_tables
 from fastflag.policy.lora import FrozenLinear, LoRALinear
 from fastflag.policy.model_config import ModelConfig
@@ -230,6 +233,45 @@ def test_full_gradients_equal_the_full_forward_of_each_prompt(pair, top_layers):
                 count += 1
     assert count >= 7 * top_layers
     check_heads(policy, gradients)
+
+
+LIMIT = TINY["max_position_embeddings"]
+
+
+@given(data=st.data())
+@settings(max_examples=25)
+def test_any_lengths_counts_and_budgets_give_the_full_forwards_gradients(pair, data):
+    """Prompts of 1 token to the model's limit, one account text a day or many of them."""
+    model, weights = pair
+    suffix_lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+    longest = LIMIT - max(suffix_lengths)
+    prefix_lengths = data.draw(
+        st.lists(st.integers(1, 40) | st.just(longest), min_size=1, max_size=4)
+    )
+    every = list(itertools.product(range(len(prefix_lengths)), range(len(suffix_lengths))))
+    pairs = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=24))
+    prompts = prompt_set(texts(prefix_lengths, 1), texts(suffix_lengths, 2), pairs)
+    top_layers = data.draw(st.integers(1, 3))
+    config = replace(
+        EXACT,
+        top_layers=top_layers,
+        adaptation="full",
+        trunk_cache_mb=data.draw(st.sampled_from([0, 4096])),
+        trunk_disk_mb=0,
+    )
+    policy = Policy(weights, config, (1, 2, 3), 0)
+    policy.activations = Activations(data.draw(st.sampled_from([0, 1, 10**5, 10**6])))
+    weight = torch.randn(len(pairs), 64, generator=torch.Generator().manual_seed(0))
+    ours = policy._features(prompts, policy.read(prompts.prefixes))
+    (ours * weight).sum().backward()
+    model.zero_grad()
+    theirs = last_states(model.model, prompts)
+    (theirs * weight).sum().backward()
+    assert relative(ours, theirs) < 1e-5
+    for block, layer in zip(policy.top, model.model.layers[-top_layers:], strict=True):
+        for short, linear in zip(MATRICES, linears(layer), strict=True):
+            made = getattr(block, short).weight.grad
+            assert (made - linear.weight.grad).norm() <= 1e-5 * linear.weight.grad.norm() + 1e-6
 
 
 def test_lora_gradients_equal_peft_prompt_by_prompt(tmp_path, top_layers):

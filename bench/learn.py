@@ -1,0 +1,164 @@
+"""Wall-clock time to learn something: FastFLAG beside transformers + PEFT, SmolLM2-135M.
+
+    python -m bench.learn [--json] [--tasks planted msft] [--envs 16 128 512]
+
+Two tasks: a held-out Sharpe ratio on a market whose headlines tell the next day (tests/planted.py),
+and a training Sharpe ratio on MSFT's 64 warm-up days (InvestorBench's file, named by
+FASTFLAG_INVESTORBENCH or in ../shared/data/investorbench). Both loops have the same gradient, so
+after the same environment steps they are at the same place: one learning curve is run for each
+number of environments, and the plain loop's time is its environment steps at the seconds a step
+that the plain loop takes, measured during the run on 64 steps. Each then counts with the number of
+environments that is fastest for it. FastFLAG begins with cold caches; scoring is not timed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench.results import Row, publish
+from bench.train import Baseline, Trainer, seconds
+from fastflag.config import (
+    AlgorithmConfig,
+    DataConfig,
+    PolicyConfig,
+    PromptConfig,
+    RolloutConfig,
+    SimulatorConfig,
+    TrainConfig,
+)
+from fastflag.evaluate.backtest import backtest
+from fastflag.market.bars import Market
+from fastflag.market.metrics import annual_days, calendar_of
+from fastflag.market.sources import load
+from tests.planted import planted_market
+
+_TRAIN_DAYS, _TEST_DAYS = 128, 250
+_MOST_UPDATES = 80
+_SCORED_EVERY = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    target: float  # annualised Sharpe ratio
+    market: Market
+    configuration: Callable[[int], TrainConfig]
+    score: Callable[[Trainer], float]
+
+
+def planted() -> Task:
+    """Twice the Sharpe ratio of always long, on days that were not trained on."""
+    market = planted_market(_TRAIN_DAYS + _TEST_DAYS, seed=1, drift=0.0003)
+    dates = market.dates
+
+    def configuration(envs: int) -> TrainConfig:
+        return TrainConfig(
+            data=DataConfig(
+                train=f"{dates[0]}..{dates[_TRAIN_DAYS - 1]}",
+                test=f"{dates[_TRAIN_DAYS]}..{dates[-1]}",
+            ),
+            prompt=PromptConfig(window=3, news_tokens=48),
+            simulator=SimulatorConfig(fee_bps=0, slippage_bps=0, reward="log_return", horizon=15),
+            policy=PolicyConfig(trunk_disk_mb=0),
+            rollout=RolloutConfig(num_envs=envs, num_steps=15, start_groups=min(envs, 8)),
+            algorithm=AlgorithmConfig(learning_rate=1e-3, layer_learning_rate=1e-4, gamma=0.0),
+            backtest_episodes=1,
+        )
+
+    def score(trainer: Trainer) -> float:
+        document = backtest(trainer.policy, trainer.world, market, trainer.config, "test")
+        return document["policies"]["greedy"]["metrics"]["standard"]["sr"] or 0.0
+
+    return Task("planted, held out", 3.2, market, configuration, score)
+
+
+def msft() -> Task | None:
+    """The mean Sharpe ratio of the training episodes; nothing is claimed of other days."""
+    folder = os.environ.get("FASTFLAG_INVESTORBENCH", "../shared/data/investorbench")
+    file = Path(folder) / "msft.json"
+    if not file.exists():
+        return None
+    data = DataConfig(data=f"investorbench:{file}", train="2020-07-01..2020-09-30")
+    market = load(data)
+    annual = annual_days(calendar_of(market.dates))
+
+    def configuration(envs: int) -> TrainConfig:
+        return TrainConfig(
+            data=data,
+            policy=PolicyConfig(trunk_disk_mb=0),
+            rollout=RolloutConfig(num_envs=envs, num_steps=63),
+        )
+
+    def score(trainer: Trainer) -> float:
+        sharpe = np.concatenate([group.sharpe for group in trainer.accounts])
+        return float(sharpe.mean() * np.sqrt(annual))
+
+    return Task("msft, training days", 3.0, market, configuration, score)
+
+
+@dataclass(frozen=True)
+class Reached:
+    envs: int
+    updates: int
+    env_steps: int
+    ours: float  # seconds
+    plain: float
+
+
+def reach(task: Task, envs: int) -> Reached | None:
+    """Trains until the target is reached; None where it is not."""
+    config = task.configuration(envs)
+    trainer = Trainer(config, task.market)
+    steps, ours = config.rollout.num_steps, 0.0
+    baseline, per_step = None, []
+    for update in range(1, _MOST_UPDATES + 1):
+        ours += seconds(trainer.update)
+        if update % _SCORED_EVERY:
+            continue
+        score = task.score(trainer)
+        print(f"{task.name}: {envs} environments, update {update}: {score:.2f}", file=sys.stderr)
+        if baseline is None or len(per_step) < 3:
+            baseline = baseline or Baseline(Trainer(config, task.market), None)
+            per_step.append(baseline.seconds_of_update(envs, steps)[0] / (envs * steps))
+        if score >= task.target:
+            count = update * envs * steps
+            return Reached(envs, update, count, ours, count * float(np.median(per_step)))
+    return None
+
+
+def rows_of(task: Task, numbers: list[int]) -> list[Row]:
+    found = [reached for envs in numbers if (reached := reach(task, envs))]
+    rows = []
+    for one in found:
+        shape, note = f"{one.envs} environments", f"{one.updates} updates, {one.env_steps} steps"
+        what = f"{task.name}: Sharpe {task.target}"
+        ratio = one.plain / one.ours
+        scaled = f"{note}, scaled from 64 steps"
+        rows.append(Row(what, shape, "hf + peft", one.plain, "s", note=scaled))
+        rows.append(Row(what, shape, "fastflag", one.ours, "s", ratio, "hf + peft", note))
+    if found:
+        plain, ours = min(one.plain for one in found), min(one.ours for one in found)
+        what, shape = f"{task.name}: Sharpe {task.target}", "each at its best"
+        rows.append(Row(what, shape, "fastflag", ours, "s", plain / ours, "hf + peft"))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    makers = {"planted": planted, "msft": msft}
+    parser.add_argument("--tasks", nargs="+", choices=[*makers], default=[*makers])
+    parser.add_argument("--envs", type=int, nargs="+", default=[16, 128, 512])
+    chosen = parser.parse_args()
+    tasks = [task for name in chosen.tasks if (task := makers[name]())]
+    rows = [row for task in tasks for row in rows_of(task, chosen.envs)]
+    publish("learn", rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
