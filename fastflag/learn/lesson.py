@@ -95,20 +95,22 @@ def _points(table: Table, batch: Batch, advantage: np.ndarray, config: Algorithm
     weight, advantage = np.ones(len(row)), flat(advantage)
     target = advantage + _values(table)[row]
     if batch.branches is not None:
-        weight = table.probabilities[row]
-        taken = weight > 0
-        count = taken.sum(1)
-        advantage = _branch_advantages(table, batch, config)
-        advantage, weight, action = flat(advantage)[taken], weight[taken], np.nonzero(taken)[1]
-        row, target = row.repeat(count), target.repeat(count)
-        log_probability = table.log_probabilities.detach().cpu().numpy()[row, action]
+        # [steps, A]; the value's target stays that of the step that was taken.
+        probability, advantage = (
+            table.probabilities[row],
+            flat(_of_every_action(table, batch, config)),
+        )
+        possible = probability > 0
+        (step, action), weight = np.nonzero(possible), probability[possible]
+        row, advantage, target = row[step], advantage[possible], target[step]
+        log_probability = table.detached[row, action]
     none = np.zeros(len(row))
     return _Points(row, action, weight, advantage, none, target, none, log_probability)
 
 
-def _branch_advantages(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarray:
-    """r + gamma V(s') - V(s) of every action, [B, H, A]: where an action was not taken, there is
-    nothing after it but the value."""
+def _of_every_action(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarray:
+    """r + gamma V(s') - V(s) of every action, [B, H, A]: of one that was not taken, nothing more is
+    known of what comes after than the value."""
     value, branches = _values(table), batch.branches
     following = config.gamma * value[branches.next_row] * ~branches.terminated
     return branches.reward + following - value[batch.row][..., None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastflag.config import TrainConfig
 from fastflag.learn.batch import Batch, Branches, Group, Phase, World, start_groups
 from fastflag.learn.reference import reference_accounts
-from fastflag.learn.visited import branch, live_day_by_day, told
+from fastflag.learn.visited import branch, live_day_by_day
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.policy.table import Policy, Table
@@ -111,7 +111,7 @@ def _from_table(
     phase: Phase,
 ) -> Iterator[dict[str, np.ndarray]]:
     """A rollout's arrays, of a number of environments at a time."""
-    log_probabilities, cdf = told(table), table.probabilities.cumsum(1)
+    cdf = table.probabilities.cumsum(1)
     for group in groups:
         for some in group.slices(max(_PIECE_STEPS // len(group.day), 1)):
             with phase("rollout"):
@@ -128,7 +128,7 @@ def _from_table(
                     some.first_env,
                     some.first_step,
                 )
-                part["log_probability"] = log_probabilities[part["row"], part["action"]]
+                part["log_probability"] = table.detached[part["row"], part["action"]]
                 part["truncated"] = np.broadcast_to(some.last, part["row"].shape)
                 if before is not None:
                     part |= _branches(world, some, before, part["action"], row_of)

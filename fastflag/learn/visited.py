@@ -68,11 +68,6 @@ def branch(
     return after, reward, terminated
 
 
-def told(table: Table) -> np.ndarray:
-    """A table's log-probabilities, [U, A] fp32, without gradient."""
-    return table.log_probabilities.detach().cpu().numpy()
-
-
 def prompts_now(
     prompter: Prompter, bars: Bars, accounts: Accounts, day: int
 ) -> tuple[PromptSet, np.ndarray]:
@@ -108,7 +103,7 @@ class _Visited:
         self._row_of = {key: row for row, key in enumerate(reference.keys())}
         self.probabilities = self._tables[0].probabilities
         """[U, A] of the rows so far, as in `Table`."""
-        self.log_probabilities = told(self._tables[0])
+        self.log_probabilities = self._tables[0].detached
         """[U, A] fp32, likewise."""
 
     def observe(self, world: World, shown: list[tuple[Accounts, int]]) -> list[np.ndarray]:
@@ -131,7 +126,7 @@ class _Visited:
             self._tables.append(table)
             self._row_of |= {keys[number]: len(self._row_of) + n for n, number in enumerate(new)}
             self.probabilities = np.concatenate([self.probabilities, table.probabilities])
-            self.log_probabilities = np.concatenate([self.log_probabilities, told(table)])
+            self.log_probabilities = np.concatenate([self.log_probabilities, table.detached])
         return np.array([self._row_of[key] for key in keys])
 
     def table(self) -> tuple[Table, PromptSet]:

@@ -78,6 +78,11 @@ class Table:
         )
 
     @cached_property
+    def detached(self) -> np.ndarray:
+        """The log-probabilities, [U, A] fp32, without gradient."""
+        return self.log_probabilities.detach().cpu().numpy()
+
+    @cached_property
     def probabilities(self) -> np.ndarray:
         """[U, A] float64, without gradient, each row's sum 1. Raises InputError for NaN."""
         wide = self.log_probabilities.detach().double().exp().cpu().numpy()
