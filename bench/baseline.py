@@ -5,12 +5,15 @@ policy it is made from, so that its gradient is the one FastFLAG's is compared w
 """
 
 import copy
+from functools import partial
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn.functional import rms_norm
 from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastflag.config import AlgorithmConfig
 from fastflag.learn.objective import Samples, loss_of
@@ -48,6 +51,8 @@ class PlainPolicy:
             ],
         )
         model = model.to(self.device, dtype or policy.dtype)
+        if dtype is torch.float64:
+            _normalise_in_fp64(model)
         self.model = get_peft_model(model, lora)
         self.adapters: dict[str, Tensor] = {}
         layers = self.model.base_model.model.layers
@@ -56,16 +61,18 @@ class PlainPolicy:
                 theirs = layers[split + index].get_submodule(name)
                 for letter in "ab":
                     weight = getattr(theirs, f"lora_{letter.upper()}")["default"].weight
-                    weight.data = getattr(getattr(block, short), f"lora_{letter}").data.clone()
+                    ours = getattr(getattr(block, short), f"lora_{letter}").data
+                    weight.data = ours.to(dtype if dtype is torch.float64 else ours.dtype).clone()
                     self.adapters[f"top.{index}.{short}.lora_{letter}"] = weight
-        self.action_head = copy.deepcopy(policy.action_head)
-        self.value_head = copy.deepcopy(policy.value_head)
+        self.head_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+        self.action_head = copy.deepcopy(policy.action_head).to(self.head_dtype)
+        self.value_head = copy.deepcopy(policy.value_head).to(self.head_dtype)
 
     def features(self, prompts: list[np.ndarray]) -> Tensor:
-        """Last-token states [N, C] fp32 of whole prompts, in one batch padded on the right: as
+        """Last-token states [N, C] of whole prompts, in one batch padded on the right: as
         attention is causal no mask is needed, which is the fastest way."""
         states = self.model(input_ids=_padded(prompts, self.device), use_cache=False)
-        return _last(states.last_hidden_state, prompts).float()
+        return _last(states.last_hidden_state, prompts).to(self.head_dtype)
 
     def prefix_cache(self, prefix: np.ndarray, copies: int) -> object:
         """transformers' own cache of a prefix, for so many suffixes."""
@@ -78,7 +85,7 @@ class PlainPolicy:
         ids = _padded(suffixes, self.device)
         places = torch.arange(prefix, prefix + ids.shape[1], device=self.device)[None]
         states = self.model(input_ids=ids, past_key_values=cache, position_ids=places)
-        return _last(states.last_hidden_state, suffixes).float()
+        return _last(states.last_hidden_state, suffixes).to(self.head_dtype)
 
     def heads(
         self, features: Tensor, prompts: PromptSet, rows: np.ndarray, statistics: Statistics
@@ -129,6 +136,16 @@ def _llama(weights: Weights) -> LlamaModel:
     }
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
+
+
+def _normalise_in_fp64(model: LlamaModel) -> None:
+    """transformers' RMSNorm rounds to fp32, whatever the model's dtype."""
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            shape, epsilon = module.weight.shape, module.variance_epsilon
+            module.forward = partial(
+                rms_norm, normalized_shape=shape, weight=module.weight, eps=epsilon
+            )
 
 
 def _padded(texts: list[np.ndarray], device: torch.device) -> Tensor:

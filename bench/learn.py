@@ -7,11 +7,12 @@ and a training Sharpe ratio on MSFT's 64 warm-up days (InvestorBench's file, nam
 FASTFLAG_INVESTORBENCH or in ../shared/data/investorbench). Both loops have the same gradient, so
 after the same environment steps they are at the same place: one learning curve is run for each
 number of environments, and the plain loop's time is its environment steps at the seconds a step
-that the plain loop takes, measured during the run on 64 steps. Each then counts with the number of
+that the plain loop takes, measured after the run on 64 steps. Each then counts with the number of
 environments that is fastest for it. FastFLAG begins with cold caches; scoring is not timed.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -108,31 +109,33 @@ class Reached:
     env_steps: int
     ours: float  # seconds
     plain: float
+    reached: bool
+    batches: tuple[int, int]
 
 
-def reach(task: Task, envs: int) -> Reached | None:
-    """Trains until the target is reached; None where it is not."""
+def reach(task: Task, envs: int, batches: tuple[int, int] | None) -> Reached:
+    """Trains until the target is reached, or not. `batches` are the plain loop's fastest sizes."""
     config = task.configuration(envs)
     trainer = Trainer(config, task.market)
-    steps, ours = config.rollout.num_steps, 0.0
-    baseline, per_step = None, []
-    for update in range(1, _MOST_UPDATES + 1):
-        ours += seconds(trainer.update)
-        if update % _SCORED_EVERY:
-            continue
+    ours, score, update = 0.0, -math.inf, 0
+    while score < task.target and update < _MOST_UPDATES:
+        ours += sum(seconds(trainer.update) for _ in range(_SCORED_EVERY))
+        update += _SCORED_EVERY
         score = task.score(trainer)
         print(f"{task.name}: {envs} environments, update {update}: {score:.2f}", file=sys.stderr)
-        if baseline is None or len(per_step) < 3:
-            baseline = baseline or Baseline(Trainer(config, task.market), None)
-            per_step.append(baseline.seconds_of_update(envs, steps)[0] / (envs * steps))
-        if score >= task.target:
-            count = update * envs * steps
-            return Reached(envs, update, count, ours, count * float(np.median(per_step)))
-    return None
+    baseline = Baseline(trainer, batches)
+    count = update * envs * config.rollout.num_steps
+    plain = count * min(baseline.seconds_of_a_step(envs) for _ in range(2))
+    batches = baseline.rollout_batch, baseline.update_batch
+    return Reached(envs, update, count, ours, plain, score >= task.target, batches)
 
 
 def rows_of(task: Task, numbers: list[int]) -> list[Row]:
-    found = [reached for envs in numbers if (reached := reach(task, envs))]
+    tried: list[Reached] = []
+    # The largest first: of few environments' samples no large batch can be tried.
+    for envs in sorted(numbers, reverse=True):
+        tried.append(reach(task, envs, tried[-1].batches if tried else None))
+    found = [one for one in tried if one.reached]
     rows = []
     for one in found:
         shape, note = f"{one.envs} environments", f"{one.updates} updates, {one.env_steps} steps"

@@ -147,14 +147,21 @@ class Baseline:
 
     def seconds_of_update(self, envs: int, steps: int) -> tuple[float, float]:
         """Of the plain loop, and of the one with a cache in its rollout."""
-        count = envs * steps
-        part = range(min(count, _PART))
-        scale = count / len(part)
-        rolled = seconds(lambda: self.roll(part, min(self.rollout_batch, envs)))
-        learnt = seconds(lambda: self.learn(part, self.update_batch))
+        part = range(min(len(self.rows), _PART))
+        rolled, learnt = self._seconds(envs, part)
         # A part of _PART environments pays for one prefix; so does a day of all of them.
         cached = seconds(lambda: self.roll_with_cache(part, envs))
+        scale = envs * steps / len(part)
         return scale * (rolled + learnt), scale * (cached + learnt)
+
+    def seconds_of_a_step(self, envs: int) -> float:
+        """Of the plain loop, for each environment step."""
+        part = range(min(len(self.rows), _PART))
+        return sum(self._seconds(envs, part)) / len(part)
+
+    def _seconds(self, envs: int, part: range) -> tuple[float, float]:
+        rolled = seconds(lambda: self.roll(part, min(self.rollout_batch, envs)))
+        return rolled, seconds(lambda: self.learn(part, self.update_batch))
 
 
 def _parts(samples: range, size: int) -> list[np.ndarray]:
@@ -205,8 +212,8 @@ def speed_rows(
 
 
 def gradient_rows(dtype: str) -> list[Row]:
-    """The same batch, one forward of ours against one full prompt for every environment step, and
-    both against that in fp32: what each loses to rounding."""
+    """The same batch, one forward of ours and one full prompt for every environment step, both
+    against the latter in fp64: what each loses to rounding."""
     trainer = Trainer(configuration(1, dtype))
     trainer.update()  # adapters start at zero, where half of their gradients are zero
     table, lesson = trainer.every_step()
@@ -214,14 +221,16 @@ def gradient_rows(dtype: str) -> list[Row]:
     trainer.policy.zero_grad()
     loss_of(*_gather(table, lesson.rows), lesson.samples, algorithm)[0].backward()
     given = lesson.prompts, lesson.rows.numpy(), lesson.samples, algorithm
-    exact = PlainPolicy(trainer.policy, trainer.weights, torch.float32).gradient(*given)
-    made = {"fastflag": {name: p.grad for name, p in trainer.policy.named_parameters()}}
-    if dtype != "fp32":
-        made["hf + peft"] = PlainPolicy(trainer.policy, trainer.weights).gradient(*given)
-    shape, against = f"1 x 40, {dtype}", "hf + peft in fp32"
+    exact = PlainPolicy(trainer.policy, trainer.weights, torch.float64).gradient(*given)
+    made = {
+        "fastflag": {name: p.grad for name, p in trainer.policy.named_parameters()},
+        "hf + peft": PlainPolicy(trainer.policy, trainer.weights).gradient(*given),
+    }
+    shape, against = f"1 x 40, {dtype}", "hf + peft in fp64"
     rows_made = []
     for provider, gradient in made.items():
         one, other = (torch.cat([g[name].flatten() for name in exact]) for g in (gradient, exact))
+        one = one.to(other.dtype)
         error = ((one - other).norm() / other.norm()).item()
         cosine = torch.nn.functional.cosine_similarity(one, other, dim=0).item()
         rows_made += [
