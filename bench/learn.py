@@ -39,7 +39,7 @@ from fastflag.market.sources import load
 from tests.planted import planted_market
 
 _TRAIN_DAYS, _TEST_DAYS = 128, 250
-_MOST_UPDATES = 80
+_MOST_UPDATES = 160
 _SCORED_EVERY = 2
 
 
@@ -136,7 +136,18 @@ def rows_of(task: Task, numbers: list[int]) -> list[Row]:
     for envs in sorted(numbers, reverse=True):
         tried.append(reach(task, envs, tried[-1].batches if tried else None))
     found = [one for one in tried if one.reached]
-    rows = []
+    rows = [
+        Row(
+            f"{task.name}: Sharpe {task.target}",
+            f"{one.envs} environments",
+            "fastflag",
+            one.ours,
+            "s",
+            note=f"not reached in {one.updates} updates",
+        )
+        for one in tried
+        if not one.reached
+    ]
     for one in found:
         shape, note = f"{one.envs} environments", f"{one.updates} updates, {one.env_steps} steps"
         what = f"{task.name}: Sharpe {task.target}"
@@ -147,7 +158,8 @@ def rows_of(task: Task, numbers: list[int]) -> list[Row]:
     if found:
         plain, ours = min(one.plain for one in found), min(one.ours for one in found)
         what, shape = f"{task.name}: Sharpe {task.target}", "each at its best"
-        rows.append(Row(what, shape, "fastflag", ours, "s", plain / ours, "hf + peft"))
+        note = f"of {', '.join(str(one.envs) for one in tried)} environments"
+        rows.append(Row(what, shape, "fastflag", ours, "s", plain / ours, "hf + peft", note))
     return rows
 
 

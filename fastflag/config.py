@@ -128,8 +128,8 @@ class PolicyConfig(_Checked):
     trunk_disk_mb: Annotated[int, Range(at_least=0)] = 4096
     """Megabytes of them kept in files, for later runs, under the user's cache folder; 0: none."""
     memory_budget: Annotated[int, Range(at_least=0)] = 0
-    """Megabytes that an update may keep of the trained layers' work; more is done again, in parts
-    over days, for the same gradient. 0: no bound."""
+    """Megabytes that an update may keep of the trained layers' work, beside the days' keys and
+    values; more is done again, in parts, for the same gradient but for rounding. 0: no bound."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
 

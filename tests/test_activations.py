@@ -134,6 +134,58 @@ def test_one_prompt_that_does_not_fit_ends_it(tiny_model, tmp_path, monkeypatch)
         trained(small_config(tiny_model), tmp_path / "run")
 
 
+def test_memory_that_the_top_layers_do_not_take_is_not_waited_for():
+    tried = []
+
+    def fail():
+        tried.append(1)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        Activations(0).attempt(fail)
+    assert len(tried) == 1
+
+
+def test_it_goes_on_while_any_pass_can_be_cut():
+    """One prompt of a day says nothing of the days' own pass."""
+    activations, sizes = Activations(0), []
+
+    def attempt():
+        for rows in (8, 1):
+            parts = []
+            activations.run(
+                lambda part: parts.append(part.stop - part.start),  # noqa: B023
+                rows,
+                lambda rows: 100 + 10 * rows,
+            )
+            sizes.append(max(parts))
+        if max(sizes[-2:]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with torch.enable_grad():
+        activations.attempt(attempt)
+    assert sizes[-2:] == [2, 1] and sizes[:2] == [8, 1]
+
+
+def test_what_is_committed_is_not_done_again():
+    activations, log = Activations(0), []
+
+    def later():
+        activations.run(lambda part: None, 4, lambda rows: rows)
+        log.append("later")
+        raise MemoryError
+
+    def update():
+        activations.run(lambda part: None, 8, lambda rows: rows)
+        log.append("step")
+        activations.commit()
+        activations.attempt(later)
+
+    with pytest.raises(MemoryError):
+        activations.attempt(update)
+    assert log.count("step") == 1 and log.count("later") > 1
+
+
 def test_other_errors_are_not_taken_for_want_of_memory():
     def fail():
         raise RuntimeError("expected scalar type Float but found BFloat16")

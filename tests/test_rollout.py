@@ -9,9 +9,9 @@ import fastflag.learn.rollout as rollout_module
 from fastflag.config import RolloutConfig
 from fastflag.files import InputError
 from fastflag.learn.batch import start_accounts
+from fastflag.learn.decision import choose, prompts_now
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
-from fastflag.learn.visited import choose, prompts_now
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.market.tasks import schedule

@@ -16,7 +16,7 @@ import torch
 from fastflag.config import TrainConfig
 from fastflag.files import InputError, write_atomic
 from fastflag.learn.batch import World
-from fastflag.learn.visited import choose, prompts_now
+from fastflag.learn.decision import choose, prompts_now
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, parse_period, split_days

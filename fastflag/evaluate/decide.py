@@ -9,7 +9,7 @@ import torch
 from fastflag.evaluate.backtest import greedy
 from fastflag.files import InputError
 from fastflag.learn.batch import World
-from fastflag.learn.visited import prompts_now
+from fastflag.learn.decision import prompts_now
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import ISO_DATE, Market
 from fastflag.market.simulator import ACTIONS

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from fastflag.config import TrainConfig
 from fastflag.learn.batch import Batch, Branches, Group, Phase, World, start_groups
+from fastflag.learn.decision import branch
 from fastflag.learn.reference import reference_accounts
-from fastflag.learn.visited import branch, live_day_by_day
+from fastflag.learn.visited import live_day_by_day
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.policy.table import Policy, Table
 from fastflag.prompt.tokens import PromptSet
 
 _MANY_STEPS = 2**20
-# Steps that are simulated before what they teach is added up: 2^22 take 100 MB.
+# Steps that are simulated before what they teach is added up: 2^22 take 0.4 GB until then, and with
+# all actions 1.1 GB.
 _PIECE_STEPS = 2**22
 
 
@@ -78,8 +80,8 @@ def _joined(prompts: PromptSet, initial: Tensor, parts: list[dict[str, np.ndarra
     if len(parts) > 1:
         whole = {name: np.concatenate([part[name] for part in parts]) for name in whole}
     names = [name for name in whole if name.startswith("branch_")]
-    branches = Branches(*(whole.pop(name) for name in names)) if names else None
-    return Batch(prompts, initial, **whole, branches=branches)
+    found = {name.removeprefix("branch_"): whole.pop(name) for name in names}
+    return Batch(prompts, initial, **whole, branches=Branches(**found) if found else None)
 
 
 def _reachable_prompts(world: World, groups: list[Group]) -> tuple[PromptSet, np.ndarray]:

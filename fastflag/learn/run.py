@@ -53,7 +53,10 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
         return
     if not resume:
         raise InputError(f"holds a run already: go on with --resume or name another, {run}")
-    difference = _first_difference(to_dict(read_config(run)), to_dict(config))
+    stored, asked = to_dict(read_config(run)), to_dict(config)
+    # It bears on rounding alone, and what was out of memory may need another one to go on.
+    stored["policy"]["memory_budget"] = asked["policy"]["memory_budget"]
+    difference = _first_difference(stored, asked)
     if difference:
         raise InputError(f"the run to resume was started with another {difference}, {run}")
 

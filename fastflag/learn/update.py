@@ -91,6 +91,7 @@ def update(
                 statistics = policy.activations.attempt(lambda: learn(*again()))  # noqa: B023
             else:
                 statistics = learn(*_gather(table, rows[index]))
+            policy.activations.commit()
             statistics["grad_norm"] = _step(policy, optimizer, config.max_grad_norm)
             history.append(statistics)
         if config.target_kl and history[-1]["kl"] > config.target_kl:

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fastflag.market.compiled import COLUMNS, HISTORY
+
 if TYPE_CHECKING:
     from fastflag.market.bars import Market
-
-HISTORY = 10
-"""Past steps that an account remembers, for prompts."""
-
-_COLUMNS = ("open", "close", "mark", "split", "dividend", "tradable")
-OPEN, CLOSE, MARK, SPLIT, DIVIDEND, TRADABLE = range(len(_COLUMNS))
-"""Columns of `Bars.table`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +35,12 @@ class Bars:
     """The columns side by side, [T, 6] float64, as the kernels read them."""
 
     def __post_init__(self) -> None:
-        for name in _COLUMNS:
+        for name in COLUMNS:
             column = np.asarray(getattr(self, name), np.bool_ if name == "tradable" else np.float64)
             if column.shape != (len(self.close),):
                 raise ValueError(f"bars.{name} has shape {column.shape}, not {(len(self.close),)}")
             object.__setattr__(self, name, column)
-        table = np.column_stack([getattr(self, name) for name in _COLUMNS])
+        table = np.column_stack([getattr(self, name) for name in COLUMNS])
         object.__setattr__(self, "table", table)
 
     @classmethod

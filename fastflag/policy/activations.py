@@ -1,7 +1,7 @@
 """How much of the top layers' work autograd may keep for the backward pass.
 
-What does not fit into the budget is cut into parts, by days, whose work is done again in the
-backward pass: the same gradient, for a forward pass more and the memory of one part at a time.
+What does not fit into the budget is cut into parts, of days or of prompts, whose work is done again
+in the backward pass: the same gradient, for a forward pass more and the memory of a part at a time.
 """
 
 import logging
@@ -23,7 +23,7 @@ class Activations:
     def __init__(self, budget: int):
         self._budget: float = budget or math.inf
         self._kept = self._asked = 0
-        self._divisible = True
+        self._divisible = self._committed = False
 
     def restart(self) -> None:
         """An evaluation begins; what earlier ones kept is gone."""
@@ -38,6 +38,7 @@ class Activations:
         self._asked += whole
         if self._kept + whole <= self._budget / 2:
             self._kept += whole
+            self._divisible |= rows > 1
             return [work(slice(0, rows))]
         return [
             checkpoint(work, part, use_reentrant=False, preserve_rng_state=False)
@@ -45,27 +46,39 @@ class Activations:
         ]
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """What `work` returns. Where memory runs out it is done again with half the budget, until
-        one row alone is too much."""
-        while True:
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out(error) or not self._divisible:
-                    raise
-            # Not in the handler, where the error holds on to every tensor of the attempt.
-            self._budget = min(self._budget, max(self._asked, 1)) / 2
-            _LOG.warning(
-                "out of memory: going on with --memory-budget %d", max(self._budget / 2**20, 1)
-            )
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        """What `work` returns. Where memory runs out it is done again with half the budget, while
+        there is something to cut and nothing was committed."""
+        before = self._committed
+        try:
+            while True:
+                self._committed = self._divisible = False
+                try:
+                    return work()
+                except (RuntimeError, MemoryError) as error:
+                    if not ran_out(error) or self._committed or not self._divisible:
+                        raise
+                # Not in the handler, where the error holds on to every tensor of the attempt.
+                self._halve()
+        finally:
+            self._committed = before
+
+    def commit(self) -> None:
+        """What the attempt does from here on can't be done again."""
+        self._committed = True
+
+    def _halve(self) -> None:
+        self._budget = min(self._budget, self._asked) / 2
+        megabytes = max(round(self._budget / 2**20), 1)
+        _LOG.warning("out of memory: going on with --memory-budget %d", megabytes)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _parts(self, rows: int, cost: Callable[[int], int]) -> list[slice]:
-        size = rows
-        while size > 1 and cost(size) > self._budget / 2:
+        # What is kept whatever the number of rows, such as matrices in bf16, no cut makes less.
+        size, fixed = rows, cost(0)
+        while size > 1 and cost(size) - fixed > self._budget / 2:
             size = -(-size // 2)
-        self._divisible = size > 1
+        self._divisible |= size > 1
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

@@ -47,7 +47,7 @@ def parts(
     # language-model head, the rows of its words and a copy of what training starts from.
     words, initial = (ACTIONS, trained) if policy.head == "lm" else (0, 0)
     beside = _FP32 * (SIDES + 1 + words) * model.width + 8 * SIDES
-    kept = policy.trunk_cache_mb * 2**20
+    kept, budget = policy.trunk_cache_mb * 2**20, policy.memory_budget * 2**20 or math.inf
     return {
         "trunk": trunk * (_stored(matrices, policy) + (norms + biases) * dtype),
         "embedding": (model.vocabulary + 1) * model.width * dtype,  # and the final norm
@@ -58,7 +58,7 @@ def parts(
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
         "trunk_cache": min(_cacheable(model, trunk, batch) * dtype, kept),
-        "activations": _Kept(model, policy, fused).evaluation(batch),
+        "activations": min(_Kept(model, policy, fused).evaluation(batch), budget),
     }
 
 

@@ -271,8 +271,8 @@ class Policy(nn.Module):
         """Raises InputError for a prompt of more tokens than the model reads."""
         if longest > self.model.max_positions:
             raise InputError(
-                f"a prompt has {longest} tokens, the model reads {self.model.max_positions}: lower "
-                "--news-tokens or --window, prompts"
+                f"a prompt can have {longest} tokens, the model reads {self.model.max_positions}: "
+                "lower --news-tokens or --window, prompts"
             )
 
     @contextmanager

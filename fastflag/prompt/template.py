@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastflag.config import PromptConfig, SimulatorConfig
-from fastflag.market.accounts import HISTORY, Accounts, Bars
+from fastflag.market.accounts import Accounts, Bars
 from fastflag.market.bars import Market
 from fastflag.market.features import forward_adjusted, indicators
 from fastflag.market.simulator import (
     CODES,
+    HISTORY,
     PROFIT_STEP,
     SELL,
     allowed,
