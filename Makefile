@@ -28,6 +28,7 @@ slow: setup
 
 bench: setup
 	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.learn
 
 lint: setup
 	$(BIN)/ruff check .

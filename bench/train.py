@@ -366,13 +366,15 @@ def variance_rows(updates: int = 10, seeds: int = 16) -> list[Row]:
 
 
 def memory_rows(envs: list[int]) -> list[Row]:
-    """Peak memory of a process that makes one update, each in one of its own."""
+    """Peak memory of a process that makes one update, each in one of its own; of the largest also
+    within a budget."""
     rows = []
-    for count in envs:
-        words = [sys.executable, "-m", "bench.train", "--peak", str(count)]
+    for count, budget in [*((count, 0) for count in envs), (max(envs), 100)]:
+        words = [sys.executable, "-m", "bench.train", "--peak", str(count), "--budget", str(budget)]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         shape = f"{count} x {configuration(count).rollout.num_steps}"
-        rows.append(Row("peak memory", shape, "fastflag", float(done.stdout), "MB"))
+        note = f"--memory-budget {budget}" if budget else ""
+        rows.append(Row("peak memory", shape, "fastflag", float(done.stdout), "MB", note=note))
     return rows
 
 
@@ -384,9 +386,12 @@ def main() -> None:
     parts = ["gradients", "speed", "exact", "variance", "ablations", "memory"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--peak", type=int, help="print the peak memory of an update and stop")
+    parser.add_argument("--budget", type=int, default=0, help="--memory-budget of that update")
     chosen = parser.parse_args()
     if chosen.peak:
-        trainer = Trainer(configuration(chosen.peak))
+        config = configuration(chosen.peak)
+        policy = dataclasses.replace(config.policy, memory_budget=chosen.budget)
+        trainer = Trainer(dataclasses.replace(config, policy=policy))
         trainer.update()
         print(_peak_megabytes())
         return

@@ -30,6 +30,7 @@ Optimizer = Literal["adamw", "adamw8bit"]
 
 # Above it NumPy and PyTorch fail in many ways, none of which is a sentence.
 Count = Annotated[int, Range(at_least=1, at_most=10**12)]
+Megabytes = Annotated[int, Range(at_least=0, at_most=10**12)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(at_least=0, at_most=1)]
 BasisPoints = Annotated[float, Range(at_least=0, below=10_000)]
@@ -123,11 +124,11 @@ class PolicyConfig(_Checked):
     head: Literal["linear", "mlp", "lm"] = "linear"
     """Action head: a linear layer or an MLP on centred features, or the language model's own
     log-probabilities of the words Sell, Hold and Buy."""
-    trunk_cache_mb: Annotated[int, Range(at_least=0)] = 4096
+    trunk_cache_mb: Megabytes = 4096
     """Megabytes of frozen activations kept in memory."""
-    trunk_disk_mb: Annotated[int, Range(at_least=0)] = 4096
+    trunk_disk_mb: Megabytes = 4096
     """Megabytes of them kept in files, for later runs, under the user's cache folder; 0: none."""
-    memory_budget: Annotated[int, Range(at_least=0)] = 0
+    memory_budget: Megabytes = 0
     """Megabytes that an update may keep of the trained layers' work, beside the days' keys and
     values; more is done again, in parts, for the same gradient but for rounding. 0: no bound."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -166,7 +167,7 @@ class AlgorithmConfig(_Checked):
     """Lambda of generalised advantage estimation."""
     update_epochs: Count = 1
     """Passes over a batch."""
-    minibatch_size: Annotated[int, Range(at_least=0)] = 0
+    minibatch_size: Annotated[int, Range(at_least=0, at_most=10**12)] = 0
     """Samples of a gradient step; 0: the whole batch."""
     norm_adv: bool = True
     """Whiten the advantages of each minibatch."""

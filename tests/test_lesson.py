@@ -23,14 +23,14 @@ from fastflag.policy.table import Table
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS, ACTIONS = 5, 3
+ALLOWED = torch.ones(ROWS, ACTIONS, dtype=torch.bool)
+ALLOWED[0, 2] = False
 
 
 def table_of(random):
     logits = torch.from_numpy(random.normal(size=(ROWS, ACTIONS)))
-    allowed = torch.ones(ROWS, ACTIONS, dtype=torch.bool)
-    allowed[0, 2] = False
     value = torch.from_numpy(random.normal(size=ROWS)).requires_grad_()
-    return logits.requires_grad_(), Table(masked_log_softmax(logits, allowed), value, None)
+    return logits.requires_grad_(), Table(masked_log_softmax(logits, ALLOWED), value, None)
 
 
 def points_of(random, table, count):
@@ -44,10 +44,13 @@ def points_of(random, table, count):
 
 def learnt(logits, table, points, config):
     """The loss, its gradients and its statistics."""
-    forbidden = table.log_probabilities.isinf()
-    initial = masked_log_softmax(torch.zeros(ROWS, ACTIONS), ~forbidden)
+    initial = masked_log_softmax(torch.zeros(ROWS, ACTIONS), ALLOWED)
     rows, samples = _samples(table, initial, points)
-    wide = {name: tensor.double() for name, tensor in vars(samples).items() if name != "action"}
+    wide = {
+        name: column.double()
+        for name, column in vars(samples).items()
+        if name not in ("action", "mean_weight")
+    }
     samples = dataclasses.replace(samples, **wide)
     chosen = table.log_probabilities[rows], table.value[rows]
     loss, statistics = loss_of(*chosen, samples, config)
@@ -119,6 +122,7 @@ def test_a_rollout_in_pieces_teaches_what_one_does(tiny_model, monkeypatch, esti
     assert lesson.rows.tolist() == whole.rows.tolist()
     for name, column in vars(whole.samples).items():
         torch.testing.assert_close(vars(lesson.samples)[name], column, rtol=1e-5, atol=1e-6)
+    assert lesson.samples.mean_weight == pytest.approx(12 * 6 / len(lesson.rows))
     for before, after in zip(moved, same, strict=True):
         for name, array in before.arrays().items():
             np.testing.assert_array_equal(after.arrays()[name], array)
@@ -206,3 +210,21 @@ def test_the_all_actions_gradient_is_that_of_the_expected_advantage(tiny_model):
     assert gradient.abs().max() > 1e-4
     for made in policy_gradient.values():
         torch.testing.assert_close(made.nan_to_num(0), gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_minibatches_of_all_actions_teach_on_average_what_the_whole_does():
+    """Also where a sample is as light as its action is improbable."""
+    random = np.random.default_rng(0)
+    config = AlgorithmConfig(norm_adv=False, kl_coef=0.1)
+    logits, table = table_of(random)
+    points = points_of(random, table, 24)
+    points.weight[:12] *= 1e-3
+    rows, samples = _samples(table, masked_log_softmax(torch.zeros(ROWS, 3), ALLOWED), points)
+
+    def gradient(index):
+        made = table.log_probabilities[rows[index]], table.value[rows[index]]
+        loss, _ = loss_of(*made, samples.take(index), config)
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    parts = torch.stack([gradient(index) for index in torch.randperm(24).split(2)])
+    torch.testing.assert_close(parts.mean(0), gradient(torch.arange(24)), rtol=1e-5, atol=1e-7)

@@ -1,7 +1,11 @@
 import dataclasses
 import gzip
 import itertools
+import os
+import subprocess
+import sys
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -620,12 +624,27 @@ def test_threads_share_a_rollout_and_change_nothing(monkeypatch):
     out = roll(*one)
     monkeypatch.setattr(simulator, "_THREADED_STEPS", 1)
     for threads, parts in [(2, 2), (4, 3), (100, 6)]:
-        monkeypatch.setattr(simulator, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(simulator.numba_config, "NUMBA_NUM_THREADS", threads)
         several = Accounts.from_arrays(shared.arrays())
         assert len(simulator._parts(len(several), 33)) == parts
         for name, array in roll(*one[:2], several, *one[3:]).items():
             np.testing.assert_array_equal(array, out[name], err_msg=name)
         assert_same(several.arrays(), one[2].arrays())
+
+
+def test_they_leave_pytorchs_number_of_threads_alone():
+    """A run that is resumed must not have another one than the run that it goes on from."""
+    code = (
+        "import torch; from fastflag.market import simulator\n"
+        "assert len(simulator._parts(10**6, 10)) == 3\n"
+        "print(torch.get_num_threads())"
+    )
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "3"}
+    root = Path(simulator.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, cwd=root, capture_output=True, text=True
+    )
+    assert done.stdout == "1\n", done.stderr
 
 
 PROBABILITIES = [(0.2, 0.5, 0.3), (0.0, 0.9, 0.1), (0.4, 0.0, 0.6), (1 / 3, 2 / 3, 0.0), (0, 1, 0)]

@@ -351,7 +351,9 @@ def test_prompts_longer_than_the_models_positions_are_refused(weights):
         prompt_set(texts((5, n), 0), texts((9, 3), 1)) for n in (positions - 9, positions - 8)
     )
     rows_of(policy, fits)
-    with pytest.raises(InputError, match=f"a prompt can have {positions + 1} tokens, the model reads"):
+    with pytest.raises(
+        InputError, match=f"a prompt can have {positions + 1} tokens, the model reads"
+    ):
         rows_of(policy, over)
 
 

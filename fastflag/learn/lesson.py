@@ -100,7 +100,7 @@ def _points(table: Table, batch: Batch, advantage: np.ndarray, config: Algorithm
             table.probabilities[row],
             flat(_of_every_action(table, batch, config)),
         )
-        possible = probability > 0
+        possible = probability.astype(np.float32) > 0
         (step, action), weight = np.nonzero(possible), probability[possible]
         row, advantage, target = row[step], advantage[possible], target[step]
         log_probability = table.detached[row, action]
@@ -169,5 +169,6 @@ def _samples(table: Table, initial: Tensor, points: _Points) -> tuple[Tensor, Sa
         old_log_probability=tensor(points.log_probability),
         old_value=value[rows],
         initial=initial[rows],
+        mean_weight=float(points.weight.mean()) if len(points.weight) else 1.0,
     )
     return rows, samples

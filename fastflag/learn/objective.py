@@ -28,13 +28,16 @@ class Samples:
     old_log_probability: Tensor  # [N] of the action, when it was sampled
     old_value: Tensor  # [N]
     initial: Tensor  # [N, A] log-probabilities of the untrained policy
+    mean_weight: float = 1.0  # of all samples that these are taken from
 
     def take(self, index: Tensor) -> "Samples":
-        return Samples(*(tensor[index] for tensor in vars(self).values()))
+        columns = {name: c[index] for name, c in vars(self).items() if isinstance(c, Tensor)}
+        return Samples(**columns, mean_weight=self.mean_weight)
 
     def mean(self, values: Tensor) -> Tensor:
-        """values [N] -> scalar, by weight"""
-        return (self.weight * values).sum() / self.weight.sum()
+        """values [N] -> scalar, by weight. A minibatch's is on average that of the whole, because
+        it is divided by what so many samples weigh on average, not by what these weigh."""
+        return (self.weight * values).sum() / (len(values) * self.mean_weight)
 
 
 def loss_of(
@@ -53,7 +56,7 @@ def loss_of(
         policy_loss = -samples.mean(advantage * chosen)
     clip_value = config.clip_coef if config.algorithm == "ppo" and config.clip_vloss else None
     value_loss = samples.mean(squared_error(value, samples.target, samples.old_value, clip_value))
-    value_loss = value_loss + 0.5 * samples.target_spread.sum() / samples.weight.sum()
+    value_loss = value_loss + samples.mean(0.5 * samples.target_spread / samples.weight)
     entropy = samples.mean(entropies(log_probabilities))
     divergence = samples.mean(kl_divergences(log_probabilities, samples.initial))
     loss = (

@@ -90,7 +90,7 @@ def _one_update(
 ) -> tuple[list[Accounts], Lesson, dict[str, float]]:
     """Where the accounts are then, what was learnt from, and the statistics of learning it.
 
-    `accounts` stay as they are: where memory runs out, the update is made again.
+    `accounts` stay as they are: where memory runs out before the first step, it is made again.
     """
     accounts = [group.take(np.arange(len(group))) for group in accounts]
     table, batches = rollout(policy, world, days, accounts, config, step, phase)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads
+from numba import config as numba_config
 
 from fastflag.config import SimulatorConfig
 from fastflag.market.accounts import Accounts, Bars
@@ -249,7 +249,9 @@ def rollout(
 
 def _parts(accounts: int, steps: int) -> list[range]:
     """The accounts of each thread: one below `_THREADED_STEPS`, and blocks of lanes stay whole."""
-    threads = get_num_threads() if accounts * steps >= _THREADED_STEPS else 1
+    # Not get_num_threads, which starts Numba's threads, and PyTorch then counts as many for itself:
+    # its results depend on that number.
+    threads = numba_config.NUMBA_NUM_THREADS if accounts * steps >= _THREADED_STEPS else 1
     size = max(-(-accounts // (threads * LANES)), 1) * LANES
     return [range(first, min(first + size, accounts)) for first in range(0, accounts, size)]
 
