@@ -115,6 +115,6 @@ def whitened(samples: Samples) -> Tensor:
     total = samples.weight.sum()
     if total < 2:
         return samples.advantage
-    centred = samples.advantage - samples.mean(samples.advantage)
+    centred = samples.advantage - (samples.weight * samples.advantage).sum() / total
     squares = samples.weight * centred.pow(2) + samples.advantage_spread
     return centred / ((squares.sum() / (total - 1)).sqrt() + 1e-8)
