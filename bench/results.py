@@ -41,18 +41,26 @@ def machine() -> dict[str, Any]:
 
 
 def publish(script: str, rows: list[Row], as_json: bool) -> None:
-    """Writes bench/results/DEVICE/COMMIT-SCRIPT.json; prints a table, or the document in a line."""
+    """Writes bench/results/DEVICE/COMMIT-SCRIPT.json, beside what other parts of the script wrote
+    there; prints a table, or the document in a line."""
     document = {"machine": machine(), "commit": _commit(), "rows": [asdict(row) for row in rows]}
     device = "".join(c if c.isalnum() else "-" for c in document["machine"]["device"]).strip("-")
     path = _FOLDER / device / f"{document['commit']}-{script}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(document, indent=1))
+    measured = {_key(row) for row in document["rows"]}
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in kept if _key(row) not in measured]
+    write_atomic(path, json.dumps(document | {"rows": kept + document["rows"]}, indent=1))
     if as_json:
         print(json.dumps(document))
         return
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:12,.1f} x {row.against}"
         print(f"{row.what:28}{row.shape:18}{row.provider:22}{row.value:14,.4g} {row.unit:9}{ratio}")
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["what"], row["shape"], row["provider"], row["against"], row["note"]
 
 
 def _processor() -> str:
