@@ -207,3 +207,41 @@ def test_the_costs_add_up_to_the_plan(tiny_model):
     parts = memory.prefix_bytes(*given, 5, 70, True) + memory.suffix_bytes(*given, 15, 16, 70, True)
     whole = memory.parts(*given, "adamw", batch)["activations"]
     assert 0.9 * whole < parts < whole
+
+
+def test_memory_that_the_optimiser_lacks_ends_it_and_repeats_no_step(
+    tiny_model, tmp_path, monkeypatch
+):
+    from test_train import trained
+
+    steps, right = [], torch.optim.AdamW.step
+
+    def step(self, *arguments):
+        steps.append(1)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(torch.OutOfMemoryError):
+        trained(small_config(tiny_model, algorithm__update_epochs=3), tmp_path / "run")
+    assert len(steps) == 2
+
+
+def test_a_plan_keeps_to_the_budget(tiny_model):
+    from fastflag.config import PlanConfig
+
+    config = small_config(tiny_model, policy__memory_budget=1)
+    _, policy, _ = small_world(config, small_market())
+    batch = PlanConfig(days=64, texts=100)
+    parts = memory.parts(policy.model, config.policy, "adamw", batch)
+    assert parts["activations"] == 2**20
+
+
+def test_a_run_goes_on_with_another_budget(tiny_model, tmp_path):
+    from test_train import trained
+
+    config = small_config(tiny_model, total_timesteps=2 * 24)
+    whole = trained(config, tmp_path / "run")
+    other = small_config(tiny_model, total_timesteps=2 * 24, policy__memory_budget=7)
+    assert trained(other, tmp_path / "run", resume=True) == whole

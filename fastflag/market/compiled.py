@@ -416,13 +416,12 @@ def reachable_nb(table, rules, first, arrays, reached):
                 _mark_entry_nb(table, rules, reached, first, place, -1.0)
 
 
+# Random numbers -----------------------------------------------------------------------------------
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
-
-
-# Random numbers -----------------------------------------------------------------------------------
 
 
 @_kernel
@@ -434,13 +433,13 @@ def _mix_nb(z):
 
 
 @_kernel
-def stream_nb(seed, env):
+def _stream_nb(seed, env):
     """Key of an environment's random numbers: environment i of seed s is environment 0 of s + i."""
     return _mix_nb(np.uint64(seed) + np.uint64(env) + _GOLDEN)
 
 
 @_kernel
-def uniform_nb(stream, step):
+def _uniform_nb(stream, step):
     """The step's number in [0, 1)."""
     return np.float64(_mix_nb(stream + _GOLDEN * np.uint64(step)) >> _S11) * 2.0**-53
 
@@ -448,7 +447,10 @@ def uniform_nb(stream, step):
 @_kernel
 def uniforms_nb(seed, envs, step, values):
     for b in range(envs.size):
-        values[b] = uniform_nb(stream_nb(seed, envs[b]), step)
+        values[b] = _uniform_nb(_stream_nb(seed, envs[b]), step)
+
+
+# Rollout ------------------------------------------------------------------------------------------
 
 
 class Outputs(NamedTuple):
@@ -459,8 +461,6 @@ class Outputs(NamedTuple):
     valid: np.ndarray
     next_row: np.ndarray
 
-
-# Rollout ------------------------------------------------------------------------------------------
 
 # Accounts that a rollout takes through a day together, rule by rule. Each rule is a loop over lanes
 # around its scalar function. LLVM makes vector code of it (where there is AVX-512, three times the
@@ -577,7 +577,7 @@ def _restart_lanes_nb(size, floats, wholes):
 @_kernel
 def _uniform_lanes_nb(size, streams, step, uniforms):
     for lane in range(size):
-        uniforms[lane] = uniform_nb(streams[lane], step)
+        uniforms[lane] = _uniform_nb(streams[lane], step)
 
 
 @_kernel
@@ -731,7 +731,7 @@ def rollout_nb(
         here = slice(start, start + size)
         closed = _gather_nb(arrays, start, size, floats, wholes)
         for lane in range(size):
-            streams[lane] = stream_nb(seed, first_env + start + lane)
+            streams[lane] = _stream_nb(seed, first_env + start + lane)
         for s in range(days.size):
             day, row, was_open = days[s], rows[s, here], valid[s, here]
             night = _night_nb(table, day)
@@ -771,14 +771,14 @@ def rollout_nb(
 @_kernel
 def equities_nb(table, rules, starting_cash, first, seed, fixed, equity):
     for episode in range(equity.shape[0]):
-        account, stream = _fresh_nb(starting_cash), stream_nb(seed, episode)
+        account, stream = _fresh_nb(starting_cash), _stream_nb(seed, episode)
         equity[episode, 0] = account.equity
         for place in range(1, equity.shape[1]):
             if account.alive:
                 night = _night_nb(table, first + place - 1)
                 action = np.int64(fixed)
                 if fixed < 0:
-                    u = uniform_nb(stream, place - 1)
+                    u = _uniform_nb(stream, place - 1)
                     if rules.long_short:
                         action = np.int64(u * 3.0)
                     else:
