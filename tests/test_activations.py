@@ -73,8 +73,14 @@ def test_all_at_once_is_cut_into_parts_too(tiny_model, monkeypatch):
         assert (one - other).norm() <= 1e-5 * one.norm()
 
 
-def test_passes_are_kept_while_they_fit_into_half_the_budget():
-    activations = Activations(100)
+def test_passes_are_kept_while_they_fit_into_half_the_budget(monkeypatch):
+    activations, again = Activations(100), []
+
+    def checkpoint(work, part, **named):
+        again.append(part.stop - part.start)
+        return work(part)
+
+    monkeypatch.setattr("fastflag.policy.activations.checkpoint", checkpoint)
     ran = []
 
     def work(part):
@@ -87,9 +93,11 @@ def test_passes_are_kept_while_they_fit_into_half_the_budget():
         return ran
 
     assert run(3) == [3] and run(2) == [2]  # 50 bytes
+    assert not again
     assert run(1) == [1] and run(12) == [3, 3, 3, 3]  # half the budget is 5 rows
+    assert again == [1, 3, 3, 3, 3]
     activations.restart()
-    assert run(5) == [5]
+    assert run(5) == [5] and len(again) == 5
     with torch.no_grad():
         assert run(6) == [3, 3]
 

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,16 @@ from small import make_opinionated, small_config, small_market, small_world
 
 import fastflag.learn.rollout as rollout_module
 from fastflag.config import AlgorithmConfig
-from fastflag.learn.batch import start_accounts
-from fastflag.learn.lesson import _condensed, _joined, _Points, _samples, advantages, estimate
+from fastflag.learn.batch import Branches, start_accounts
+from fastflag.learn.lesson import (
+    _condensed,
+    _joined,
+    _of_every_action,
+    _Points,
+    _samples,
+    advantages,
+    estimate,
+)
 from fastflag.learn.objective import loss_of
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
@@ -228,3 +237,16 @@ def test_minibatches_of_all_actions_teach_on_average_what_the_whole_does():
 
     parts = torch.stack([gradient(index) for index in torch.randperm(24).split(2)])
     torch.testing.assert_close(parts.mean(0), gradient(torch.arange(24)), rtol=1e-5, atol=1e-7)
+
+
+def test_after_an_action_that_ruins_there_is_no_value():
+    table = Table(torch.zeros(2, 3).log_softmax(-1), torch.tensor([0.5, 2.0]), None)
+    branches = Branches(
+        next_row=np.array([[[0, 1, 1]]]),
+        reward=np.array([[[0.1, 0.2, -1.0]]]),
+        terminated=np.array([[[False, False, True]]]),
+    )
+    batch = SimpleNamespace(row=np.array([[0]]), branches=branches)
+    advantage = _of_every_action(table, batch, AlgorithmConfig(gamma=0.9))
+    expected = [0.1 + 0.9 * 0.5 - 0.5, 0.2 + 0.9 * 2.0 - 0.5, -1.0 - 0.5]
+    np.testing.assert_allclose(advantage[0, 0], expected, rtol=1e-12)
