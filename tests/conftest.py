@@ -3,7 +3,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Read when a kernel is defined, so it is set before any is imported. Programs that tests start
+# inherit it and launch no kernel.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 pytest_plugins = ["commands"]
 
@@ -52,8 +57,6 @@ def tiny_model(smollm, tmp_path_factory) -> Path:
 @pytest.fixture
 def all_threads():
     """For a real model, in a module whose other tests want one thread."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     yield
@@ -63,8 +66,6 @@ def all_threads():
 @pytest.fixture(scope="module")
 def one_thread():
     """A model this small waits longer for its threads than it computes."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,0 +1,26 @@
+"""Which recorded tile a kernel takes: by the GPU's architecture alone, never by batch or length.
+
+A kernel's file records its choices as {architecture: {constant: number}}, constants being the
+kernel's constexprs, `num_warps` and `num_stages`; `recorded` takes the newest that the GPU has
+reached.
+"""
+
+from collections.abc import Mapping
+
+Tile = Mapping[str, int]
+
+
+def architecture() -> int:
+    """The current GPU's compute capability, such as 90 for sm_90; 0 in Triton's interpreter."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return 0
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def recorded(tiles: Mapping[int, Tile]) -> Tile:
+    """The tile for the newest architecture that is not newer than the GPU; the oldest one's for
+    GPUs before it and for the interpreter."""
+    reached = [known for known in tiles if known <= architecture()]
+    return tiles[max(reached, default=min(tiles))]

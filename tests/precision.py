@@ -1,0 +1,48 @@
+"""What the tests of kernels share: where they run, poisoned memory, and how exact is exact enough.
+
+Without a GPU the kernels run in Triton's interpreter (conftest.py asks for it), whose bf16
+arithmetic is silently wrong: bf16 is tested on a GPU only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+# Of the largest exact number: 16 roundings in fp32, a quarter of one in 16 bits.
+_EPSILON = {torch.float32: 2e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, memory that PyTorch hands out without values holds NaN: what a kernel leaves
+    unwritten, or reads beyond, shows."""
+
+    def poison(make):
+        def made(*arguments, **options):
+            tensor = make(*arguments, **options)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, poison(getattr(owner, name)))
+        yield
+
+
+def assert_no_worse(ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
+    """That `ours` is as near to `exact` (fp64, of the same rounded inputs) as PyTorch's own result in
+    that dtype, in the largest error, up to a fraction of a rounding."""
+    assert ours.shape == exact.shape and ours.dtype == torchs.dtype
+    exact = exact.detach()
+    slack = _EPSILON[ours.dtype] * float(exact.abs().max())
+    error, allowed = (
+        float((tensor.detach().double() - exact).abs().max()) for tensor in (ours, torchs)
+    )
+    assert error <= allowed + slack, f"off by {error:.3g}, PyTorch by {allowed:.3g}"
