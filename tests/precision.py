@@ -37,8 +37,8 @@ def poisoned() -> Iterator[None]:
 
 
 def assert_no_worse(ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
-    """That `ours` is as near to `exact` (fp64, of the same rounded inputs) as PyTorch's own result in
-    that dtype, in the largest error, up to a fraction of a rounding."""
+    """That `ours` is as near to `exact` (fp64, of the same rounded inputs) as PyTorch's own result
+    in that dtype, in the largest error, up to a fraction of a rounding."""
     assert ours.shape == exact.shape and ours.dtype == torchs.dtype
     exact = exact.detach()
     slack = _EPSILON[ours.dtype] * float(exact.abs().max())
