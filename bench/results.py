@@ -40,19 +40,24 @@ def machine() -> dict[str, Any]:
     }
 
 
+def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a script says with --json."""
+    return {"machine": machine(), "commit": _commit(), "rows": rows}
+
+
 def publish(script: str, rows: list[Row], as_json: bool) -> None:
     """Writes bench/results/DEVICE/COMMIT-SCRIPT.json, beside what other parts of the script wrote
     there; prints a table, or the document in a line."""
-    document = {"machine": machine(), "commit": _commit(), "rows": [asdict(row) for row in rows]}
-    device = "".join(c if c.isalnum() else "-" for c in document["machine"]["device"]).strip("-")
-    path = _FOLDER / device / f"{document['commit']}-{script}.json"
+    told = document([asdict(row) for row in rows])
+    device = "".join(c if c.isalnum() else "-" for c in told["machine"]["device"]).strip("-")
+    path = _FOLDER / device / f"{told['commit']}-{script}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    measured = {_key(row) for row in document["rows"]}
+    measured = {_key(row) for row in told["rows"]}
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in kept if _key(row) not in measured]
-    write_atomic(path, json.dumps(document | {"rows": kept + document["rows"]}, indent=1))
+    write_atomic(path, json.dumps(told | {"rows": kept + told["rows"]}, indent=1))
     if as_json:
-        print(json.dumps(document))
+        print(json.dumps(told))
         return
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:12,.1f} x {row.against}"

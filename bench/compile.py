@@ -1,0 +1,238 @@
+"""Every kernel compiled for GPUs that are not there, and what the compiler made of it.
+
+    python -m bench.compile [--json] [--record] [--op NAME ...] [--architecture 80 ...]
+
+The public ops are called, forward and backward, on CPU tensors of real models' shapes, while
+Triton believes in a GPU and compiles where it would launch: so what is examined is what runs, at
+its recorded tiles, with the alignments that Triton finds in pointers and sizes. Exit status 1 where
+a kernel spills registers, exceeds an architecture's shared memory, has a matrix product without
+matrix instructions or a pipelined loop of products without asynchronous copies; or where it is
+worse than in the table that is kept in bench/results/compile.json, which --record writes.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from bench.results import document
+from fastflag.files import write_atomic
+
+ARCHITECTURES = (80, 89, 90, 100)
+TABLE = Path(__file__).with_name("results") / "compile.json"
+# Bytes of shared memory that a block can have (CUDA C++ Programming Guide, compute capabilities).
+_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_MATRIX = {80: ("mma.sync",), 89: ("mma.sync",), 90: ("wgmma",), 100: ("tcgen05.mma",)}
+_COPIES = ("cp.async.bulk", "cp.async")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture, by the first case that needed it."""
+
+    kernel: str
+    case: str
+    architecture: int
+    warps: int
+    stages: int
+    registers: int  # a thread
+    spilled: int  # instructions that load from or store to local memory
+    shared: int  # bytes a block
+    instructions: int
+    matrix: str  # the matrix instruction, if any
+    copies: str  # the asynchronous copy, if any
+    wrong: str  # what an examination finds; empty if nothing
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.kernel, self.case, self.architecture
+
+    def worse_than(self, kept: "Compiled") -> str:
+        """What got worse; an instruction in fifty more or less is the scheduler's mood."""
+        told = [
+            f"{name} {getattr(kept, name)} -> {getattr(self, name)}"
+            for name, slack in (("registers", 1.0), ("shared", 1.0), ("instructions", 1.02))
+            if getattr(self, name) > slack * getattr(kept, name)
+        ]
+        told += [f"lost {was}" for was, now in self._lost(kept) if was and was != now]
+        return ", ".join(told)
+
+    def _lost(self, kept: "Compiled") -> Iterator[tuple[str, str]]:
+        return zip((kept.matrix, kept.copies), (self.matrix, self.copies), strict=True)
+
+
+def examine(architecture: int, ops: list[str]) -> list[Compiled]:
+    """Compiles every case of `ops` (all, if none is named) in this process, where no kernel may
+    have been defined for the interpreter."""
+    from bench.cases import CASES, Memory
+
+    found: dict[str, Compiled] = {}
+    kernels = compile_instead(architecture)
+    for case in CASES:
+        if ops and case.name not in ops:
+            continue
+        case.run(Memory("cpu", random=False))
+        fresh = {kernel.hash: kernel for kernel in kernels if kernel.hash not in found}
+        for number, kernel in enumerate(fresh.values(), 1):
+            label = f"{case.name} {case.shape} {number}"
+            found[kernel.hash] = _read(kernel, label, architecture)
+        kernels.clear()
+    return list(found.values())
+
+
+def compile_instead(architecture: int) -> list[Any]:
+    """From now on, in this process, launching a kernel compiles it for sm_`architecture` and adds
+    it to the list that is returned."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.backends.nvidia.driver import ty_to_cpp
+    from triton.runtime.jit import JITFunction
+
+    class NoGPU(DriverBase):
+        """What Triton asks of a GPU's driver before it launches."""
+
+        is_active = classmethod(lambda cls: True)
+        map_python_to_cpp_type = staticmethod(ty_to_cpp)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", architecture, 32))
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+        # A device's number is the key of Triton's kernels in memory.
+        get_current_device = staticmethod(lambda: architecture)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_benchmarker = None
+
+    kernels, launch = [], JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        kernels.append(launch(self, *arguments, grid=grid, warmup=True, **options))
+
+    triton.runtime.driver.set_active(NoGPU())
+    JITFunction.run = compile_only
+    return kernels
+
+
+def _read(kernel: Any, case: str, architecture: int) -> Compiled:
+    """What the compiler says of `kernel`, and what is wrong with it."""
+    assembly, intermediate = kernel.asm["ptx"], kernel.asm["ttir"]
+    registers, sass = _disassembled(kernel.asm["cubin"])
+    metadata = kernel.metadata
+    spilled = sum(name.startswith(("LDL", "STL")) for name in sass)
+    matrix = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in assembly), "")
+    copies = next((name for name in _COPIES if name in assembly), "")
+    narrow_product = re.search(r"tt\.dot .*xb?f16", intermediate)
+    pipelined = narrow_product and metadata.num_stages > 1 and "scf.for" in intermediate
+    wrong = []
+    if spilled:
+        wrong.append(f"{spilled} instructions spill")
+    if metadata.shared > _SHARED[architecture]:
+        wrong.append(f"{metadata.shared} bytes of shared memory")
+    if narrow_product and matrix not in _MATRIX[architecture]:
+        wrong.append(f"a matrix product by {matrix or 'scalar instructions'}")
+    if pipelined and not copies:
+        wrong.append("no asynchronous copies in a pipelined loop")
+    return Compiled(
+        kernel=metadata.name,
+        case=case,
+        architecture=architecture,
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        registers=registers,
+        spilled=spilled,
+        shared=metadata.shared,
+        instructions=len(sass),
+        matrix=matrix,
+        copies=copies,
+        wrong=", ".join(wrong),
+    )
+
+
+def _disassembled(cubin: bytes) -> tuple[int, list[str]]:
+    """Registers a thread, and the names of all instructions."""
+    import triton
+
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", told)
+    return max(int(number) for number in re.findall(r"REG:(\d+)", told)), names
+
+
+def recorded() -> tuple[str, dict[tuple[str, str, int], Compiled]]:
+    """Triton's version and its kernels, from the table that is kept."""
+    kept = json.loads(TABLE.read_text())
+    rows = [Compiled(**row) for row in kept["rows"]]
+    return kept["triton"], {row.key: row for row in rows}
+
+
+def regressions(rows: list[Compiled]) -> list[str]:
+    """A line for each kernel that is worse than recorded, or not recorded. Only the same Triton's
+    code compares."""
+    by, kept = recorded()
+    if by != version("triton"):
+        return []
+    told = []
+    for row in rows:
+        what = row.worse_than(kept[row.key]) if row.key in kept else "not recorded, use --record"
+        if what:
+            told.append(f"{row.kernel} ({row.case}, sm_{row.architecture}): {what}")
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON document")
+    parser.add_argument("--record", action="store_true", help="keep the table")
+    parser.add_argument("--op", nargs="*", default=[], help="these ops alone")
+    parser.add_argument(
+        "--architecture", nargs="*", type=int, choices=ARCHITECTURES, default=ARCHITECTURES
+    )
+    chosen = parser.parse_args()
+    # Read when a kernel is defined, which is in the processes that are started from here.
+    os.environ["TRITON_INTERPRET"] = "0"
+    with get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        work = pool.map(partial(examine, ops=chosen.op), chosen.architecture, chunksize=1)
+    rows = sorted(chain.from_iterable(work), key=lambda row: row.key)
+    wrong = [f"{r.kernel} ({r.case}, sm_{r.architecture}): {r.wrong}" for r in rows if r.wrong]
+    if chosen.record:
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+        write_atomic(TABLE, f'{{"triton": "{version("triton")}", "rows": [\n{lines}\n]}}\n')
+    else:
+        wrong += regressions(rows)
+    if chosen.json:
+        print(json.dumps(document([_as_row(row) for row in rows]) | {"wrong": wrong}))
+    else:
+        _print(rows)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    sys.exit(bool(wrong))
+
+
+def _as_row(row: Compiled) -> dict[str, Any]:
+    shown = {"what": row.kernel, "shape": row.case, "provider": f"sm_{row.architecture}"}
+    return shown | {"value": row.registers, "unit": "registers", **asdict(row)}
+
+
+def _print(rows: list[Compiled]) -> None:
+    columns = ("registers", "spilled", "shared", "instructions", "matrix", "copies")
+    print(f"{'kernel':34}{'case':48}sm_ " + "".join(f"{name:>13}" for name in columns))
+    for row in rows:
+        values = "".join(f"{getattr(row, name):>13}" for name in columns)
+        print(f"{row.kernel:34}{row.case:48}{row.architecture:3} {values}")
+
+
+if __name__ == "__main__":
+    main()
