@@ -34,7 +34,8 @@ from fastflag.learn.update import _gather, make_optimizer, update
 from fastflag.market.bars import Market, split_days
 from fastflag.market.sources import load
 from fastflag.policy.heads import Statistics
-from fastflag.policy.llama import SuffixLayout, prefix_pass, suffix_pass
+from fastflag.policy.llama import prefix_pass, suffix_pass
+from fastflag.policy.shared_prefix import SuffixLayout
 from fastflag.policy.table import Policy, Table, _digest
 from fastflag.policy.weights import open_weights
 from fastflag.prompt.tokens import PromptSet

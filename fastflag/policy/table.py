@@ -28,9 +28,7 @@ from fastflag.policy.heads import (
 )
 from fastflag.policy.llama import (
     Block,
-    KeysValues,
     LinearFactory,
-    SuffixLayout,
     prefix_pass,
     suffix_pass,
 )
@@ -42,6 +40,7 @@ from fastflag.policy.lora import (
     unpacked,
 )
 from fastflag.policy.quant import NF4Weight
+from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles, cache_folder
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
@@ -98,7 +97,7 @@ class Days:
     """Prefixes that a policy has read: what suffixes attend to in the top layers, with gradient."""
 
     place: dict[bytes, int]  # of each prefix, by its digest
-    keys_values: list[list[KeysValues]]  # of each top layer and prefix
+    layers: list[Prefixes]  # of each top layer
 
 
 @dataclass
@@ -116,7 +115,7 @@ class _DayWork:
 
     length: int
     prefix: Tensor | None  # [1, P, C]; None where keys and values are kept
-    keys_values: list[KeysValues]  # of each layer passed
+    layers: list[Prefixes]  # of each layer passed, this one day's
     suffixes: list[_SuffixWork]
 
 
@@ -170,7 +169,7 @@ class Policy(nn.Module):
         hidden = self._prefix_states(tokens)
         longest, fused = max(map(len, hidden)), self.device.type == "cuda"
 
-        def some(part: slice) -> list[list[KeysValues]]:
+        def some(part: slice) -> list[Prefixes]:
             padded, lengths = pad_sequence(hidden[part], batch_first=True), map(len, hidden[part])
             return prefix_pass(self.top, padded, list(lengths), keys_values_only=True)[1]
 
@@ -180,8 +179,8 @@ class Policy(nn.Module):
         if torch.is_grad_enabled():
             self.activations.restart()
         parts = self.activations.run(some, len(hidden), cost)
-        keys_values = [[day for part in parts for day in part[n]] for n in range(len(self.top))]
-        return Days({digest: place for place, digest in enumerate(tokens)}, keys_values)
+        layers = [Prefixes.joined(layer) for layer in zip(*parts, strict=True)]
+        return Days({digest: place for place, digest in enumerate(tokens)}, layers)
 
     def evaluate(
         self, prompts: PromptSet, statistics: Statistics | None = None, days: Days | None = None
@@ -249,15 +248,15 @@ class Policy(nn.Module):
         def some(part: slice) -> Tensor:
             rows = order[part]
             present, counts = np.unique(of_row[rows], return_counts=True)
-            keys_values = [[layer[day] for day in present] for layer in days.keys_values]
+            prefixes = [layer.select(present.tolist()) for layer in days.layers]
             suffixes = pad_sequence([states[row] for row in rows], batch_first=True)
             layout = SuffixLayout.build(
                 counts.tolist(),
-                [key.shape[1] for key, _ in keys_values[0]],
+                [key.shape[1] for key, _ in prefixes[0].days],
                 _lengths([states[row] for row in rows], self.device),
                 suffixes.shape[1],
             )
-            last = suffix_pass(self.top, suffixes, keys_values, layout, last_only=True)
+            last = suffix_pass(self.top, suffixes, prefixes, layout, last_only=True)
             return ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
 
         def cost(rows: int) -> int:
@@ -340,7 +339,8 @@ class Policy(nn.Module):
         kept = self.cache.get(b"keys_values" + _digest(tokens))
         if kept is None:
             return self._unread(tokens)
-        return _DayWork(len(tokens), None, list(zip(kept[0::2], kept[1::2], strict=True)), [])
+        layers = [Prefixes([pair]) for pair in zip(kept[0::2], kept[1::2], strict=True)]
+        return _DayWork(len(tokens), None, layers, [])
 
     def _add_suffixes(
         self, work: "_DayWork", prompts: PromptSet, rows_by_size: dict[int, list[int]]
@@ -357,7 +357,7 @@ class Policy(nn.Module):
         """Puts what became of a day's prefix into the cache; returns its states, ([P, C],)."""
         states = (done.prefix[0],)
         self.cache.put(b"hidden" + digest, *states)
-        flat = [tensor for pair in done.keys_values for tensor in pair]
+        flat = [tensor for layer in done.layers for tensor in layer.days[0]]
         self.cache.put(b"keys_values" + digest, *flat)
         return states
 
@@ -368,10 +368,10 @@ class Policy(nn.Module):
             with self._ready(block):
                 for day in work:
                     if day.prefix is not None:
-                        day.prefix, [[kept]] = prefix_pass([block], day.prefix, [day.length])
-                        day.keys_values.append(kept)
+                        day.prefix, [layer] = prefix_pass([block], day.prefix, [day.length])
+                        day.layers.append(layer)
                     for texts in day.suffixes:
-                        prefix = [[day.keys_values[number]]]
+                        prefix = [day.layers[number]]
                         texts.hidden = suffix_pass([block], texts.hidden, prefix, texts.layout)
 
     def _ready(self, block: Block) -> AbstractContextManager:

@@ -1,0 +1,83 @@
+"""Which suffixes follow which prefix, and the keys and values that those of one prefix share.
+
+Shapes: D prefixes of up to P tokens, U suffixes of S tokens, G key/value heads, E head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one prefix in one layer, each [G, its tokens, E]."""
+
+
+class Prefixes:
+    """What suffixes attend to of D prefixes, in one layer.
+
+    On a CPU a day's keys and values are read where they lie, on a GPU all days' in one block: the
+    form that nobody asks for is never made.
+    """
+
+    def __init__(self, days: Sequence[KeysValues], padded: KeysValues | None = None):
+        self.days = days
+        self._padded = padded
+
+    @staticmethod
+    def of(key: Tensor, value: Tensor, lengths: Sequence[int]) -> "Prefixes":
+        """key and value [D, G, P, E], padded on the right."""
+        each = zip(key.unbind(), value.unbind(), lengths, strict=True)
+        return Prefixes([(k[:, :length], v[:, :length]) for k, v, length in each], (key, value))
+
+    @staticmethod
+    def joined(parts: Sequence["Prefixes"]) -> "Prefixes":
+        """The prefixes of several, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        return Prefixes([day for part in parts for day in part.days])
+
+    def select(self, places: Sequence[int]) -> "Prefixes":
+        """Those at `places`, in their order."""
+        if list(places) == list(range(len(self.days))):
+            return self
+        return Prefixes([self.days[place] for place in places])
+
+    @cached_property
+    def padded(self) -> KeysValues:
+        """Keys and values [D, G, P, E]."""
+        if self._padded is not None:
+            return self._padded
+        sides = ([side.transpose(0, 1) for side in sides] for sides in zip(*self.days, strict=True))
+        return tuple(pad_sequence(side, batch_first=True).transpose(1, 2) for side in sides)
+
+
+@dataclass(frozen=True)
+class SuffixLayout:
+    """Where the tokens of padded suffixes [U, S] stand; those of one prefix follow one another."""
+
+    counts: Sequence[int]  # suffixes of each prefix
+    starts: Tensor  # [D + 1] int32, the first suffix of each prefix
+    prefix_lengths: Tensor  # [D] int32
+    last: Tensor  # [U] int64, place of the last token in the suffix
+    positions: Tensor  # [U, S] int64
+
+    @staticmethod
+    def build(
+        counts: Sequence[int], prefix_lengths: Sequence[int], suffix_lengths: Tensor, size: int
+    ) -> "SuffixLayout":
+        """counts and prefix_lengths, one a prefix; suffix_lengths [U] int64; size is S."""
+        device = suffix_lengths.device
+        each = torch.tensor([counts, prefix_lengths], dtype=torch.int32)
+        starts = torch.zeros(len(counts) + 1, dtype=torch.int32)
+        starts[1:] = each[0].cumsum(0)
+        first_positions = each[1].long().repeat_interleave(each[0]).to(device)
+        return SuffixLayout(
+            counts=counts,
+            starts=starts.to(device),
+            prefix_lengths=each[1].to(device),
+            last=suffix_lengths - 1,
+            positions=first_positions[:, None] + torch.arange(size, device=device),
+        )
