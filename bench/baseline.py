@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastflag.config import AlgorithmConfig
 from fastflag.learn.objective import Samples, loss_of
-from fastflag.policy.heads import Statistics, masked_log_softmax
+from fastflag.policy.heads import Reference, Statistics, masked_log_softmax
 from fastflag.policy.llama import LINEARS
 from fastflag.policy.lora import FrozenLinear
 from fastflag.policy.table import Policy
@@ -101,10 +101,11 @@ class PlainPolicy:
         self, prompts: PromptSet, rows: np.ndarray, samples: Samples, config: AlgorithmConfig
     ) -> dict[str, Tensor]:
         """The loss' gradient by parameter: every sample, and every reference prompt, whole."""
-        side = torch.from_numpy(prompts.side[prompts.reference]).long().to(self.device) + 1
+        side = prompts.side[prompts.reference].astype(np.int64) + 1
+        centre = Reference.of(np.arange(len(side)), side, self.device)
         reference = self.features([prompts.tokens(row) for row in prompts.reference])
         features = self.features([prompts.tokens(row) for row in rows])
-        made = self.heads(features, prompts, rows, Statistics.of(reference, side))
+        made = self.heads(features, prompts, rows, Statistics.of(reference, centre))
         loss_of(*made, samples, config)[0].backward()
         named = self.adapters | {
             f"{head}.{name}": parameter

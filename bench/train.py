@@ -33,7 +33,7 @@ from fastflag.learn.run import build
 from fastflag.learn.update import _gather, make_optimizer, update
 from fastflag.market.bars import Market, split_days
 from fastflag.market.sources import load
-from fastflag.policy.heads import Statistics
+from fastflag.policy.heads import Reference, Statistics
 from fastflag.policy.llama import prefix_pass, suffix_pass
 from fastflag.policy.shared_prefix import SuffixLayout
 from fastflag.policy.table import Policy, Table, _digest
@@ -317,8 +317,9 @@ def _evaluate_all_tokens(policy: Policy, prompts: PromptSet) -> Table:
     layout = SuffixLayout.build(counts, list(map(len, hidden)), lengths, suffixes.shape[1])
     last = suffix_pass(policy.top, suffixes, keys_values, layout)
     features = last[torch.arange(len(last)), lengths - 1].float() + 0 * whole.sum()
-    side = torch.from_numpy(prompts.side[order]).long() + 1
-    statistics = Statistics.of(features, side)
+    sides = prompts.side[order].astype(np.int64) + 1
+    statistics = Statistics.of(features, Reference.of(np.arange(len(order)), sides, policy.device))
+    side = torch.from_numpy(sides)
     value = policy.value_head(statistics.centre(features, side), side)[:, 0]
     return Table(features, value, statistics)
 

@@ -38,7 +38,7 @@ def test_help_of_every_command(capsys):
 def test_doctor(capsys):
     cli.main(["doctor", "--json"])
     document = json.loads(capsys.readouterr().out)
-    assert list(document["ops"]) == [op.name for op in OPS]
+    assert list(document["ops"]) == [*(op.name for op in OPS), "graphs"]
     assert all(all(entry.values()) for entry in document["ops"].values())
     assert document["packages"]["torch"] == importlib.metadata.version("torch")
     assert document["machine"]["fastflag"] == fastflag.__version__

@@ -1,9 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from fastflag.policy.heads import (
+    Reference,
     RunningStatistics,
     Statistics,
     make_action_head,
@@ -21,10 +23,16 @@ def random(*shape, seed=0):
 SIDE = torch.tensor([2, 0, 2, 1, 0, 2, 1, 2, 0, 2])
 
 
+def statistics_of(reference, side):
+    """Where every row is of the reference."""
+    rows = Reference.of(np.arange(len(side)), side.numpy(), reference.device)
+    return Statistics.of(reference, rows)
+
+
 def test_centring_is_the_formula_a_mean_for_each_side_and_a_deviation_over_all():
     reference, features = random(10, 3) * 2 + 10 * SIDE[:, None], random(4, 3, seed=1)
     of = torch.tensor([1, 2, 0, 1])
-    centred = Statistics.of(reference, SIDE).centre(features, of)
+    centred = statistics_of(reference, SIDE).centre(features, of)
     for column in range(3):
         values = {
             side: [reference[at, column].item() for at in range(10) if SIDE[at] == side]
@@ -41,7 +49,7 @@ def test_centring_is_the_formula_a_mean_for_each_side_and_a_deviation_over_all()
 def test_a_side_without_reference_takes_the_mean_of_all():
     reference = random(5, 3)
     side = torch.tensor([1, 1, 0, 1, 1])
-    statistics = Statistics.of(reference, side)
+    statistics = statistics_of(reference, side)
     torch.testing.assert_close(statistics.mean[2], reference.mean(0))
     torch.testing.assert_close(statistics.mean[0], reference[2])
     assert statistics.known.tolist() == [True, True, False]
@@ -63,7 +71,7 @@ def test_the_gradient_goes_through_the_statistics():
     reference, weight = random(10, 3), random(10, 3, seed=1)
 
     def loss(values):
-        return (weight * Statistics.of(values, SIDE).centre(values, SIDE).tanh()).sum()
+        return (weight * statistics_of(values, SIDE).centre(values, SIDE).tanh()).sum()
 
     reference.requires_grad_()
     loss(reference).backward()
@@ -84,7 +92,7 @@ def test_the_gradient_goes_through_the_statistics():
 def test_a_reference_of_one_row_has_finite_gradients():
     reference = random(1, 3).requires_grad_()
     side = torch.zeros(1, dtype=torch.int64)
-    centred = Statistics.of(reference, side).centre(reference, side)
+    centred = statistics_of(reference, side).centre(reference, side)
     assert torch.equal(centred, torch.zeros_like(centred))
     centred.sum().backward()
     assert torch.isfinite(reference.grad).all()

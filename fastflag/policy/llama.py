@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fastflag.policy import ops
-from fastflag.policy.model_config import ModelConfig
 from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
 from fastflag.policy.weights import Weights
 
@@ -51,6 +50,9 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.config = weights.config
+        self.frequencies = torch.from_numpy(self.config.rotary_frequencies()).to(
+            device, torch.float32
+        )
         names = set(weights.names())
 
         def optional(name: str) -> Tensor | None:
@@ -107,11 +109,11 @@ def prefix_pass(
         return x, []
     collected = []
     positions = torch.arange(x.shape[1], device=x.device)[None]
-    rotary = rotary_tables(blocks[0].config, positions, x.dtype)
+    rotary = rotary_tables(blocks[0].frequencies, positions, x.dtype)
     for number, block in enumerate(blocks):
         normed = block.norm(x)
         key, value = block.keys_values(normed, rotary)
-        collected.append(Prefixes.of(key, value, lengths))
+        collected.append(Prefixes.of_block(key, value, lengths))
         if keys_values_only and number == len(blocks) - 1:
             break
         x = block.finish(x, ops.causal_attention(block.query(normed, rotary), key, value))
@@ -133,7 +135,7 @@ def suffix_pass(
     if not blocks:
         return x
     rows, first = torch.arange(len(x), device=x.device), torch.zeros_like(layout.last)
-    rotary = rotary_tables(blocks[0].config, layout.positions, x.dtype)
+    rotary = rotary_tables(blocks[0].frequencies, layout.positions, x.dtype)
     for number, (block, shared) in enumerate(zip(blocks, prefixes, strict=True)):
         normed = block.norm(x)
         own_key, own_value = block.keys_values(normed, rotary)
@@ -147,8 +149,10 @@ def suffix_pass(
     return x[:, 0] if last_only else x
 
 
-def rotary_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """cos and sin [N, 1, T, E / 2] of RoPE's angles at positions [N, T], computed in fp32."""
-    frequencies = torch.from_numpy(config.rotary_frequencies()).to(positions.device, torch.float32)
+def rotary_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> Rotary:
+    """cos and sin [N, 1, T, E / 2] of RoPE's angles at positions [N, T], in fp32 until rounded.
+
+    frequencies [E / 2] fp32, in radians a position.
+    """
     angles = (positions[..., None] * frequencies)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)

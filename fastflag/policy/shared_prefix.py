@@ -18,38 +18,47 @@ KeysValues = tuple[Tensor, Tensor]
 class Prefixes:
     """What suffixes attend to of D prefixes, in one layer.
 
-    On a CPU a day's keys and values are read where they lie, on a GPU all days' in one block: the
-    form that nobody asks for is never made.
+    A CPU reads each day's keys and values where they lie, a GPU all days' in one block: made of one
+    form, it makes the other only when asked.
     """
 
-    def __init__(self, days: Sequence[KeysValues], padded: KeysValues | None = None):
-        self.days = days
-        self._padded = padded
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = lengths
 
     @staticmethod
-    def of(key: Tensor, value: Tensor, lengths: Sequence[int]) -> "Prefixes":
+    def of_block(key: Tensor, value: Tensor, lengths: Sequence[int]) -> "Prefixes":
         """key and value [D, G, P, E], padded on the right."""
-        each = zip(key.unbind(), value.unbind(), lengths, strict=True)
-        return Prefixes([(k[:, :length], v[:, :length]) for k, v, length in each], (key, value))
+        made = Prefixes(lengths)
+        made.block = key, value
+        return made
+
+    @staticmethod
+    def of_days(days: Sequence[KeysValues]) -> "Prefixes":
+        made = Prefixes([key.shape[1] for key, _ in days])
+        made.days = days
+        return made
 
     @staticmethod
     def joined(parts: Sequence["Prefixes"]) -> "Prefixes":
         """The prefixes of several, one after another."""
         if len(parts) == 1:
             return parts[0]
-        return Prefixes([day for part in parts for day in part.days])
+        return Prefixes.of_days([day for part in parts for day in part.days])
 
     def select(self, places: Sequence[int]) -> "Prefixes":
         """Those at `places`, in their order."""
-        if list(places) == list(range(len(self.days))):
+        if list(places) == list(range(len(self.lengths))):
             return self
-        return Prefixes([self.days[place] for place in places])
+        return Prefixes.of_days([self.days[place] for place in places])
 
     @cached_property
-    def padded(self) -> KeysValues:
+    def days(self) -> Sequence[KeysValues]:
+        each = zip(*(side.unbind() for side in self.block), self.lengths, strict=True)
+        return [(key[:, :length], value[:, :length]) for key, value, length in each]
+
+    @cached_property
+    def block(self) -> KeysValues:
         """Keys and values [D, G, P, E]."""
-        if self._padded is not None:
-            return self._padded
         sides = ([side.transpose(0, 1) for side in sides] for sides in zip(*self.days, strict=True))
         return tuple(pad_sequence(side, batch_first=True).transpose(1, 2) for side in sides)
 

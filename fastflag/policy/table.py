@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
-from fastflag.policy import memory, ops
+from fastflag.policy import graphs, memory, ops
 from fastflag.policy.activations import Activations
+from fastflag.policy.graphs import Graphs
 from fastflag.policy.heads import (
     RunningStatistics,
     Statistics,
@@ -41,6 +42,7 @@ from fastflag.policy.lora import (
 )
 from fastflag.policy.quant import NF4Weight
 from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
+from fastflag.policy.stage import Stage, content_of, reference_of, side_index
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles, cache_folder
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
@@ -160,7 +162,20 @@ class Policy(nn.Module):
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
         self.activations = Activations(config.memory_budget * 2**20)
+        self.graphs = self._graphs() if self.device.type == "cuda" else None
+        self._staged: tuple[bytes, Stage] | None = None
         self._resident: ExitStack | None = None
+
+    def _evaluate_stage(self, stage: Stage) -> tuple[Tensor, ...]:
+        """`evaluate` on blocks, for each row of the stage: log-probabilities and value, and the
+        statistics' mean and deviation. Never waits for the device."""
+        days, tokens, _ = stage.prefixes.shape
+        _, prefixes = prefix_pass(self.top, stage.prefixes, [tokens] * days, keys_values_only=True)
+        last = suffix_pass(self.top, stage.suffixes, prefixes, stage.layout, last_only=True)
+        features = self._normed(last).index_select(0, stage.place)
+        statistics = Statistics.of(features, stage.reference)
+        table = self._read_out(features, stage.side, stage.allowed, statistics)
+        return table.log_probabilities, table.value, statistics.mean, statistics.deviation
 
     def read(self, prefixes: Iterable[np.ndarray]) -> Days:
         """The top layers' pass over prefixes, which `evaluate` then goes on from, prompts by
@@ -192,24 +207,31 @@ class Policy(nn.Module):
         never changes a row. Raises ValueError where there are neither statistics nor a reference,
         InputError for a prompt that the model can't read.
         """
+        whole = days is None and statistics is None and torch.is_grad_enabled()
+        if self.graphs and whole and self._keeps(prompts):
+            return self._staged_table(prompts)
         features = self._features(prompts, days or self.read(prompts.prefixes))
-        side = torch.from_numpy(prompts.side).long().to(self.device) + 1
         if statistics is None:
-            if not len(prompts.reference):
-                raise ValueError("a prompt set without a reference needs statistics")
-            reference = torch.from_numpy(prompts.reference).to(self.device)
-            statistics = Statistics.of(
-                features.index_select(0, reference), side.index_select(0, reference)
-            )
+            statistics = Statistics.of(features, reference_of(prompts, self.device))
+        side = torch.from_numpy(side_index(prompts)).to(self.device)
+        allowed = torch.from_numpy(prompts.allowed).to(self.device)
+        return self._read_out(features, side, allowed, statistics)
+
+    def _normed(self, last: Tensor) -> Tensor:
+        """Last-token states [U, C] -> features [U, C] fp32"""
+        return ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+
+    def _read_out(
+        self, features: Tensor, side: Tensor, allowed: Tensor, statistics: Statistics
+    ) -> Table:
+        """What the heads make of features [U, C]; side [U], allowed [U, A]."""
         centred = statistics.centre(features, side)
         if self.action_head is None:
             logits = features @ self.action_words.T
         else:
             logits = self.action_head(centred, side)
-        allowed = torch.from_numpy(prompts.allowed).to(self.device)
-        return Table(
-            masked_log_softmax(logits, allowed), self.value_head(centred, side)[:, 0], statistics
-        )
+        value = self.value_head(centred, side)[:, 0]
+        return Table(masked_log_softmax(logits, allowed), value, statistics)
 
     @torch.no_grad()
     def initial_log_probabilities(self, prompts: PromptSet) -> Tensor:
@@ -233,12 +255,31 @@ class Policy(nn.Module):
             heads += self.action_head.parameters()
         return list(self.top.parameters()), heads
 
+    def _keeps(self, prompts: PromptSet) -> bool:
+        """Whether autograd may keep all of an evaluation's work."""
+        days, rows = len(prompts.prefixes), len(prompts.pairs)
+        prefix, suffix = (max(map(len, texts)) for texts in (prompts.prefixes, prompts.suffixes))
+        self.activations.restart()
+        of_prefixes = memory.prefix_bytes(self.model, self.config, days, prefix, True)
+        of_suffixes = memory.suffix_bytes(self.model, self.config, rows, suffix, prefix, True)
+        return self.activations.keeps(rows, of_prefixes + of_suffixes)
+
+    def _staged_table(self, prompts: PromptSet) -> Table:
+        """`evaluate` by a stage, which is kept until other prompts come."""
+        content = content_of(prompts)
+        if self._staged is None or self._staged[0] != content:
+            self._check_lengths(prompts)
+            prefixes = self._prefix_states({_digest(text): text for text in prompts.prefixes})
+            stage = Stage.of(prompts, prefixes, self._suffix_states(prompts))
+            self._staged = content, stage
+        stage, count = self._staged[1], len(prompts.pairs)
+        log_probabilities, value, mean, deviation = self.graphs(stage)
+        statistics = Statistics(mean, deviation, stage.reference.known)
+        return Table(log_probabilities[:count], value[:count], statistics)
+
     def _features(self, prompts: PromptSet, days: Days) -> Tensor:
         """Last-token states under the final norm, [U, C] fp32."""
-        sizes = [np.array([*map(len, texts)]) for texts in (prompts.prefixes, prompts.suffixes)]
-        self.check_length(
-            int((sizes[0][prompts.pairs[:, 0]] + sizes[1][prompts.pairs[:, 1]]).max())
-        )
+        sizes = self._check_lengths(prompts)
         places = np.array([days.place[_digest(tokens)] for tokens in prompts.prefixes])
         of_row = places[prompts.pairs[:, 0]]
         order = np.argsort(of_row, kind="stable")
@@ -252,12 +293,12 @@ class Policy(nn.Module):
             suffixes = pad_sequence([states[row] for row in rows], batch_first=True)
             layout = SuffixLayout.build(
                 counts.tolist(),
-                [key.shape[1] for key, _ in prefixes[0].days],
+                prefixes[0].lengths,
                 _lengths([states[row] for row in rows], self.device),
                 suffixes.shape[1],
             )
             last = suffix_pass(self.top, suffixes, prefixes, layout, last_only=True)
-            return ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+            return self._normed(last)
 
         def cost(rows: int) -> int:
             longest = int(sizes[0].max()), max(map(len, states))
@@ -265,6 +306,16 @@ class Policy(nn.Module):
 
         features = torch.cat(self.activations.run(some, len(order), cost))
         return features.index_select(0, torch.from_numpy(np.argsort(order)).to(self.device))
+
+    def _check_lengths(self, prompts: PromptSet) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of each prefix and each suffix."""
+        prefixes, suffixes = (
+            np.array([*map(len, texts)]) for texts in (prompts.prefixes, prompts.suffixes)
+        )
+        self.check_length(
+            int((prefixes[prompts.pairs[:, 0]] + suffixes[prompts.pairs[:, 1]]).max())
+        )
+        return prefixes, suffixes
 
     def check_length(self, longest: int) -> None:
         """Raises InputError for a prompt of more tokens than the model reads."""
@@ -339,7 +390,7 @@ class Policy(nn.Module):
         kept = self.cache.get(b"keys_values" + _digest(tokens))
         if kept is None:
             return self._unread(tokens)
-        layers = [Prefixes([pair]) for pair in zip(kept[0::2], kept[1::2], strict=True)]
+        layers = [Prefixes.of_days([pair]) for pair in zip(kept[0::2], kept[1::2], strict=True)]
         return _DayWork(len(tokens), None, layers, [])
 
     def _add_suffixes(
@@ -428,6 +479,12 @@ class Policy(nn.Module):
             return adapter.to(self.device)
 
         return make
+
+    def _graphs(self) -> Graphs:
+        heads = [head for head in (self.action_head, self.value_head) if head is not None]
+        replayed = graphs.choice(self.device).implementation == "on"
+        capture = torch.cuda.make_graphed_callables if replayed else None
+        return Graphs(self._evaluate_stage, nn.ModuleList([*self.top, *heads]), capture)
 
     @contextmanager
     def _as_initialised(self) -> Iterator[None]:

@@ -1,0 +1,90 @@
+"""CUDA graphs of an evaluation and of its backward pass: hundreds of launches replayed as one.
+
+A small policy on a big GPU waits for launches. A graph replays what was once launched, on the same
+memory and in the same shapes, so the numbers are the same. Capturing takes as long as a few
+evaluations, so a shape is captured when it comes a second time.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastflag.files import InputError
+from fastflag.policy.ops import Choice
+from fastflag.policy.stage import Stage
+
+_VARIABLE = "FASTFLAG_GRAPHS"
+# {architecture: where bench.gpu has measured it, and how much faster it was}. None has been.
+_PROVEN: dict[int, str] = {}
+# Each holds the activations of an evaluation.
+_KEPT = 4
+
+
+def choice(device: torch.device) -> Choice:
+    """Whether evaluations are replayed on `device`; raises InputError where FASTFLAG_GRAPHS is none
+    of auto, on and off."""
+    asked = os.environ.get(_VARIABLE, "auto")
+    if asked not in ("auto", "on", "off"):
+        raise InputError(f"{_VARIABLE} is {asked!r}, not auto, on or off, environment")
+    if device.type != "cuda":
+        return Choice("off", "graphs are for GPUs")
+    major, minor = torch.cuda.get_device_capability(device)
+    evidence = _PROVEN.get(10 * major + minor)
+    if asked != "auto":
+        return Choice(asked, f"{_VARIABLE}={asked}", evidence or "none")
+    if evidence is None:
+        return Choice("off", f"not measured on sm_{major}{minor}; {_VARIABLE}=on takes them")
+    return Choice("on", f"faster on sm_{major}{minor}", evidence)
+
+
+class Graphs:
+    """A function of a stage, `evaluate`, which reads the parameters of `trained`: as it is, or as a
+    graph for each set of shapes, the last few of which are kept.
+
+    What it returned holds until its shapes come again, and so does its backward pass.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Stage], tuple[Tensor, ...]],
+        trained: nn.ModuleList,
+        capture: Callable[..., nn.Module] | None,
+    ):
+        """`capture` is torch.cuda.make_graphed_callables, None to launch everything anew."""
+        self._evaluate, self._trained, self._capture = evaluate, trained, capture
+        self._captured: OrderedDict[tuple[torch.Size, ...], nn.Module] = OrderedDict()
+        self._seen: set[tuple[torch.Size, ...]] = set()
+
+    def __call__(self, stage: Stage) -> tuple[Tensor, ...]:
+        if self._capture is None:
+            return self._evaluate(stage)
+        tensors = stage.tensors()
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self._seen:
+            self._seen.add(shapes)
+            return self._evaluate(stage)
+        if shapes not in self._captured:
+            self._make_room()
+            replayed = _OfTensors(self._evaluate, self._trained)
+            self._captured[shapes] = self._capture(replayed, tensors, allow_unused_input=True)
+        self._captured.move_to_end(shapes)
+        # A replay writes over what the one before returned.
+        return tuple(output.clone() for output in self._captured[shapes](*tensors))
+
+    def _make_room(self) -> None:
+        while len(self._captured) >= _KEPT:
+            self._captured.popitem(last=False)
+
+
+class _OfTensors(nn.Module):
+    """A function of a stage in the form that PyTorch captures: a module, of tensors."""
+
+    def __init__(self, evaluate: Callable[[Stage], tuple[Tensor, ...]], trained: nn.ModuleList):
+        super().__init__()
+        self.evaluate, self.trained = evaluate, trained
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.evaluate(Stage.from_tensors(*tensors))
