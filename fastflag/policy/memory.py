@@ -47,11 +47,13 @@ def parts(
     # language-model head, the rows of its words and a copy of what training starts from.
     words, initial = (ACTIONS, trained) if policy.head == "lm" else (0, 0)
     beside = _FP32 * (SIDES + 1 + words) * model.width + 8 * SIDES
+    # Every layer holds the rotary frequencies.
+    rotary = _FP32 * model.head_dim // 2
     kept, budget = policy.trunk_cache_mb * 2**20, policy.memory_budget * 2**20 or math.inf
     return {
-        "trunk": trunk * (_stored(matrices, policy) + (norms + biases) * dtype),
+        "trunk": trunk * (_stored(matrices, policy) + (norms + biases) * dtype + rotary),
         "embedding": (model.vocabulary + 1) * model.width * dtype,  # and the final norm
-        "top_frozen": policy.top_layers * (base + norms) * dtype,
+        "top_frozen": policy.top_layers * ((base + norms) * dtype + rotary),
         "trained": _FP32 * sum(layers),
         "heads": _FP32 * sum(heads) + beside,
         "initial": initial,
