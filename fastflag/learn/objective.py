@@ -68,17 +68,19 @@ def loss_of(
     with torch.no_grad():
         ratio = log_ratio.exp()
         statistics = {
-            "policy_loss": policy_loss.item(),
-            "value_loss": value_loss.item(),
-            "entropy": entropy.item(),
-            "kl_initial": divergence.item(),
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "kl_initial": divergence,
             # Schulman's low-variance estimate, http://joschu.net/blog/kl-approx.html
-            "kl": samples.mean(ratio - 1 - log_ratio).item(),
-            "clip_fraction": samples.mean(((ratio - 1).abs() > config.clip_coef).float()).item(),
-            "ratio_min": ratio.min().item(),
-            "ratio_max": ratio.max().item(),
+            "kl": samples.mean(ratio - 1 - log_ratio),
+            "clip_fraction": samples.mean(((ratio - 1).abs() > config.clip_coef).float()),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
         }
-    return loss, statistics
+        # Together, because a GPU is waited for at each transfer.
+        numbers = torch.stack([*statistics.values()]).tolist()
+    return loss, dict(zip(statistics, numbers, strict=True))
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

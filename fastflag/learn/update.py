@@ -1,5 +1,6 @@
 """Epochs, minibatches, clipping, optimiser: one lesson in, a better policy out."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -42,7 +43,8 @@ def make_optimizer(policy: Policy, config: AlgorithmConfig) -> torch.optim.Optim
         {"params": heads, "lr": config.learning_rate, "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, eps=1e-5)
+        # Fused, all parameters are stepped in two launches.
+        return torch.optim.AdamW(groups, eps=1e-5, fused=policy.device.type == "cuda")
     if policy.device.type != "cuda":
         raise InputError("bitsandbytes' 8-bit AdamW needs a CUDA GPU, --optimizer adamw8bit")
     import bitsandbytes
@@ -110,7 +112,9 @@ def _explained(samples: Samples) -> float:
 
 def _evaluated(policy: Policy, prompts: PromptSet, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient: their prompts, each
-    once, and the reference are evaluated anew."""
+    once, and the reference are evaluated anew; on a GPU all prompts, whose blocks lie ready."""
+    if policy.graphs is not None:
+        return _gather(policy.evaluate(prompts), rows)
     distinct, place = np.unique(rows.cpu().numpy(), return_inverse=True)
     visited, places = prompts.subset(distinct)
     return _gather(policy.evaluate(visited), torch.from_numpy(places[place]).to(rows.device))
@@ -148,8 +152,8 @@ def _differentiate(
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
     """One step of the optimiser; returns the gradient's norm before clipping."""
-    norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf)
-    if not torch.isfinite(norm):
+    norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf).item()
+    if not math.isfinite(norm):
         raise InputError("the gradient is not finite: lower the learning rates, training")
     optimizer.step()
-    return norm.item()
+    return norm
