@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 try:
     import triton.language as tl
-    from triton import jit, next_power_of_2
+    from triton import cdiv, jit, next_power_of_2
 except ImportError:
     tl = SimpleNamespace(constexpr=None)
 
-    def jit(function):
-        return function
+    def jit(function=None, **options):
+        return jit if function is None else function
 
     def next_power_of_2(number: int) -> int:
         return 1 << (number - 1).bit_length()
 
+    def cdiv(number: int, divisor: int) -> int:
+        return -(-number // divisor)
 
-__all__ = ["jit", "next_power_of_2", "tl"]
+
+__all__ = ["cdiv", "jit", "next_power_of_2", "tl"]

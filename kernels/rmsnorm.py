@@ -1,88 +1,128 @@
-"""RMSNorm (arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + epsilon) * weight over the last axis.
+"""RMSNorm (arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + epsilon) * weight over the last axis;
+of x, or of a residual stream's next state x + residual, which is then an output too.
 
 The weight is frozen in every policy, so there is no gradient for it:
 
     r = 1 / sqrt(mean(x^2) + epsilon),  g = dy weight
     dx = r g - r^3 x mean(g x)
+
+With total = x + residual, both addends have the gradient dtotal + dx(total). One launch adds and
+norms, one differentiates both; each reads its inputs once, where PyTorch takes nine operators
+forward, whose intermediate results are mostly fp32.
 """
 
 import torch
 from torch import Tensor
 
-from fastflag.kernels.language import jit, next_power_of_2, tl
+from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr,  # [R, C]
+    residual_ptr,  # [R, C], or None: x alone is normed
     weight_ptr,  # [C]
-    y_ptr,  # [R, C]
+    total_ptr,  # [R, C], or None like residual
+    normed_ptr,  # [R, C]
+    rows,
     columns,
     epsilon,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < columns
-    start = tl.program_id(0).to(tl.int64) * columns
-    stored = tl.load(x_ptr + start + offsets, mask=inside, other=0.0)
-    x = stored.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x) / columns + epsilon)
+    offsets, column, inside = _tile(rows, columns, ROWS, BLOCK)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(dtype)
+        tl.store(total_ptr + offsets, total, mask=inside)
+        # What is normed is the total that others read, after its rounding.
+        x = total.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / columns + epsilon)
     # Rounded to x's type before the weight, as the reference is.
-    normed = (x * scale).to(stored.dtype)
-    weight = tl.load(weight_ptr + offsets, mask=inside, other=0.0)
-    tl.store(y_ptr + start + offsets, normed * weight, mask=inside)
+    normed = (x * scale).to(dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + offsets, (normed * weight).to(dtype), mask=inside)
+
+
+@jit(do_not_specialize=["rows"])
+def _backward_kernel(
+    x_ptr,  # [R, C], what was normed
+    weight_ptr,  # [C]
+    dy_ptr,  # [R, C]
+    dtotal_ptr,  # [R, C], or None: x has no other gradient
+    dx_ptr,  # [R, C]
+    rows,
+    columns,
+    epsilon,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets, column, inside = _tile(rows, columns, ROWS, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / columns + epsilon)
+    g = dy * weight
+    mean = tl.sum(g * x, axis=1, keep_dims=True) / columns
+    dx = scale * g - scale * scale * scale * x * mean
+    if dtotal_ptr is not None:
+        dx += tl.load(dtotal_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
-def _backward_kernel(
-    x_ptr,  # [R, C]
-    weight_ptr,  # [C]
-    dy_ptr,  # [R, C]
-    dx_ptr,  # [R, C]
-    columns,
-    epsilon,
-    BLOCK: tl.constexpr,
-):
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < columns
-    start = tl.program_id(0).to(tl.int64) * columns
-    x = tl.load(x_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x) / columns + epsilon)
-    g = dy * weight
-    dx = scale * g - scale * scale * scale * x * (tl.sum(g * x) / columns)
-    tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's offsets, their columns, and which of them exist, each [ROWS, BLOCK]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    # As many as offsets: a weight of one row would change its layout through shared memory, which
+    # for Qwen3's heads doubles the backward kernel's instructions and registers.
+    column = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], ROWS, BLOCK)
+    return row * columns + column, column, (row < rows) & (column < columns)
 
 
 @torch.library.custom_op("fastflag::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., C], weight [C] of the same type -> [..., C]; one program a row."""
-    rows = x.contiguous().view(-1, x.shape[-1])
-    y = torch.empty_like(rows)
-    _forward_kernel[(len(rows),)](rows, weight, y, rows.shape[1], epsilon, **_tile(rows))
-    return y.view(x.shape)
+    """x [..., C], weight [C] of the same type -> [..., C]"""
+    normed = _empty(x)
+    _launch(_forward_kernel, x, None, weight, None, normed, epsilon=epsilon)
+    return normed
 
 
 @rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _empty(x)
+
+
+@torch.library.custom_op("fastflag::add_rms_norm", mutates_args=())
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """x and residual [..., C], weight [C] of the same type -> x + residual and its norm."""
+    total, normed = _empty(x), _empty(x)
+    _launch(_forward_kernel, x, residual, weight, total, normed, epsilon=epsilon)
+    return total, normed
+
+
+@add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return _empty(x), _empty(x)
 
 
 @torch.library.custom_op("fastflag::rms_norm_backward", mutates_args=())
-def rms_norm_backward(x: Tensor, weight: Tensor, dy: Tensor, epsilon: float) -> Tensor:
-    """The gradient for x, [..., C]."""
-    rows = x.contiguous().view(-1, x.shape[-1])
-    dx = torch.empty_like(rows)
-    _backward_kernel[(len(rows),)](
-        rows, weight, dy.contiguous(), dx, rows.shape[1], epsilon, **_tile(rows)
-    )
-    return dx.view(x.shape)
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, dy: Tensor, dtotal: Tensor | None, epsilon: float
+) -> Tensor:
+    """The gradient for what was normed, x [..., C]; `dtotal` is the one it has from elsewhere."""
+    dx = _empty(x)
+    _launch(_backward_kernel, x, weight, dy, dtotal, dx, epsilon=epsilon)
+    return dx
 
 
 @rms_norm_backward.register_fake
-def _(x: Tensor, weight: Tensor, dy: Tensor, epsilon: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(x: Tensor, weight: Tensor, dy: Tensor, dtotal: Tensor | None, epsilon: float) -> Tensor:
+    return _empty(x)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -91,10 +131,21 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
-    return rms_norm_backward(*ctx.saved_tensors, dy, ctx.epsilon), None, None
+    return rms_norm_backward(*ctx.saved_tensors, dy, None, ctx.epsilon), None, None
+
+
+def _save_sum(ctx, inputs, output) -> None:
+    _, _, weight, ctx.epsilon = inputs
+    ctx.save_for_backward(output[0], weight)
+
+
+def _differentiate_sum(ctx, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    dx = rms_norm_backward(*ctx.saved_tensors, dnormed, dtotal, ctx.epsilon)
+    return dx, dx, None, None
 
 
 rms_norm.register_autograd(_differentiate, setup_context=_save)
+add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -104,7 +155,33 @@ def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
-def _tile(rows: Tensor) -> dict[str, int]:
-    """A whole row to a program, a warp for every 512 columns."""
-    block = next_power_of_2(rows.shape[1])
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch."""
+    total = x + residual
+    return total, rms_norm_reference(total, weight, epsilon)
+
+
+# Elements a program: a whole row, or as many short ones (the heads of q and k) as fit.
+_ELEMENTS = 2048
+
+
+def _launch(kernel, x: Tensor, *tensors: Tensor | None, epsilon: float) -> None:
+    """Outputs are contiguous; inputs that are not are copied. A warp for every 512 elements."""
+    columns = x.shape[-1]
+    rows, block = x.numel() // columns, next_power_of_2(columns)
+    rows_each = max(_ELEMENTS // block, 1)
+    kernel[(cdiv(rows, rows_each),)](
+        *(tensor if tensor is None else tensor.contiguous() for tensor in (x, *tensors)),
+        rows,
+        columns,
+        epsilon,
+        ROWS=rows_each,
+        BLOCK=block,
+        num_warps=min(rows_each * block // 512, 16),
+    )
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
