@@ -71,23 +71,37 @@ class Block(nn.Module):
             matrix = weights.tensor(f"model.layers.{index}.{name}.weight", dtype)
             setattr(self, short, make_linear(matrix, optional(f"{name}.bias")))
 
+    def queries_keys_values(self, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """normed [N, T, C] -> queries [N, H, T, E], keys and values, each [N, G, T, E]"""
+        query, key = ops.rotate(self._queries(normed), self._keys(normed), *rotary)
+        return query, key, self._values(normed)
+
     def keys_values(self, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """normed [N, T, C] -> keys and values, each [N, G, T, E]"""
-        key = self._heads(self.k(normed), self.config.kv_heads, self.k_norm)
-        value = self._heads(self.v(normed), self.config.kv_heads, None)
-        return ops.rotate(key, *rotary), value
+        key, _ = ops.rotate(self._keys(normed), None, *rotary)
+        return key, self._values(normed)
 
-    def query(self, normed: Tensor, rotary: Rotary) -> Tensor:
-        return ops.rotate(self._heads(self.q(normed), self.config.heads, self.q_norm), *rotary)
+    def queries(self, normed: Tensor, rotary: Rotary) -> Tensor:
+        """normed [N, T, C] -> [N, H, T, E]"""
+        return ops.rotate(self._queries(normed), None, *rotary)[0]
 
     def norm(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.input_norm, self.config.rms_eps)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the layer after attention. x [N, T, C], attended [N, H, T, E] -> [N, T, C]"""
-        x = x + self.o(attended.transpose(1, 2).flatten(2))
-        normed = ops.rms_norm(x, self.mlp_norm, self.config.rms_eps)
+        branch = self.o(attended.transpose(1, 2).flatten(2))
+        x, normed = ops.add_rms_norm(branch, x, self.mlp_norm, self.config.rms_eps)
         return x + self.down(ops.swiglu(self.gate(normed), self.up(normed)))
+
+    def _queries(self, normed: Tensor) -> Tensor:
+        return self._heads(self.q(normed), self.config.heads, self.q_norm)
+
+    def _keys(self, normed: Tensor) -> Tensor:
+        return self._heads(self.k(normed), self.config.kv_heads, self.k_norm)
+
+    def _values(self, normed: Tensor) -> Tensor:
+        return self._heads(self.v(normed), self.config.kv_heads, None)
 
     def _heads(self, x: Tensor, heads: int, norm: Tensor | None) -> Tensor:
         x = x.unflatten(-1, (heads, self.config.head_dim))
@@ -112,11 +126,12 @@ def prefix_pass(
     rotary = rotary_tables(blocks[0].frequencies, positions, x.dtype)
     for number, block in enumerate(blocks):
         normed = block.norm(x)
-        key, value = block.keys_values(normed, rotary)
-        collected.append(Prefixes.of_block(key, value, lengths))
         if keys_values_only and number == len(blocks) - 1:
+            collected.append(Prefixes.of_block(*block.keys_values(normed, rotary), lengths))
             break
-        x = block.finish(x, ops.causal_attention(block.query(normed, rotary), key, value))
+        query, key, value = block.queries_keys_values(normed, rotary)
+        collected.append(Prefixes.of_block(key, value, lengths))
+        x = block.finish(x, ops.causal_attention(query, key, value))
     return x, collected
 
 
@@ -138,13 +153,14 @@ def suffix_pass(
     rotary = rotary_tables(blocks[0].frequencies, layout.positions, x.dtype)
     for number, (block, shared) in enumerate(zip(blocks, prefixes, strict=True)):
         normed = block.norm(x)
-        own_key, own_value = block.keys_values(normed, rotary)
         if last_only and number == len(blocks) - 1:
+            key, value = block.keys_values(normed, rotary)
             x, normed = x[rows, layout.last][:, None], normed[rows, layout.last][:, None]
             rotary = tuple(table[rows, :, layout.last][:, None] for table in rotary)
-            first = layout.last
-        query = block.query(normed, rotary)
-        attended = ops.prefix_attention(query, own_key, own_value, first, shared, layout)
+            first, query = layout.last, block.queries(normed, rotary)
+        else:
+            query, key, value = block.queries_keys_values(normed, rotary)
+        attended = ops.prefix_attention(query, key, value, first, shared, layout)
         x = block.finish(x, attended)
     return x[:, 0] if last_only else x
 

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastflag.files import InputError
-from fastflag.kernels import rmsnorm
+from fastflag.kernels import rmsnorm, rope
+from fastflag.kernels import swiglu as swiglu_file
 from fastflag.policy import attention
 
 __all__ = [
     "OPS",
     "Choice",
+    "add_rms_norm",
     "causal_attention",
     "prefix_attention",
     "rms_norm",
@@ -101,28 +102,15 @@ def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
     return Choice("triton", f"right and not slower on sm_{architecture}", evidence)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer, eq. 34) in the half-split layout.
-
-    x [N, heads, T, E]; cos and sin [N or 1, 1, T, E / 2].
-    """
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise."""
-    return functional.silu(gate) * up
-
-
 def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
     form = attention.padded if query.is_cuda else attention.by_prefix
     return form(query, *arguments)
 
 
 rms_norm = Op("rms_norm", rmsnorm.rms_norm_reference, rmsnorm.rms_norm)
-rotate = Op("rotate", _rotate)
-swiglu = Op("swiglu", _swiglu)
+add_rms_norm = Op("add_rms_norm", rmsnorm.add_rms_norm_reference, rmsnorm.add_rms_norm)
+rotate = Op("rotate", rope.rotate_reference, rope.rotate_)
+swiglu = Op("swiglu", swiglu_file.swiglu_reference, swiglu_file.swiglu)
 causal_attention = Op("causal_attention", attention.causal, by="torch scaled_dot_product_attention")
 prefix_attention = Op(
     "prefix_attention",
@@ -130,4 +118,4 @@ prefix_attention = Op(
     by="torch scaled_dot_product_attention on CUDA, products prefix by prefix on a CPU",
 )
 
-OPS = (rms_norm, rotate, swiglu, causal_attention, prefix_attention)
+OPS = (rms_norm, add_rms_norm, rotate, swiglu, causal_attention, prefix_attention)
