@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastflag.policy.ops import OPS
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
@@ -34,6 +36,13 @@ def poisoned() -> Iterator[None]:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, poison(getattr(owner, name)))
         yield
+
+
+def take_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every op takes its Triton kernel, in the interpreter where there is no GPU."""
+    monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
+    for op in OPS:
+        monkeypatch.setattr(op, "_chosen", {})
 
 
 def assert_no_worse(ours: Tensor, torchs: Tensor, exact: Tensor) -> None:

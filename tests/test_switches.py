@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from precision import take_kernels
 from small import small_config
 from test_train import trained
 
 import fastflag.learn.rollout as rollout_module
 import fastflag.policy.table as table_module
 from fastflag.config import AlgorithmConfig
+from fastflag.policy import attention, ops
 from fastflag.policy.activations import Activations
 from fastflag.policy.table import Policy
 from fastflag.prompt.tokens import PromptSet
@@ -60,6 +62,19 @@ def recomputed(monkeypatch):
     monkeypatch.setattr(table_module, "Activations", lambda budget: Activations(1))
 
 
+def by_stages(monkeypatch):
+    """As on a GPU, graphs not taken."""
+    all_at_once(monkeypatch)
+    monkeypatch.setattr(ops, "prefix_attention", attention.padded)
+    start = Policy.__init__
+
+    def with_graphs(self, *arguments):
+        start(self, *arguments)
+        self.graphs = self._graphs()
+
+    monkeypatch.setattr(Policy, "__init__", with_graphs)
+
+
 def in_pieces(monkeypatch):
     all_at_once(monkeypatch)
     monkeypatch.setattr(rollout_module, "_PIECE_STEPS", 12)
@@ -74,6 +89,7 @@ SWITCHES = {
     "samples not added up": step_by_step,
     "all prompts before the rollout": all_at_once,
     "rollout in pieces": in_pieces,
+    "padded blocks": by_stages,
 }
 
 
@@ -105,8 +121,22 @@ def test_the_curve_is_the_same(tiny_model, curves, tmp_path, monkeypatch, name, 
     if callable(switch):
         switch(monkeypatch)
     _, curve = trained(config_of(tiny_model, top, **changes), tmp_path / "run")
-    assert len(curve) == len(curves[top]) == 5
-    for one, other in zip(curves[top], curve, strict=True):
+    assert_same(curve, curves[top])
+
+
+def test_the_curve_is_the_same_by_kernels(tiny_model, tmp_path, monkeypatch):
+    """Two updates, which in the interpreter are as long as all of the others."""
+    all_at_once(monkeypatch)
+    config = dataclasses.replace(config_of(tiny_model, 2), total_timesteps=2 * 24)
+    _, right = trained(config, tmp_path / "right")
+    take_kernels(monkeypatch)
+    _, curve = trained(config, tmp_path / "run")
+    assert_same(curve, right)
+
+
+def assert_same(curve, right):
+    assert len(curve) == len(right) > 1
+    for one, other in zip(right, curve, strict=True):
         # How many prompts a table holds is not what it says of them.
         del other["distinct_prompts"]
         same = {key: value for key, value in one.items() if key != "distinct_prompts"}
