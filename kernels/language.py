@@ -9,7 +9,8 @@ try:
     import triton.language as tl
     from triton import cdiv, jit, next_power_of_2
 except ImportError:
-    tl = SimpleNamespace(constexpr=None)
+    # A constant keeps its value, which references read.
+    tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
     def jit(function=None, **options):
         return jit if function is None else function
