@@ -107,6 +107,15 @@ def test_the_backward_pass_in_pieces(dtype, monkeypatch):
     assert_right(*inputs(21, 63, 1000, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_pieces_are_not_rounded_before_they_are_added(dtype, monkeypatch):
+    arguments = inputs(21, 63, 2000, dtype)
+    whole = results(token_log_probability, *arguments)[2]
+    monkeypatch.setattr(logprob, "_GRADIENT_SIZE", 1)
+    pieces = results(token_log_probability, *arguments)[2]
+    assert (whole != pieces).double().mean() < 0.01
+
+
 def test_groups_of_row_tiles(monkeypatch):
     """Five row tiles, of which two pass over the vocabulary together: the last group has one."""
     monkeypatch.setattr(logprob, "_ROW_TILES", 2)
