@@ -14,11 +14,11 @@ A second kernel merges a row's tiles as log-sum-exp is merged. So a row's number
 its logits (with 128 columns to a tile, 12 bytes of 256 in bf16), every column has programs of its
 own whatever the number of rows, and a row has the same bits in every batch.
 
-Backward, the logits are multiplied anew and their gradient written for some columns at a time,
-never more than `_GRADIENT_SIZE` numbers, from which the library's matrix products make dh and dW.
-They are not fused further: a sum over columns as wide as h does not fit in registers, so that each
-tile would read and write it, 2 / BLOCK_COLUMNS bytes for an operation, several times what an L2
-cache delivers at a GPU's full speed.
+Backward, the logits are multiplied anew and their gradient written for some columns at a time, at
+most `_GRADIENT_SIZE` numbers or one tile's columns, from which the library's matrix products make
+dh and, if asked for, dW; dh is added up in fp32. They are not fused further: a sum over columns as
+wide as h does not fit in registers, so that each tile would read and write it, 2 / BLOCK_COLUMNS
+bytes for an operation, several times what an L2 cache delivers at a GPU's full speed.
 
 Exponents are of base 2, one instruction each; they are differences from the largest logit, so that
 they are exact however far from zero the logits lie.
@@ -31,9 +31,9 @@ from torch.nn import functional
 from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
 from fastflag.kernels.tiles import recorded
 
-# Twice as many rows or columns spill in one kernel or the other on sm_80, sm_89 and sm_100. These
-# take 128 to 227 registers in bf16, one block to a multiprocessor, so four stages cost nothing that
-# another block could use (96 KiB of shared memory on sm_80 and sm_89, 128 on sm_90 and sm_100).
+# Twice the columns spill on sm_80, sm_89 and sm_90, twice the rows on sm_80, sm_89 and sm_100.
+# These take 128 to 200 registers in bf16, one block to a multiprocessor, so four stages cost
+# nothing that another block could use (96 KiB on sm_80 and sm_89, 128 on sm_90 and sm_100).
 _TILES = {80: {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "num_warps": 8, "num_stages": 4}}
 
 # 32 MiB in 16 bits: the gradient's piece is read back from the L2 cache (A100 40 MB, H100 50 MB).
@@ -161,9 +161,9 @@ def _gradient_kernel(
     hidden_ptr,  # [N, C]
     weight_ptr,  # [columns, C], those of the vocabulary from `first` on
     token_ptr,  # [N]
+    entropy_ptr,  # [N]
     highest_ptr,  # [N]
     log_total_ptr,  # [N]
-    entropy_ptr,  # [N]
     dlog_probability_ptr,  # [N]
     dentropy_ptr,  # [N]
     gradient_ptr,  # [N, stride], for the logits before the temperature
@@ -190,9 +190,9 @@ def _gradient_kernel(
     )
     present = row < rows
     token = tl.load(token_ptr + row, mask=present, other=-1)
+    entropy = tl.load(entropy_ptr + row, mask=present, other=0.0)
     highest = tl.load(highest_ptr + row, mask=present, other=0.0)
     log_total = tl.load(log_total_ptr + row, mask=present, other=0.0)
-    entropy = tl.load(entropy_ptr + row, mask=present, other=0.0)
     dlog_probability = tl.load(dlog_probability_ptr + row, mask=present, other=0.0)
     dentropy = tl.load(dentropy_ptr + row, mask=present, other=0.0)
 
@@ -223,7 +223,8 @@ def token_log_probability(
 
     hidden [..., C], weight [V, C] of the same type, token [...] int64. `allowed` [K] int64 are
     distinct tokens that share all of the probability; without it, all V do. A token outside of
-    them has no log-probability: what is returned for it means nothing.
+    them has no log-probability: what is returned for it means nothing. The kernels read the
+    temperature in fp32.
     """
     weight, token = _restricted(weight, token, allowed)
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -289,26 +290,23 @@ def token_log_probability_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients for hidden and weight; one that is not asked for has no elements."""
     hidden, weight, token = hidden.contiguous(), weight.contiguous(), token.contiguous()
+    dlog_probability, dentropy = dlog_probability.contiguous(), dentropy.contiguous()
     rows, tile = len(hidden), _tile(hidden)
-    block = tile["BLOCK_COLUMNS"]
-    piece = block * min(max(_GRADIENT_SIZE // (max(rows, 1) * block), 1), cdiv(len(weight), block))
+    piece = _piece(rows, len(weight), tile["BLOCK_COLUMNS"])
     gradient = hidden.new_empty(rows, piece)
     dhidden = hidden.new_zeros(hidden.shape if of_hidden else 0, dtype=_accumulator(hidden))
     dweight = torch.empty_like(weight) if of_weight else weight.new_empty(0)
-    per_row = (
-        token,
-        highest,
-        log_total,
-        entropy,
-        dlog_probability.contiguous(),
-        dentropy.contiguous(),
-    )
     for first in range(0, len(weight), piece):
         some = weight[first : first + piece]
         _gradient_kernel[_grid(rows, len(some), tile)](
             hidden,
             some,
-            *per_row,
+            token,
+            entropy,
+            highest,
+            log_total,
+            dlog_probability,
+            dentropy,
             gradient,
             rows,
             len(some),
@@ -406,6 +404,12 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def _tile(hidden: Tensor) -> dict[str, int]:
     """The recorded tile, with 128 bytes of every row at a time."""
     return {**recorded(_TILES), "BLOCK_WIDTH": 128 // hidden.element_size()}
+
+
+def _piece(rows: int, columns: int, block: int) -> int:
+    """How many columns have their gradient written at a time, in whole tiles."""
+    fitting = _GRADIENT_SIZE // (max(rows, 1) * block)
+    return block * min(max(fitting, 1), cdiv(columns, block))
 
 
 def _grid(rows: int, columns: int, tile: dict[str, int]) -> tuple[int, int, int]:
