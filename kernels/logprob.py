@@ -18,10 +18,10 @@ Backward, the logits are multiplied anew and their gradient written for some col
 most `_GRADIENT_SIZE` numbers or one tile's columns, from which the library's matrix products make
 dh and, if asked for, dW; dh is added up in fp32. They are not fused further: a sum over columns as
 wide as h does not fit in registers, so that each tile would read and write it, 2 / BLOCK_COLUMNS
-bytes for an operation, several times what an L2 cache delivers at a GPU's full speed.
+bytes for an operation: at 800 TFLOP/s and 128 columns, nearly four times an H100's 3.35 TB/s.
 
 Exponents are of base 2, one instruction each; they are differences from the largest logit, so that
-they are exact however far from zero the logits lie.
+they lose nothing however far from zero the logits lie.
 """
 
 import torch
