@@ -4,7 +4,8 @@ Shapes: M rows (tokens), N samples, D days of P tokens, U suffixes of S tokens; 
 `Model`.
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ MODELS = (
     Model("SmolLM2-1.7B", 2048, 8192, 32, 32, 64, 49152),
     Model("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128256),
 )
+SMALL = Model("small", 64, 96, 4, 2, 16, 500)
 DAYS, PREFIX, SUFFIXES, SUFFIX = 64, 150, 24, 16
 
 
@@ -63,20 +65,45 @@ class Case:
     def name(self) -> str:
         return getattr(self.op, "_name", None) or self.op.__name__
 
+    @property
+    def file(self) -> str:
+        """The name of the op's file in kernels/, and of its tests: tests/test_kernels_FILE.py."""
+        return self._module.rpartition(".")[2]
+
+    @property
+    def reference(self) -> Callable:
+        """The op in PyTorch, of the same arguments, from the same file."""
+        return getattr(sys.modules[self._module], f"{self.name.rstrip('_')}_reference")
+
+    @property
+    def _module(self) -> str:
+        # A custom op is an object of torch's; the function inside it is of the kernels' file.
+        return getattr(self.op, "_init_fn", self.op).__module__
+
+    def given(self, inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
+        """Arguments for one call, and the leaves that its gradients are for, which exist where
+        gradients are enabled: what is trained is copied, since some implementations work in place.
+        """
+        leaves = [inputs[name].detach().requires_grad_() for name in self.trained]
+        copies = {name: leaf.clone() for name, leaf in zip(self.trained, leaves, strict=True)}
+        return inputs | copies, leaves
+
     def run(self, memory: Memory) -> None:
         """Forward and backward once."""
-        inputs = self.inputs(memory)
-        trained = [inputs[name].requires_grad_() for name in self.trained]
-        outputs = self.op(**inputs)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        differentiable = [output for output in outputs if output.requires_grad]
-        if trained:
-            gradients = [torch.empty_like(output) for output in differentiable]
-            torch.autograd.grad(differentiable, trained, gradients)
+        given, leaves = self.given(self.inputs(memory))
+        outputs = [output for output in tensors(self.op(**given)) if output.requires_grad]
+        if leaves:
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
 
 
-def _norms() -> Iterator[Case]:
-    for model in MODELS:
+def tensors(outputs: Any) -> list[Tensor]:
+    """An op's one output, or those of several that are there."""
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    return [output for output in outputs if output is not None]
+
+
+def _norms(models: Sequence[Model]) -> Iterator[Case]:
+    for model in models:
 
         def inputs(memory: Memory, width: int = model.width) -> Inputs:
             rows = DAYS * SUFFIXES
@@ -89,4 +116,10 @@ def _norms() -> Iterator[Case]:
         yield Case(rms_norm, model.name, inputs, ("x",))
 
 
-CASES = (*_norms(),)
+def cases(models: Sequence[Model]) -> tuple[Case, ...]:
+    return (*_norms(models),)
+
+
+CASES = cases(MODELS)
+SMALL_CASES = cases([SMALL])
+"""For machines without a GPU, and for tools that make one slow."""

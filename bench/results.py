@@ -4,7 +4,9 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import fastflag
 from fastflag.files import write_atomic
 
-_FOLDER = Path(__file__).with_name("results")
+FOLDER = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Row:
 
 def machine() -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
+    of_gpu = {"cuda": torch.version.cuda, "triton": _triton()} if on_gpu else {}
     return {
         "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "cores": os.cpu_count(),
@@ -37,35 +40,61 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastflag": fastflag.__version__,
+        **of_gpu,
     }
 
 
 def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a script says with --json."""
-    return {"machine": machine(), "commit": _commit(), "rows": rows}
+    return {"machine": machine(), "commit": commit(), "rows": rows}
 
 
-def publish(script: str, rows: list[Row], as_json: bool) -> None:
+Key = Callable[[dict[str, Any]], tuple[str, ...]]
+
+
+def full_key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["what"], row["shape"], row["provider"], row["against"], row["note"]
+
+
+def publish(script: str, rows: list[Row], as_json: bool, key: Key = full_key) -> None:
     """Writes bench/results/DEVICE/COMMIT-SCRIPT.json, beside what other parts of the script wrote
-    there; prints a table, or the document in a line."""
+    there; prints a table, or the document in a line. A row takes the place of one of its key."""
     told = document([asdict(row) for row in rows])
-    device = "".join(c if c.isalnum() else "-" for c in told["machine"]["device"]).strip("-")
-    path = _FOLDER / device / f"{told['commit']}-{script}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    measured = {_key(row) for row in told["rows"]}
+    path = result_file(script)
+    measured = {key(row) for row in told["rows"]}
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in kept if _key(row) not in measured]
-    write_atomic(path, json.dumps(told | {"rows": kept + told["rows"]}, indent=1))
+    kept = [row for row in kept if key(row) not in measured]
+    write_document(path, told | {"rows": kept + told["rows"]})
     if as_json:
         print(json.dumps(told))
         return
-    for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:12,.1f} x {row.against}"
-        print(f"{row.what:28}{row.shape:18}{row.provider:22}{row.value:14,.4g} {row.unit:9}{ratio}")
+    print_table(rows)
 
 
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["what"], row["shape"], row["provider"], row["against"], row["note"]
+def print_table(rows: list[Row]) -> None:
+    columns = [(row.what, row.shape, row.provider) for row in rows]
+    widths = [2 + max(map(len, column)) for column in zip(*columns, strict=True)]
+    for row, texts in zip(rows, columns, strict=True):
+        names = "".join(f"{text:{width}}" for text, width in zip(texts, widths, strict=True))
+        ratio = "" if row.ratio is None else f"{row.ratio:12,.2f} x {row.against}"
+        print(f"{names}{row.value:14,.4g} {row.unit:9}{ratio}")
+
+
+def result_file(script: str) -> Path:
+    device = "".join(c if c.isalnum() else "-" for c in machine()["device"]).strip("-")
+    return FOLDER / device / f"{commit()}-{script}.json"
+
+
+def write_document(path: Path, told: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(told, indent=1))
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:
@@ -77,12 +106,18 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str:
-    """The commit that was measured; with a + where the tree differs from it."""
+def commit() -> str:
+    """The commit that was measured; with a + where the tree differs from it. FASTFLAG_COMMIT names
+    it for a copy of the tree that has no history."""
+    if given := os.environ.get("FASTFLAG_COMMIT"):
+        return given
     root = Path(__file__).parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
     dirty = git("status", "--porcelain", "--untracked-files=no")

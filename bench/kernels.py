@@ -1,0 +1,279 @@
+"""Each fused op beside its baselines: times, memory and the share of what the device could do.
+
+    python -m bench.kernels [--json] [--op NAME ...] [--provider NAME ...] [--rounds 50]
+
+Every op of bench.cases at the shapes of three models, by every provider that is there
+(bench/providers.py), forward alone and forward with backward. Providers take turns, round by round;
+a row has the median, the 20th and the 80th percentile, the memory that was allocated at most,
+and the share of the device's measured roofline (bench/roofline.py); its ratio is to the fastest of
+the others. Nothing wrong is timed: an op is refused while its test file fails, and a provider whose
+outputs or gradients are not the reference's. Each refusal is a line on stderr, and the exit status
+is 1. On a CPU the Triton kernels are left out, since their interpreter is no measure of them, and
+shapes are small.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import clock, roofline
+from bench.cases import CASES, SMALL_CASES, Case, Inputs, Memory, tensors
+from bench.clock import Clock, Times, Work, interleaved
+from bench.providers import Absent, Function, Provider, providers
+from bench.results import Row, publish
+from bench.roofline import Cost, Roof, cost_of
+
+_ROOT = Path(__file__).resolve().parents[1]
+# |provider - reference| / |reference| of a tensor (Frobenius), by the narrowest type that takes
+# part. A product of bf16 numbers is 1e-3 to 1e-2 from the exact one, and so is the reference; fp32
+# arithmetic is far below 1e-4, and tf32 at 3e-4 would be another computation.
+_BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class KernelRow(Row):
+    """A time, in microseconds, and what it comes to."""
+
+    p20: float = 0.0
+    p80: float = 0.0
+    launch: float | None = None  # microseconds until the host was done, on a GPU
+    peak_mb: float | None = None  # allocated above the inputs, on a GPU
+    gb_per_s: float = 0.0  # of the fewest bytes
+    tflop_per_s: float | None = None  # of the fewest operations, where there is a product
+    roofline: float = 0.0  # share of what the device could do
+
+
+def row_key(row: dict) -> tuple[str, ...]:
+    """The fastest of the others, which `against` names, may be another one next time."""
+    return row["what"], row["shape"], row["provider"]
+
+
+def run_tests(file: Path) -> str:
+    """Why the results of a file of kernels are not to be trusted; empty where its tests pass."""
+    if not file.exists():
+        return f"there is no {file.name}"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(words, cwd=_ROOT, capture_output=True, text=True)
+    last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
+    return "" if done.returncode == 0 else f"{file.name} is red: {''.join(last)}"
+
+
+@cache
+def tested(name: str) -> str:
+    """`run_tests` of tests/test_kernels_NAME.py, once in a process."""
+    return run_tests(_ROOT / "tests" / f"test_kernels_{name}.py")
+
+
+class Bench:
+    """Times cases on one device. `refused` and `absent` grow with what could not be timed."""
+
+    def __init__(
+        self,
+        timer: Clock,
+        roof: Roof,
+        rounds: int,
+        seconds: float,
+        tested: Callable[[str], str],
+        offered: Callable[[Case, bool], list[Provider]] = providers,
+        wanted: tuple[str, ...] = (),
+    ):
+        """`tested` says of a file of kernels why it is refused, if it is; `wanted` names the
+        providers to be timed, all if none."""
+        self.timer, self.roof = timer, roof
+        self.rounds, self.seconds = rounds, seconds
+        self.tested, self.offered, self.wanted = tested, offered, wanted
+        self.refused: list[str] = []
+        self.absent: set[str] = set()
+
+    def rows(self, cases: Iterable[Case]) -> Iterator[KernelRow]:
+        for name, some in groupby(cases, key=lambda case: case.file):
+            if why := self.tested(name):
+                self._refuse(f"{', '.join(dict.fromkeys(case.name for case in some))}: {why}")
+                continue
+            for case in some:
+                yield from self._case(case)
+
+    def _case(self, case: Case) -> Iterator[KernelRow]:
+        torch.manual_seed(0)
+        inputs = case.inputs(Memory(self.timer.device))
+        with torch.no_grad():
+            outputs = tensors(case.reference(**case.given(inputs)[0]))
+        functions = dict(self._functions(case, inputs))
+        for backward in (False, True) if case.trained else (False,):
+            trial = Trial(case, inputs, outputs, backward)
+            right = {
+                provider.name: function
+                for provider, function in functions.values()
+                if (provider.differentiable or not backward)
+                and self._is_right(trial, provider, function)
+            }
+            works = {name: trial.maker(function) for name, function in right.items()}
+            times = interleaved(works, self.timer, self.rounds, self.seconds)
+            cost = cost_of(case, inputs, outputs, backward)
+            notes = {name: functions[name][0].note for name in times}
+            yield from rows_of(trial.what, case.shape, times, notes, cost, self.roof)
+
+    def _functions(
+        self, case: Case, inputs: Inputs
+    ) -> Iterator[tuple[str, tuple[Provider, Function]]]:
+        for provider in self.offered(case, self.timer.device == "cuda"):
+            if self.wanted and provider.name not in self.wanted:
+                continue
+            try:
+                function = provider.make(case, inputs)
+            except Absent as missing:
+                self.absent.add(str(missing))
+                continue
+            if function is not None:
+                yield provider.name, (provider, function)
+
+    def _is_right(self, trial: "Trial", provider: Provider, function: Function) -> bool:
+        try:
+            why = trial.wrong(function)
+        except Exception as error:  # a foreign library may fail in any way, and the others go on
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if why:
+            self._refuse(f"{trial.what}, {trial.case.shape}, {provider.name}: {why}")
+        return not why
+
+    def _refuse(self, line: str) -> None:
+        print(f"refused: {line}", file=sys.stderr, flush=True)
+        self.refused.append(line)
+
+
+class Trial:
+    """One pass of a case by any function of its inputs."""
+
+    def __init__(self, case: Case, inputs: Inputs, outputs: list[Tensor], backward: bool):
+        self.case, self.inputs, self.backward = case, inputs, backward
+        self.what = f"{case.name} forward" + (" + backward" if backward else "")
+        self._gradients = [torch.randn_like(output) for output in outputs] if backward else []
+
+    def maker(self, function: Function, count: int | None = None) -> Callable[[], Work]:
+        """Makes calls of `function`, each with inputs and gradients of its own, which some
+        functions overwrite. A call returns outputs (the first `count`) and then gradients."""
+
+        def make() -> Work:
+            with torch.set_grad_enabled(self.backward):
+                given, leaves = self.case.given(self.inputs)
+            gradients = [gradient.clone() for gradient in self._gradients]
+
+            def work() -> list[Tensor]:
+                with torch.set_grad_enabled(self.backward):
+                    outputs = tensors(function(**given))[:count]
+                if not self.backward:
+                    return outputs
+                pairs = zip(outputs, gradients, strict=False)  # of the first outputs, where fewer
+                asked = [(output, dy) for output, dy in pairs if output.requires_grad]
+                results, upstream = zip(*asked, strict=True)
+                return [*outputs, *torch.autograd.grad(results, leaves, upstream)]
+
+            return work
+
+        return make
+
+    def wrong(self, function: Function) -> str:
+        """What `function` computes otherwise than the reference; empty where nothing."""
+        made = self.maker(function)()()
+        count = len(made) - (len(self.case.trained) if self.backward else 0)
+        right = self.maker(self.case.reference, count)()()
+        floats = [t.dtype for t in (*self.inputs.values(), *right) if _is_float(t)]
+        bound = max(_BOUNDS[dtype] for dtype in floats)
+        names = [f"output {number}" for number in range(count)]
+        names += [f"gradient of {name}" for name in self.case.trained] if self.backward else []
+        for name, one, other in zip(names, made, right, strict=True):
+            error = relative_error(one, other)
+            if not error <= bound:  # NaN is not
+                return f"{name} is off by {error:.2g}, more than {bound:g}"
+        return ""
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def relative_error(one: Tensor, other: Tensor) -> float:
+    """|one - other| / |other|; infinite where the shapes differ."""
+    if one.shape != other.shape:
+        return float("inf")
+    one, other = one.detach().double(), other.detach().double()
+    return float((one - other).norm() / other.norm().clamp_min(1e-30))
+
+
+def rows_of(
+    what: str,
+    shape: str,
+    times: dict[str, Times],
+    notes: dict[str, str],
+    cost: Cost,
+    roof: Roof,
+) -> Iterator[KernelRow]:
+    """A row for each provider; its ratio is to the fastest of the others."""
+    for name, own in times.items():
+        others = {other: took for other, took in times.items() if other != name}
+        best = min(others, key=lambda other: others[other].percentile(50), default=None)
+        seconds = own.percentile(50)
+        on_gpu = own.peak is not None
+        yield KernelRow(
+            what,
+            shape,
+            name,
+            1e6 * seconds,
+            "us",
+            None if best is None else own.faster_than(others[best]),
+            best or "",
+            notes[name],
+            p20=1e6 * own.percentile(20),
+            p80=1e6 * own.percentile(80),
+            launch=1e6 * own.launch if on_gpu else None,
+            peak_mb=own.peak / 1e6 if on_gpu else None,
+            gb_per_s=cost.bytes / seconds / 1e9,
+            tflop_per_s=cost.operations / seconds / 1e12 if cost.operations else None,
+            roofline=roof.share(cost, seconds),
+        )
+
+
+def roof_rows(roof: Roof) -> list[Row]:
+    return [
+        Row("roofline: copy", "", "torch", roof.bandwidth / 1e9, "GB/s"),
+        Row("roofline: product", "", "torch", roof.rate / 1e12, "TFLOP/s"),
+    ]
+
+
+def cases_here() -> tuple[Case, ...]:
+    return CASES if torch.cuda.is_available() else SMALL_CASES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels")
+    names = sorted({case.name for case in CASES})
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON document")
+    parser.add_argument("--op", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--provider", nargs="+", default=[], help="these alone; see the rows")
+    parser.add_argument("--rounds", type=int, default=50, help="times that each is measured")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for a case's rounds, about")
+    chosen = parser.parse_args()
+    timer = clock.clock()
+    if timer.device == "cpu":
+        print("no GPU: Triton's kernels are left out, shapes are small", file=sys.stderr)
+    roof = roofline.measured(timer)
+    wanted = tuple(chosen.provider)
+    bench = Bench(timer, roof, chosen.rounds, chosen.seconds, tested, wanted=wanted)
+    cases = [case for case in cases_here() if case.name in chosen.op]
+    rows = [*roof_rows(roof), *bench.rows(cases)]
+    if bench.absent:
+        print(f"not here: {', '.join(sorted(bench.absent))}", file=sys.stderr)
+    publish("kernels", rows, chosen.json, row_key)
+    sys.exit(bool(bench.refused))
+
+
+if __name__ == "__main__":
+    main()
