@@ -5,14 +5,18 @@ Shapes: M rows (tokens), N samples, D days of P tokens, U suffixes of S tokens; 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastflag.kernels.rmsnorm import rms_norm
+from fastflag.kernels.logprob import token_log_probability
+from fastflag.kernels.rmsnorm import add_rms_norm, rms_norm
+from fastflag.kernels.rope import rotate_
+from fastflag.kernels.swiglu import swiglu
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Memory:
 
     device: str
     random: bool = True
+    rows: int = DAYS * SUFFIXES * SUFFIX
+    """Tokens of a batch."""
 
     def normal(
         self, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0
@@ -48,6 +54,11 @@ class Memory:
         if not self.random:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return torch.randn(shape, device=self.device).mul_(scale).to(dtype)
+
+    def below(self, limit: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Whole numbers from 0."""
+        high = limit if self.random else 1
+        return torch.randint(high, shape, device=self.device).to(dtype)
 
 
 Inputs = dict[str, Any]
@@ -102,22 +113,58 @@ def tensors(outputs: Any) -> list[Tensor]:
     return [output for output in outputs if output is not None]
 
 
-def _norms(models: Sequence[Model]) -> Iterator[Case]:
-    for model in models:
+def _rms_norm(model: Model, memory: Memory) -> Inputs:
+    return {
+        "x": memory.normal(memory.rows, model.width),
+        "weight": memory.normal(model.width),
+        "epsilon": 1e-5,
+    }
 
-        def inputs(memory: Memory, width: int = model.width) -> Inputs:
-            rows = DAYS * SUFFIXES
-            return {
-                "x": memory.normal(rows, width),
-                "weight": memory.normal(width),
-                "epsilon": 1e-5,
-            }
 
-        yield Case(rms_norm, model.name, inputs, ("x",))
+def _add_rms_norm(model: Model, memory: Memory) -> Inputs:
+    residual = memory.normal(memory.rows, model.width)
+    return _rms_norm(model, memory) | {"residual": residual}
+
+
+def _rotate(model: Model, memory: Memory) -> Inputs:
+    """Views of linear layers' outputs, as a layer's are, with the angles of each suffix."""
+    prompts, tokens, size = memory.rows // SUFFIX, SUFFIX, model.head_size
+    query, key = (
+        memory.normal(prompts, tokens, heads, size).transpose(1, 2)
+        for heads in (model.heads, model.kv_heads)
+    )
+    cos, sin = (memory.normal(prompts, 1, tokens, size // 2) for _ in range(2))
+    return {"query": query, "key": key, "cos": cos, "sin": sin}
+
+
+def _swiglu(model: Model, memory: Memory) -> Inputs:
+    gate, up = (memory.normal(memory.rows, model.inner) for _ in range(2))
+    return {"gate": gate, "up": up}
+
+
+def _token_log_probability(model: Model, memory: Memory) -> Inputs:
+    return {
+        "hidden": memory.normal(memory.rows // SUFFIX, model.width),
+        "weight": memory.normal(model.vocabulary, model.width, scale=model.width**-0.5),
+        "token": memory.below(model.vocabulary, memory.rows // SUFFIX),
+    }
+
+
+_CASES = (
+    (rms_norm, _rms_norm, ("x",)),
+    (add_rms_norm, _add_rms_norm, ("x", "residual")),
+    (rotate_, _rotate, ("query", "key")),
+    (swiglu, _swiglu, ("gate", "up")),
+    (token_log_probability, _token_log_probability, ("hidden",)),
+)
 
 
 def cases(models: Sequence[Model]) -> tuple[Case, ...]:
-    return (*_norms(models),)
+    return tuple(
+        Case(op, model.name, partial(inputs, model), trained)
+        for op, inputs, trained in _CASES
+        for model in models
+    )
 
 
 CASES = cases(MODELS)
