@@ -14,8 +14,8 @@ Backward, with dX for the gradient of X:
     s = ddivergence (log p - log q) - dentropy log p
     dz = c onehot(b) + p (s - sum(p s) - c)
 
-In PyTorch that is some 20 launches forward and 30 backward on [N, A] numbers with A as small as 3;
-here it is one and one, and backward reads what forward read and keeps nothing.
+In PyTorch that is 25 launches forward and 36 backward, on [N, A] numbers with A as small as 3; here
+it is one and one, and nothing is kept for the backward but what the forward was given.
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 @jit
 def _policy(logits_ptr, allowed_ptr, offsets, inside, real):
     """p and log p, 0 and -inf where not allowed; rows beyond the last allow everything."""
+    logits = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if allowed_ptr is None:
-        log_p = tl.load(logits_ptr + offsets, mask=inside, other=-float("inf")).to(tl.float32)
+        log_p = tl.where(real, logits, -float("inf"))
         p = tl.exp(log_p)
     else:
         allowed = real & tl.load(allowed_ptr + offsets, mask=inside, other=True)
-        logits = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         logits = tl.where(allowed, logits, -float("inf"))
         logits -= tl.max(logits, axis=1)[:, None]
         p = tl.exp(logits)
@@ -268,9 +268,8 @@ def _empty_terms(action: Tensor) -> Terms:
 
 
 def _launch(kernel, inputs: Sequence[Tensor | None], clip: float | None, *rest) -> None:
-    """256 numbers to a program, two to a lane. Samples are thousands, so that the time is a
-    launch's and one program's; with four to a lane that one has half as many instructions more,
-    and barriers in the backward."""
+    """256 numbers to a program, two to a lane. Samples are thousands, so the time is a launch's and
+    one program's: with four to a lane that has half as many instructions again, and barriers."""
     logits, _, action, *_ = inputs
     contiguous = (tensor if tensor is None else tensor.contiguous() for tensor in inputs)
     bounds = (None, None) if clip is None else (1 - clip, 1 + clip)

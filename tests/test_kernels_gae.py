@@ -44,6 +44,12 @@ def test_it_is_the_one_on_the_cpu(shape, dtype):
     assert_no_worse(ours, torchs, exact(columns, 0.95, 0.98))
 
 
+def test_the_reference_is_the_one_on_the_cpu():
+    columns = problem((5, 63), torch.float64, ends=0.2)
+    found = generalised_advantage_reference(*columns, 0.95, 0.98)
+    torch.testing.assert_close(found, exact(columns, 0.95, 0.98), rtol=1e-12, atol=1e-12)
+
+
 @given(st.data(), st.tuples(st.integers(1, 3), st.integers(1, 9)), st.floats(0, 1), st.floats(0, 1))
 def test_it_is_the_sum_over_each_episode(data, shape, gamma, gae_lambda):
     numbers = data.draw(arrays(np.float32, (3, *shape), elements=NUMBERS))
