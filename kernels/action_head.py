@@ -261,10 +261,8 @@ def action_terms_reference(
 
 
 def _empty_terms(action: Tensor) -> Terms:
-    log_probability, entropy, ratio, surrogate, divergence = (
-        torch.empty(action.shape, dtype=torch.float32, device=action.device) for _ in range(5)
-    )
-    return log_probability, entropy, ratio, surrogate, divergence
+    like = {"dtype": torch.float32, "device": action.device}
+    return tuple(torch.empty(action.shape, **like) for _ in range(5))
 
 
 def _launch(kernel, inputs: Sequence[Tensor | None], clip: float | None, *rest) -> None:
