@@ -1,4 +1,4 @@
-"""The action head's terms in Triton against the loss' own functions in fp64, term by term."""
+"""The action head's terms in Triton against each one's formula in fp64."""
 
 import math
 
@@ -16,7 +16,6 @@ from fastflag.kernels.action_head import (
     action_terms_backward,
     action_terms_reference,
 )
-from fastflag.learn.objective import clipped_surrogate, entropies, kl_divergences
 from fastflag.policy.heads import masked_log_softmax
 
 TERMS = ("log_probability", "entropy", "ratio", "surrogate", "divergence")
@@ -41,8 +40,24 @@ def problem(count, actions, dtype=torch.float32, spread=1.0):
     return logits, allowed.to(DEVICE), action.to(DEVICE), old, advantage, initial
 
 
+def clipped_surrogate(log_ratio, advantage, clip):
+    """PPO's loss (arXiv 1707.06347, eq. 7), to be minimised."""
+    ratio = log_ratio.exp()
+    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+
+
+def entropies(log_p):
+    finite = log_p.masked_fill(log_p.isinf(), 0.0)
+    return -(log_p.exp() * finite).sum(-1)
+
+
+def kl_divergences(log_p, initial):
+    difference = (log_p - initial).masked_fill(initial.isinf(), 0.0)
+    return (log_p.exp() * difference).sum(-1)
+
+
 def exact(logits, allowed, action, old, advantage, initial, clip):
-    """The terms as the loss makes them, in fp64."""
+    """The terms in fp64."""
     old, advantage, initial = old.double(), advantage.double(), initial.double()
     log_p = logits if allowed is None else masked_log_softmax(logits, allowed)
     chosen = log_p.gather(1, action[:, None])[:, 0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastflag.config import AlgorithmConfig
+from fastflag.policy import ops
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,19 @@ def loss_of(
 
     log_probabilities [N, A], -inf where not allowed; value [N]; both with gradient.
     """
-    chosen = log_probabilities.gather(1, samples.action[:, None])[:, 0]
-    advantage = whitened(samples) if config.norm_adv else samples.advantage
-    log_ratio = chosen - samples.old_log_probability
-    if config.algorithm == "ppo":
-        policy_loss = samples.mean(clipped_surrogate(log_ratio, advantage, config.clip_coef))
-    else:
-        policy_loss = -samples.mean(advantage * chosen)
+    chosen, entropy, ratio, surrogate, divergence = ops.action_terms(
+        log_probabilities,
+        None,
+        samples.action,
+        samples.old_log_probability,
+        whitened(samples) if config.norm_adv else samples.advantage,
+        samples.initial,
+        config.clip_coef if config.algorithm == "ppo" else None,
+    )
+    policy_loss, entropy, divergence = map(samples.mean, (surrogate, entropy, divergence))
     clip_value = config.clip_coef if config.algorithm == "ppo" and config.clip_vloss else None
     value_loss = samples.mean(squared_error(value, samples.target, samples.old_value, clip_value))
     value_loss = value_loss + samples.mean(0.5 * samples.target_spread / samples.weight)
-    entropy = samples.mean(entropies(log_probabilities))
-    divergence = samples.mean(kl_divergences(log_probabilities, samples.initial))
     loss = (
         policy_loss
         + config.vf_coef * value_loss
@@ -66,7 +68,7 @@ def loss_of(
         + config.kl_coef * divergence
     )
     with torch.no_grad():
-        ratio = log_ratio.exp()
+        log_ratio = chosen - samples.old_log_probability
         statistics = {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
@@ -83,12 +85,6 @@ def loss_of(
     return loss, dict(zip(statistics, numbers, strict=True))
 
 
-def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """PPO's loss (arXiv 1707.06347, eq. 7), to be minimised. [N], [N] -> [N]"""
-    ratio = log_ratio.exp()
-    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
-
-
 def squared_error(value: Tensor, target: Tensor, old_value: Tensor, clip: float | None) -> Tensor:
     """0.5 (V - target)^2; with `clip`, the larger of that and the same with V held within `clip` of
     its old value, as CleanRL has it. [N] each -> [N]"""
@@ -97,18 +93,6 @@ def squared_error(value: Tensor, target: Tensor, old_value: Tensor, clip: float 
         held = old_value + (value - old_value).clamp(-clip, clip)
         loss = torch.max(loss, (held - target).pow(2))
     return 0.5 * loss
-
-
-def entropies(log_probabilities: Tensor) -> Tensor:
-    """-sum p log p over the allowed actions, in nats. [N, A] -> [N]"""
-    finite = log_probabilities.masked_fill(log_probabilities.isinf(), 0.0)
-    return -(log_probabilities.exp() * finite).sum(-1)
-
-
-def kl_divergences(log_probabilities: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference), exact, in nats; both forbid the same actions. [N, A] each -> [N]"""
-    difference = (log_probabilities - reference).masked_fill(reference.isinf(), 0.0)
-    return (log_probabilities.exp() * difference).sum(-1)
 
 
 def whitened(samples: Samples) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from fastflag.files import InputError
-from fastflag.kernels import rmsnorm, rope
+from fastflag.kernels import action_head, rmsnorm, rope
 from fastflag.kernels import swiglu as swiglu_file
 from fastflag.policy import attention
 
 __all__ = [
     "OPS",
     "Choice",
+    "action_terms",
     "add_rms_norm",
     "causal_attention",
     "prefix_attention",
@@ -110,6 +111,7 @@ def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
 rms_norm = Op("rms_norm", rmsnorm.rms_norm_reference, rmsnorm.rms_norm)
 add_rms_norm = Op("add_rms_norm", rmsnorm.add_rms_norm_reference, rmsnorm.add_rms_norm)
 rotate = Op("rotate", rope.rotate_reference, rope.rotate_)
+action_terms = Op("action_terms", action_head.action_terms_reference, action_head.action_terms)
 swiglu = Op("swiglu", swiglu_file.swiglu_reference, swiglu_file.swiglu)
 causal_attention = Op("causal_attention", attention.causal, by="torch scaled_dot_product_attention")
 prefix_attention = Op(
@@ -118,4 +120,4 @@ prefix_attention = Op(
     by="torch scaled_dot_product_attention on CUDA, products prefix by prefix on a CPU",
 )
 
-OPS = (rms_norm, add_rms_norm, rotate, swiglu, causal_attention, prefix_attention)
+OPS = (rms_norm, add_rms_norm, rotate, swiglu, causal_attention, prefix_attention, action_terms)
