@@ -4,9 +4,27 @@ Over the flattened weight, two numbers to a byte, the earlier one in the high ni
 absmax for every 64:
 
     weight[i] = round_to_dtype(level[nibble[i]] * absmax[i // 64]), a product in fp32
+
+Nested, a byte q[b] stands for each absmax, and 256 of them share a scale:
+
+    absmax[b] = nested_code[q[b]] * nested_absmax[b // 256] + offset, two roundings
+
+Either is undone in one launch, where bitsandbytes takes one and three.
+
+The linear layer y = x weight^T decodes the weight on its way to the product: a few rows of x wait
+for the weight to be read, and 4.5 bits a number are read in place of 4.5 + 16 + 16. The weight is
+frozen; dx = dy weight dequantises it.
 """
 
-from fastflag.kernels.language import jit, tl
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
+from fastflag.kernels.tiles import recorded
 
 BLOCKSIZE = 64
 
@@ -48,3 +66,209 @@ def decode(packed, absmax, dtype: tl.constexpr):
     level = tl.gather(tl.broadcast_to(table[None, :], rows, 16), nibble, 1)
     scaled = level.reshape(rows, blocks, 64) * absmax[:, :, None]
     return scaled.reshape(rows, 64 * blocks).to(dtype)
+
+
+@jit
+def _dequantise_kernel(
+    packed_ptr,  # [ceil(size / 2)] u8
+    absmax_ptr,  # [blocks] fp32, or u8 where nested
+    nested_code_ptr,  # [256] fp32, or None
+    nested_absmax_ptr,  # [ceil(blocks / 256)] fp32, or None
+    offset_ptr,  # [1] fp32, or None
+    weight_ptr,  # [size]
+    packed_size,
+    blocks,
+    size,
+    BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    absmax = tl.load(absmax_ptr + block, mask=block < blocks, other=0)
+    if nested_code_ptr is not None:
+        scale = tl.load(nested_absmax_ptr + block // 256, mask=block < blocks, other=0.0)
+        absmax = tl.load(nested_code_ptr + absmax.to(tl.int32)) * scale + tl.load(offset_ptr)
+    byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    packed = tl.load(packed_ptr + byte, mask=byte < packed_size, other=0)
+    weight = decode(packed, absmax[:, None], weight_ptr.dtype.element_ty)
+    number = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(weight_ptr + number, weight, mask=number < size)
+
+
+@jit(do_not_specialize=["rows"])
+def _linear_kernel(
+    x_ptr,  # [M, K]
+    packed_ptr,  # [N, K / 2] u8
+    absmax_ptr,  # [N, K / 64] fp32
+    y_ptr,  # [splits, M, N]
+    rows,  # M
+    outputs,  # N
+    blocks,  # K / 64
+    steps,  # blocks to a split
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    split = tl.program_id(1)
+    m = tl.arange(0, ROWS)[None, :]
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    k = tl.arange(0, 64)[:, None]
+    half = tl.arange(0, 32)[None, :]
+    inside = n < outputs
+    # The weight's tile comes first: so written, Hopper's and Blackwell's matrix units, whose first
+    # operand has 64 rows or more, serve a few rows of x too.
+    y = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for block in range(split * steps, min((split + 1) * steps, blocks)):
+        x = tl.load(x_ptr + (m * blocks + block) * 64 + k, mask=m < rows, other=0.0)
+        at = n.to(tl.int64) * blocks + block
+        packed = tl.load(packed_ptr + at[:, None] * 32 + half, mask=inside[:, None], other=0)
+        absmax = tl.load(absmax_ptr + at, mask=inside, other=0.0)
+        y = tl.dot(decode(packed, absmax[:, None], x.dtype), x, y, input_precision="ieee")
+    at = (split * rows + m) * outputs + n[:, None]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(m < rows) & inside[:, None])
+
+
+@jit(do_not_specialize=["size"])
+def _sum_kernel(
+    part_ptr,  # [splits, size] fp32
+    total_ptr,  # [size]
+    splits,
+    size,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        total += tl.load(part_ptr + split * size + at, mask=at < size, other=0.0)
+    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=at < size)
+
+
+@torch.library.custom_op("fastflag::nf4_dequantise", mutates_args=())
+def nf4_dequantise(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested_code: Tensor | None = None,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """The weight of n numbers, of `shape` and `dtype`, bit for bit as bitsandbytes gives it.
+
+    packed u8 [ceil(n / 2)], absmax fp32 [ceil(n / 64)]. Nested: absmax u8, nested_code fp32 [256],
+    nested_absmax fp32 [ceil(n / 64 / 256)], offset fp32 [].
+    """
+    weight = packed.new_empty(shape, dtype=dtype)
+    blocks = cdiv(weight.numel(), BLOCKSIZE)
+    tile = recorded(_DEQUANTISE_TILES)
+    _dequantise_kernel[(cdiv(blocks, tile["BLOCKS"]),)](
+        packed.contiguous(),
+        absmax.contiguous(),
+        nested_code,
+        nested_absmax,
+        offset,
+        weight,
+        packed.numel(),
+        blocks,
+        weight.numel(),
+        # A fused multiply-add would round a nested absmax once, and bitsandbytes does twice.
+        enable_fp_fusion=False,
+        **tile,
+    )
+    return weight
+
+
+@nf4_dequantise.register_fake
+def _(packed, absmax, shape, dtype, nested_code=None, nested_absmax=None, offset=None) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("fastflag::nf4_linear", mutates_args=())
+def nf4_linear(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tensor:
+    """x [..., K], the weight [N, K] as packed u8 [ceil(N K / 2)] and absmax fp32
+    [ceil(N K / 64)] -> [..., N].
+
+    Fused up to 64 rows: for more, dequantising once costs less than decoding for each tile of rows
+    (bitsandbytes' own kernels stop there on an H100). Rows of the weight must be whole blocks too.
+    """
+    rows = x.contiguous().view(-1, x.shape[-1])
+    if len(rows) > 64 or x.shape[-1] % BLOCKSIZE:
+        weight = nf4_dequantise(packed, absmax, (outputs, x.shape[-1]), x.dtype)
+        return functional.linear(x, weight)
+    tile = recorded(_LINEAR_TILES)
+    blocks = rows.shape[1] // BLOCKSIZE
+    programs = cdiv(outputs, tile["OUTPUTS"])
+    steps = cdiv(blocks, _splits(programs, blocks))
+    splits = cdiv(blocks, steps)
+    y = rows.new_empty(splits, len(rows), outputs, dtype=x.dtype if splits == 1 else torch.float32)
+    _linear_kernel[(programs, splits)](
+        rows,
+        packed.contiguous(),
+        absmax.contiguous(),
+        y,
+        len(rows),
+        outputs,
+        blocks,
+        steps,
+        ROWS=max(next_power_of_2(len(rows)), 16),
+        **tile,
+    )
+    shape = (*x.shape[:-1], outputs)
+    if splits == 1:
+        return y.view(shape)
+    total = rows.new_empty(shape)
+    _sum_kernel[(cdiv(total.numel(), 1024),)](y, total, splits, total.numel(), BLOCK=1024)
+    return total
+
+
+@nf4_linear.register_fake
+def _(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, packed, absmax, _ = inputs
+    ctx.inputs = x.shape[-1]
+    ctx.save_for_backward(packed, absmax)
+
+
+def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    weight = nf4_dequantise(*ctx.saved_tensors, (dy.shape[-1], ctx.inputs), dy.dtype)
+    return dy @ weight, None, None, None
+
+
+nf4_linear.register_autograd(_differentiate, setup_context=_save)
+
+
+def nf4_dequantise_reference(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested_code: Tensor | None = None,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """The same in PyTorch."""
+    if nested_code is not None:
+        scale = nested_absmax.repeat_interleave(256)[: absmax.numel()]
+        absmax = nested_code.index_select(0, absmax.int()) * scale + offset
+    nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1)
+    levels = torch.tensor(LEVELS.value, device=packed.device).index_select(
+        0, nibbles.flatten().int()
+    )
+    size = math.prod(shape)
+    scaled = levels[:size] * absmax.repeat_interleave(BLOCKSIZE)[:size]
+    return scaled.to(dtype).view(shape)
+
+
+def nf4_linear_reference(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tensor:
+    """The same in PyTorch: the weight rounded to x's type, then the library's product."""
+    shape = (outputs, x.shape[-1])
+    return functional.linear(x, nf4_dequantise_reference(packed, absmax, shape, x.dtype))
+
+
+def _splits(programs: int, blocks: int) -> int:
+    """How many programs share a row of the weight, for some 256 in all where each has 16 blocks."""
+    return max(1, min(256 // programs, blocks // 16))
+
+
+_DEQUANTISE_TILES = {80: {"BLOCKS": 64, "num_warps": 4}}
+_LINEAR_TILES = {80: {"OUTPUTS": 64, "num_warps": 4, "num_stages": 4}}
