@@ -60,10 +60,10 @@ def decode(packed, absmax, dtype: tl.constexpr):
     table = tl.zeros((16,), tl.float32)
     for i in tl.static_range(16):
         table = tl.where(index == i, LEVELS[i], table)
+    table = tl.broadcast_to(table[None, :], rows, 16)
     byte = packed.to(tl.int32)
-    nibble = tl.join(byte >> 4, byte & 15).reshape(rows, 64 * blocks)
     # One shuffle between lanes a number, where a tree of selects takes ten instructions.
-    level = tl.gather(tl.broadcast_to(table[None, :], rows, 16), nibble, 1)
+    level = tl.join(tl.gather(table, byte >> 4, 1), tl.gather(table, byte & 15, 1))
     scaled = level.reshape(rows, blocks, 64) * absmax[:, :, None]
     return scaled.reshape(rows, 64 * blocks).to(dtype)
 
