@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastflag.policy import ops
 from fastflag.policy.quant import NF4Weight
 
 
@@ -24,7 +25,7 @@ class FrozenLinear(nn.Module):
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
         """Inside, the matrix lies ready in `dtype`; else each forward makes it anew."""
         before = self._matrix
-        self._matrix = self._in(dtype) if before is None else before
+        self._matrix = self._in(dtype)
         try:
             yield
         finally:
@@ -35,10 +36,23 @@ class FrozenLinear(nn.Module):
         return tuple(self.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        matrix = self._in(x.dtype) if self._matrix is None else self._matrix
-        return functional.linear(x, matrix, self.bias)
+        stored = self.weight
+        if self._matrix is None and isinstance(stored, NF4Weight):
+            y = ops.nf4_linear(x, stored.packed, stored.absmax, stored.shape[0])
+            return y if self.bias is None else y + self.bias
+        return functional.linear(x, self._in(x.dtype), self.bias)
+
+    def adapted(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """forward(x) + scale (x a^T) b^T, with a [R, I] and b [O, R]."""
+        stored = self.weight
+        packed = self._matrix is None and isinstance(stored, NF4Weight)
+        weight, absmax = (stored.packed, stored.absmax) if packed else (self._in(x.dtype), None)
+        y = ops.lora_linear(x, weight, absmax, a, b, scale)
+        return y if self.bias is None else y + self.bias
 
     def _in(self, dtype: torch.dtype) -> Tensor:
+        if self._matrix is not None:
+            return self._matrix
         stored = self.weight
         return stored.dequantise(dtype) if isinstance(stored, NF4Weight) else stored.to(dtype)
 
@@ -93,5 +107,4 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = functional.linear(x, self.lora_a.to(x.dtype))
-        return self.base(x) + functional.linear(low, self.scale * self.lora_b.to(x.dtype))
+        return self.base.adapted(x, self.lora_a, self.lora_b, self.scale)

@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
+from fastflag.policy.bnb import BLOCKSIZE
 from fastflag.policy.heads import ACTIONS, MLP_WIDTH, SIDES
 from fastflag.policy.llama import LINEARS
 from fastflag.policy.model_config import ModelConfig
-from fastflag.policy.quant import BLOCKSIZE
 from fastflag.policy.weights import layer_shapes
 
 _FP32 = 4

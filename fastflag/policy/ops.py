@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastflag.files import InputError
-from fastflag.kernels import action_head, rmsnorm, rope
+from fastflag.kernels import action_head, nf4, rmsnorm, rope
 from fastflag.kernels import swiglu as swiglu_file
-from fastflag.policy import attention
+from fastflag.policy import attention, bnb
 
 __all__ = [
     "OPS",
@@ -25,6 +26,9 @@ __all__ = [
     "action_terms",
     "add_rms_norm",
     "causal_attention",
+    "lora_linear",
+    "nf4_dequantise",
+    "nf4_linear",
     "prefix_attention",
     "rms_norm",
     "rotate",
@@ -108,6 +112,23 @@ def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
     return form(query, *arguments)
 
 
+def _nf4_linear(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tensor:
+    weight = nf4_dequantise(packed, absmax, (outputs, x.shape[-1]), x.dtype)
+    return functional.linear(x, weight)
+
+
+def _lora_linear(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    if absmax is not None:
+        weight = nf4_dequantise(weight, absmax, (len(b), x.shape[-1]), x.dtype)
+    low = functional.linear(x, a.to(x.dtype))
+    return functional.linear(x, weight) + functional.linear(low, scale * b.to(x.dtype))
+
+
+nf4_dequantise = Op("nf4_dequantise", bnb.dequantise_nf4, nf4.nf4_dequantise, by="bitsandbytes")
+nf4_linear = Op("nf4_linear", _nf4_linear, nf4.nf4_linear, by="nf4_dequantise, torch's product")
+lora_linear = Op("lora_linear", _lora_linear, by="torch, product by product")
 rms_norm = Op("rms_norm", rmsnorm.rms_norm_reference, rmsnorm.rms_norm)
 add_rms_norm = Op("add_rms_norm", rmsnorm.add_rms_norm_reference, rmsnorm.add_rms_norm)
 rotate = Op("rotate", rope.rotate_reference, rope.rotate_)
@@ -120,4 +141,26 @@ prefix_attention = Op(
     by="torch scaled_dot_product_attention on CUDA, products prefix by prefix on a CPU",
 )
 
-OPS = (rms_norm, add_rms_norm, rotate, swiglu, causal_attention, prefix_attention, action_terms)
+OPS = (
+    nf4_dequantise,
+    nf4_linear,
+    lora_linear,
+    rms_norm,
+    add_rms_norm,
+    rotate,
+    swiglu,
+    causal_attention,
+    prefix_attention,
+    action_terms,
+)
+    nf4_dequantise,
+    nf4_linear,
+    lora_linear,
+    rms_norm,
+    add_rms_norm,
+    rotate,
+    swiglu,
+    causal_attention,
+    prefix_attention,
+    action_terms,
+)
