@@ -153,14 +153,3 @@ OPS = (
     prefix_attention,
     action_terms,
 )
-    nf4_dequantise,
-    nf4_linear,
-    lora_linear,
-    rms_norm,
-    add_rms_norm,
-    rotate,
-    swiglu,
-    causal_attention,
-    prefix_attention,
-    action_terms,
-)
