@@ -188,7 +188,7 @@ def nf4_linear(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tenso
     Fused for up to 64 rows of 16 bits, where the weight's rows are whole blocks. For more rows,
     dequantising once costs less than decoding for each tile of them (bitsandbytes' own kernels
     stop there on an H100). The product of fp32 numbers is the library's, for on sm_100 Triton
-    3.7.1 makes it in tf32, though asked for "ieee".
+    3.7.1 takes decoded operands in tf32, though asked for "ieee".
     """
     rows = x.contiguous().view(-1, x.shape[-1])
     if len(rows) > 64 or x.element_size() > 2 or x.shape[-1] % BLOCKSIZE:
@@ -253,11 +253,10 @@ def nf4_dequantise_reference(
         scale = nested_absmax.repeat_interleave(256)[: absmax.numel()]
         absmax = nested_code.index_select(0, absmax.int()) * scale + offset
     nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1)
-    levels = torch.tensor(LEVELS.value, device=packed.device).index_select(
-        0, nibbles.flatten().int()
-    )
+    levels = torch.tensor(LEVELS.value, device=packed.device)
     size = math.prod(shape)
-    scaled = levels[:size] * absmax.repeat_interleave(BLOCKSIZE)[:size]
+    level = levels.index_select(0, nibbles.flatten()[:size].int())
+    scaled = level * absmax.repeat_interleave(BLOCKSIZE)[:size]
     return scaled.to(dtype).view(shape)
 
 
