@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastflag.kernels.action_head import action_terms
+from fastflag.kernels.gae import generalised_advantage
 from fastflag.kernels.logprob import token_log_probability
+from fastflag.kernels.nf4 import nf4_dequantise, nf4_linear
 from fastflag.kernels.rmsnorm import add_rms_norm, rms_norm
 from fastflag.kernels.rope import rotate_
 from fastflag.kernels.swiglu import swiglu
@@ -142,6 +145,60 @@ def _swiglu(model: Model, memory: Memory) -> Inputs:
     return {"gate": gate, "up": up}
 
 
+def _nf4(model: Model, memory: Memory) -> Inputs:
+    """The MLP's gate, which is the largest kind of matrix."""
+    numbers = model.inner * model.width
+    return {
+        "packed": memory.below(256, numbers // 2, dtype=torch.uint8),
+        "absmax": memory.normal(numbers // 64, dtype=torch.float32).abs(),
+    }
+
+
+def _nf4_dequantise(model: Model, memory: Memory) -> Inputs:
+    shape = [model.inner, model.width]
+    return _nf4(model, memory) | {"shape": shape, "dtype": torch.bfloat16}
+
+
+def _nf4_dequantise_nested(model: Model, memory: Memory) -> Inputs:
+    blocks = model.inner * model.width // 64
+    return _nf4_dequantise(model, memory) | {
+        "absmax": memory.below(256, blocks, dtype=torch.uint8),
+        "nested_code": memory.normal(256, dtype=torch.float32),
+        "nested_absmax": memory.normal(-(-blocks // 256), dtype=torch.float32),
+        "offset": memory.normal(dtype=torch.float32),
+    }
+
+
+def _nf4_linear(rows: int, model: Model, memory: Memory) -> Inputs:
+    x = memory.normal(rows, model.width)
+    return _nf4(model, memory) | {"x": x, "outputs": model.inner}
+
+
+def _action_terms(memory: Memory) -> Inputs:
+    """Log-probabilities of three actions, of as many samples as there are prompts."""
+    count, like = memory.rows // SUFFIX, {"dtype": torch.float32}
+    logits, initial = (memory.normal(count, 3, **like).log_softmax(-1) for _ in range(2))
+    old, advantage = (memory.normal(count, **like) for _ in range(2))
+    return {
+        "logits": logits,
+        "allowed": None,
+        "action": memory.below(3, count),
+        "old_log_probability": old,
+        "advantage": advantage,
+        "initial": initial,
+        "clip": 0.2,
+    }
+
+
+def _generalised_advantage(memory: Memory) -> Inputs:
+    """4,096 environments of 63 steps."""
+    shape, like = (4096, 63), {"dtype": torch.float32}
+    names = ("reward", "value", "next_value")
+    ends = {name: memory.below(50, *shape) == 1 for name in ("terminated", "truncated")}
+    numbers = {name: memory.normal(*shape, **like) for name in names}
+    return numbers | ends | {"gamma": 0.99, "gae_lambda": 0.95}
+
+
 def _token_log_probability(model: Model, memory: Memory) -> Inputs:
     return {
         "hidden": memory.normal(memory.rows // SUFFIX, model.width),
@@ -150,21 +207,30 @@ def _token_log_probability(model: Model, memory: Memory) -> Inputs:
     }
 
 
-_CASES = (
-    (rms_norm, _rms_norm, ("x",)),
-    (add_rms_norm, _add_rms_norm, ("x", "residual")),
-    (rotate_, _rotate, ("query", "key")),
-    (swiglu, _swiglu, ("gate", "up")),
-    (token_log_probability, _token_log_probability, ("hidden",)),
+# An op, what is special about its inputs, how they are made, and which of them get a gradient.
+_OF_A_MODEL = (
+    (nf4_dequantise, "", _nf4_dequantise, ()),
+    (nf4_dequantise, ", nested", _nf4_dequantise_nested, ()),
+    *((nf4_linear, f", {n} rows", partial(_nf4_linear, n), ("x",)) for n in (1, 17, 64)),
+    (rms_norm, "", _rms_norm, ("x",)),
+    (add_rms_norm, "", _add_rms_norm, ("x", "residual")),
+    (rotate_, "", _rotate, ("query", "key")),
+    (swiglu, "", _swiglu, ("gate", "up")),
+    (token_log_probability, "", _token_log_probability, ("hidden",)),
+)
+_OF_NO_MODEL = (
+    (action_terms, "3 actions", _action_terms, ("logits",)),
+    (generalised_advantage, "4,096 x 63", _generalised_advantage, ()),
 )
 
 
 def cases(models: Sequence[Model]) -> tuple[Case, ...]:
-    return tuple(
-        Case(op, model.name, partial(inputs, model), trained)
-        for op, inputs, trained in _CASES
+    of_models = (
+        Case(op, model.name + detail, partial(inputs, model), trained)
+        for op, detail, inputs, trained in _OF_A_MODEL
         for model in models
     )
+    return *of_models, *(Case(*case) for case in _OF_NO_MODEL)
 
 
 CASES = cases(MODELS)
