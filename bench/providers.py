@@ -164,7 +164,7 @@ def _(inputs: Inputs) -> Function | None:
     state = _state(absmax=inputs["absmax"], shape=[len(b), x.shape[-1]], dtype=x.dtype)
 
     def linear(x: Tensor, weight: Tensor, absmax: Tensor, a: Tensor, b: Tensor, scale: float):
-        return _adapted(multiply(x, weight.view(-1, 1), state), x, a, b, scale)
+        return adapted(multiply(x, weight.view(-1, 1), state), x, a, b, scale)
 
     return linear
 
@@ -175,12 +175,12 @@ def _(inputs: Inputs) -> Function | None:
         return None
 
     def linear(x: Tensor, weight: Tensor, absmax: None, a: Tensor, b: Tensor, scale: float):
-        return _adapted(functional.linear(x, weight), x, a, b, scale)
+        return adapted(functional.linear(x, weight), x, a, b, scale)
 
     return linear
 
 
-def _adapted(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def adapted(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The formula of peft/tuners/lora/layer.py, Linear.forward, in x's type as under autocast."""
     low = functional.linear(x, a.to(x.dtype))
     return base + functional.linear(low, b.to(x.dtype)) * scale

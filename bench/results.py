@@ -81,8 +81,11 @@ def print_table(rows: list[Row]) -> None:
 
 
 def result_file(script: str) -> Path:
+    """Where a script keeps what it measured on this device; FASTFLAG_BENCH_RESULTS names another
+    folder than bench/results."""
+    folder = Path(os.environ.get("FASTFLAG_BENCH_RESULTS", FOLDER))
     device = "".join(c if c.isalnum() else "-" for c in machine()["device"]).strip("-")
-    return FOLDER / device / f"{commit()}-{script}.json"
+    return folder / device / f"{commit()}-{script}.json"
 
 
 def write_document(path: Path, told: dict[str, Any]) -> None:

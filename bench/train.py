@@ -8,10 +8,15 @@ step, at the fastest of several batch sizes; the other one keeps each day's pref
 own cache during the rollout, and trains on full prompts. Neither is charged for the reference
 prompts that centre the features, though FastFLAG is. Of more environments than one a baseline is
 measured on a part, scaled by environment step, and its row says so.
+
+FASTFLAG_BENCH_MODEL and FASTFLAG_BENCH_DATA name another model and other bars of the same days, for
+a machine without the demo's (bench/standin.py makes both).
 """
 
 import argparse
 import dataclasses
+import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -48,7 +53,7 @@ _DAYS = 63
 def configuration(envs: int, dtype: str = "bf16", account: str = "stepped") -> TrainConfig:
     """64 days of AAPL in prompts of about 150 + 14 tokens; one environment lives 40 of them, which
     is the paper's setting. Exact accounts are told in the paper's layout."""
-    demo = PRESETS["demo"]
+    demo = given(PRESETS["demo"])
     steps = 40 if envs == 1 else _DAYS
     layout = "default" if account == "stepped" else "paper"
     return dataclasses.replace(
@@ -57,6 +62,20 @@ def configuration(envs: int, dtype: str = "bf16", account: str = "stepped") -> T
         policy=dataclasses.replace(demo.policy, dtype=dtype),
         simulator=dataclasses.replace(demo.simulator, horizon=steps),
         rollout=dataclasses.replace(demo.rollout, num_envs=envs, num_steps=steps),
+    )
+
+
+def given(config: TrainConfig) -> TrainConfig:
+    """The configuration with the environment's model and bars, and a trunk that this machine can
+    store: NF4 is quantised by bitsandbytes."""
+    policy, data = config.policy, config.data
+    stored = policy.trunk_weights if importlib.util.find_spec("bitsandbytes") else "bf16"
+    model = os.environ.get("FASTFLAG_BENCH_MODEL", policy.model)
+    bars = os.environ.get("FASTFLAG_BENCH_DATA", data.data)
+    return dataclasses.replace(
+        config,
+        policy=dataclasses.replace(policy, model=model, trunk_weights=stored),
+        data=dataclasses.replace(data, data=bars),
     )
 
 
@@ -84,16 +103,19 @@ class Trainer:
         table, batches = self.collect(dataclasses.replace(self.config, algorithm=algorithm))
         return table, estimate(table, batches, algorithm, self.phase)
 
-    def update(self) -> None:
+    def update(self) -> dict[str, float]:
         table, batches = self.collect(self.config)
         lesson = estimate(table, batches, self.config.algorithm, self.phase)
         with self.phase("update"):
-            update(self.policy, self.optimizer, table, lesson, self.config.algorithm, 0)
+            return update(self.policy, self.optimizer, table, lesson, self.config.algorithm, 0)
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Until the device is done, too."""
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -106,7 +128,7 @@ class Baseline:
         self.algorithm = trainer.config.algorithm
         self.prompts = lesson.prompts
         # They come day by day: a part of them is of one day, whose prefix the cache holds.
-        self.rows, self.samples = lesson.rows.numpy(), lesson.samples
+        self.rows, self.samples = lesson.rows.cpu().numpy(), lesson.samples
         self.statistics = dataclasses.replace(
             table.statistics,
             mean=table.statistics.mean.detach(),
@@ -221,7 +243,7 @@ def gradient_rows(dtype: str) -> list[Row]:
     algorithm: AlgorithmConfig = trainer.config.algorithm
     trainer.policy.zero_grad()
     loss_of(*_gather(table, lesson.rows), lesson.samples, algorithm)[0].backward()
-    given = lesson.prompts, lesson.rows.numpy(), lesson.samples, algorithm
+    given = lesson.prompts, lesson.rows.cpu().numpy(), lesson.samples, algorithm
     exact = PlainPolicy(trainer.policy, trainer.weights, torch.float64).gradient(*given)
     made = {
         "fastflag": {name: p.grad for name, p in trainer.policy.named_parameters()},
@@ -247,7 +269,7 @@ def ablation_rows(rounds: int) -> list[Row]:
     _, lesson = trainer.every_step()
     trainer.update()
     policy, prompts = trainer.policy, lesson.prompts
-    every = np.concatenate([prompts.reference, lesson.rows.numpy()])
+    every = np.concatenate([prompts.reference, lesson.rows.cpu().numpy()])
     variants: dict[str, tuple[Policy, PromptSet, Callable[..., Table]]] = {
         "fastflag": (policy, prompts, Policy.evaluate),
         "without sharing prefixes": (policy, _unshared(prompts), Policy.evaluate),
