@@ -6,7 +6,7 @@ Shapes: M rows (tokens), N samples, D days of P tokens, U suffixes of S tokens; 
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastflag.kernels.action_head import action_terms
 from fastflag.kernels.gae import generalised_advantage
 from fastflag.kernels.logprob import token_log_probability
+from fastflag.kernels.lora import lora_linear
 from fastflag.kernels.nf4 import nf4_dequantise, nf4_linear
 from fastflag.kernels.rmsnorm import add_rms_norm, rms_norm
 from fastflag.kernels.rope import rotate_
@@ -174,6 +175,29 @@ def _nf4_linear(rows: int, model: Model, memory: Memory) -> Inputs:
     return _nf4(model, memory) | {"x": x, "outputs": model.inner}
 
 
+def _lora_linear(model: Model, memory: Memory) -> Inputs:
+    """The MLP's gate with an adapter of rank 16; scale 2."""
+    return {
+        "x": memory.normal(memory.rows, model.width),
+        "weight": memory.normal(model.inner, model.width, scale=model.width**-0.5),
+        "absmax": None,
+        "a": memory.normal(16, model.width, dtype=torch.float32, scale=model.width**-0.5),
+        "b": memory.normal(model.inner, 16, dtype=torch.float32),
+        "scale": 2.0,
+    }
+
+
+def _lora_linear_nf4(model: Model, memory: Memory) -> Inputs:
+    stored = _nf4(model, memory)
+    weight = {"weight": stored["packed"], "absmax": stored["absmax"]}
+    return _lora_linear(model, memory) | weight
+
+
+def _few(inputs: Callable[[Model, Memory], Inputs], model: Model, memory: Memory) -> Inputs:
+    """As in a rollout."""
+    return inputs(model, replace(memory, rows=64))
+
+
 def _action_terms(memory: Memory) -> Inputs:
     """Log-probabilities of three actions, of as many samples as there are prompts."""
     count, like = memory.rows // SUFFIX, {"dtype": torch.float32}
@@ -212,6 +236,10 @@ _OF_A_MODEL = (
     (nf4_dequantise, "", _nf4_dequantise, ()),
     (nf4_dequantise, ", nested", _nf4_dequantise_nested, ()),
     *((nf4_linear, f", {n} rows", partial(_nf4_linear, n), ("x",)) for n in (1, 17, 64)),
+    (lora_linear, "", _lora_linear, ("x", "a", "b")),
+    (lora_linear, ", NF4", _lora_linear_nf4, ("x", "a", "b")),
+    (lora_linear, ", 64 rows", partial(_few, _lora_linear), ("x", "a", "b")),
+    (lora_linear, ", NF4, 64 rows", partial(_few, _lora_linear_nf4), ("x", "a", "b")),
     (rms_norm, "", _rms_norm, ("x",)),
     (add_rms_norm, "", _add_rms_norm, ("x", "residual")),
     (rotate_, "", _rotate, ("query", "key")),

@@ -115,8 +115,8 @@ class PolicyConfig(_Checked):
     """How the frozen layers' matrices are stored."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the layers; the heads are always fp32."""
-    adaptation: Literal["lora", "full"] = "lora"
-    """How the top layers are trained."""
+    adaptation: Literal["lora", "qlora", "full"] = "lora"
+    """How the top layers are trained: by adapters, by adapters over matrices in NF4, or in full."""
     lora_rank: Count = 8
     """Rank of the adapters."""
     lora_alpha: Annotated[float, Range(above=0)] = 16.0

@@ -170,6 +170,33 @@ def test_nf4_trunk_is_the_forward_on_dequantised_weights(pair, dtype):
     assert 0.01 < relative(quantised, unquantised) < 1.0
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_qlora_is_lora_over_dequantised_weights(pair, dtype):
+    """Values and every gradient, bit for bit."""
+    _, weights = pair
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    tensors = {name: weights.tensor(name) for name in weights.names()}
+    for name in tensors:
+        if (".1." in name or ".2." in name) and tensors[name].dim() == 2:
+            quantised = NF4Weight.quantise(tensors[name].to(torch_dtype))
+            tensors[name] = quantised.dequantise(torch_dtype).float()
+    prompts = prompt_set(texts((20, 3), 0), texts((1, 9, 17), 1))
+    given, results = Given(weights.config, tensors), []
+    for source, adaptation in ((weights, "qlora"), (given, "lora"), (weights, "lora")):
+        config = replace(EXACT, dtype=dtype, top_layers=2, adaptation=adaptation)
+        policy = Policy(source, config, (1, 2, 3), 0)
+        randomise_heads(policy)
+        for name, parameter in policy.top.named_parameters():
+            parameter.data += 0.1 * ("lora_b" in name)
+        table = policy.evaluate(prompts)
+        (table.value.sum() + table.log_probabilities.exp()[:, 0].sum()).backward()
+        results.append((table, [parameter.grad for parameter in policy.parameters()]))
+    (ours, slopes), (plain, right), (other, _) = results
+    assert torch.equal(ours.value, plain.value)
+    assert all(torch.equal(one, two) for one, two in zip(slopes, right, strict=True))
+    assert relative(ours.value, other.value) > 1e-3
+
+
 # Training
 
 

@@ -25,6 +25,7 @@ ADAPTED = [
     {"adaptation": "lora", "lora_rank": 4, "dtype": "fp32", "trunk_weights": "bf16"},
     {"adaptation": "full", "dtype": "bf16", "trunk_weights": "fp32"},
     {"adaptation": "full", "dtype": "fp32", "trunk_weights": "nf4"},
+    {"adaptation": "qlora", "lora_rank": 4, "dtype": "bf16", "trunk_weights": "bf16"},
 ]
 LLAMA_8B = {
     "model_type": "llama",

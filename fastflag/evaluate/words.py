@@ -126,7 +126,8 @@ def training_facts(config: TrainConfig, updates: list[dict[str, Any]]) -> dict[s
     """What was trained, how, and on what."""
     policy, data, simulator = config.policy, config.data, config.simulator
     layers = f"top {policy.top_layers} layer{'' if policy.top_layers == 1 else 's'}"
-    how = f"LoRA rank {policy.lora_rank}" if policy.adaptation == "lora" else "all weights"
+    adapters = {"lora": "LoRA rank", "qlora": "QLoRA rank"}.get(policy.adaptation)
+    how = f"{adapters} {policy.lora_rank}" if adapters else "all weights"
     env_steps = updates[-1].get("env_steps") if updates else 0
     days = data.train.replace("..", " to ") or "the first 80% of days"
     return {

@@ -38,8 +38,9 @@ def parts(
     matrices = [math.prod(shape) for shape in shapes.values() if len(shape) == 2]
     norms = sum(shape[0] for name, shape in shapes.items() if name.endswith("norm.weight"))
     biases = sum(shape[0] for name, shape in shapes.items() if name.endswith("bias"))
-    # LoRA's base stays beside the adapters; matrices trained in full are their own master copies.
-    base = sum(matrices) + biases if policy.adaptation == "lora" else 0
+    # The base stays beside adapters; matrices trained in full are their own master copies.
+    full, in_nf4 = policy.adaptation == "full", policy.adaptation == "qlora"
+    base = 0 if full else _stored(matrices, "nf4" if in_nf4 else policy.dtype) + biases * dtype
     layers = policy.top_layers * _trained_in_layer(model, policy)
     heads = _head_tensors(model, policy)
     trained = _FP32 * (sum(layers) + sum(heads))
@@ -50,10 +51,11 @@ def parts(
     # Every layer holds the rotary frequencies.
     rotary = _FP32 * model.head_dim // 2
     kept, budget = policy.trunk_cache_mb * 2**20, policy.memory_budget * 2**20 or math.inf
+    frozen = _stored(matrices, policy.trunk_weights) + biases * dtype
     return {
-        "trunk": trunk * (_stored(matrices, policy) + (norms + biases) * dtype + rotary),
+        "trunk": trunk * (frozen + norms * dtype + rotary),
         "embedding": (model.vocabulary + 1) * model.width * dtype,  # and the final norm
-        "top_frozen": policy.top_layers * ((base + norms) * dtype + rotary),
+        "top_frozen": policy.top_layers * (base + norms * dtype + rotary),
         "trained": _FP32 * sum(layers),
         "heads": _FP32 * sum(heads) + beside,
         "initial": initial,
@@ -64,10 +66,10 @@ def parts(
     }
 
 
-def _stored(matrices: list[int], policy: PolicyConfig) -> int:
+def _stored(matrices: list[int], weights: str) -> int:
     """A frozen layer's matrices. NF4 is half a byte a number, and an fp32 scale a block."""
-    if policy.trunk_weights != "nf4":
-        return sum(matrices) * _BYTES[policy.trunk_weights]
+    if weights != "nf4":
+        return sum(matrices) * _BYTES[weights]
     return sum(-(-n // 2) + _FP32 * -(-n // BLOCKSIZE) for n in matrices)
 
 

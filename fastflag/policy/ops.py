@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastflag.files import InputError
-from fastflag.kernels import action_head, nf4, rmsnorm, rope
+from fastflag.kernels import action_head, lora, nf4, rmsnorm, rope
 from fastflag.kernels import swiglu as swiglu_file
 from fastflag.policy import attention, bnb
 
@@ -112,23 +113,37 @@ def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
     return form(query, *arguments)
 
 
-def _nf4_linear(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tensor:
-    weight = nf4_dequantise(packed, absmax, (outputs, x.shape[-1]), x.dtype)
-    return functional.linear(x, weight)
-
-
 def _lora_linear(
     x: Tensor, weight: Tensor, absmax: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor:
-    if absmax is not None:
-        weight = nf4_dequantise(weight, absmax, (len(b), x.shape[-1]), x.dtype)
+    if absmax is None:
+        product = functional.linear(x, weight)
+    else:
+        product = _nf4_linear(x, weight, absmax, len(b))
     low = functional.linear(x, a.to(x.dtype))
-    return functional.linear(x, weight) + functional.linear(low, scale * b.to(x.dtype))
+    return product + functional.linear(low, scale * b.to(x.dtype))
+
+
+def _nf4_linear(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tensor:
+    """The backward pass dequantises anew: autograd would keep 16 bits of each number."""
+    dequantised = partial(nf4_dequantise, packed, absmax, (outputs, x.shape[-1]), x.dtype)
+    weight = dequantised()
+    storage = weight.untyped_storage().data_ptr()
+
+    def pack(kept: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        is_weight = kept.untyped_storage().data_ptr() == storage
+        return (kept.shape, kept.stride()) if is_weight else kept
+
+    def unpack(kept: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else dequantised().as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return functional.linear(x, weight)
 
 
 nf4_dequantise = Op("nf4_dequantise", bnb.dequantise_nf4, nf4.nf4_dequantise, by="bitsandbytes")
 nf4_linear = Op("nf4_linear", _nf4_linear, nf4.nf4_linear, by="nf4_dequantise, torch's product")
-lora_linear = Op("lora_linear", _lora_linear, by="torch, product by product")
+lora_linear = Op("lora_linear", _lora_linear, lora.lora_linear, by="torch, product by product")
 rms_norm = Op("rms_norm", rmsnorm.rms_norm_reference, rmsnorm.rms_norm)
 add_rms_norm = Op("add_rms_norm", rmsnorm.add_rms_norm_reference, rmsnorm.add_rms_norm)
 rotate = Op("rotate", rope.rotate_reference, rope.rotate_)

@@ -463,18 +463,20 @@ class Policy(nn.Module):
         return Block(weights, index, self.dtype, self.device, make_linear)
 
     def _frozen(self, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
-        bias = None if bias is None else bias.to(self.device)
-        if self.config.trunk_weights == "nf4":
-            return FrozenLinear(NF4Weight.quantise(weight.to(self.device)), bias)
-        return FrozenLinear(weight.to(self.device, _DTYPES[self.config.trunk_weights]), bias)
+        return self._stored(weight, bias, self.config.trunk_weights)
+
+    def _stored(self, weight: Tensor, bias: Tensor | None, as_: str) -> FrozenLinear:
+        bias, weight = (x if x is None else x.to(self.device) for x in (bias, weight))
+        if as_ == "nf4":
+            return FrozenLinear(NF4Weight.quantise(weight), bias)
+        return FrozenLinear(weight.to(_DTYPES[as_]), bias)
 
     def _trained(self, generator: torch.Generator) -> LinearFactory:
         def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
             if self.config.adaptation == "full":
                 return TrainedLinear(weight, bias).to(self.device)
-            base = FrozenLinear(
-                weight.to(self.device), None if bias is None else bias.to(self.device)
-            )
+            qlora = self.config.adaptation == "qlora"
+            base = self._stored(weight, bias, "nf4" if qlora else self.config.dtype)
             adapter = LoRALinear(base, self.config.lora_rank, self.config.lora_alpha, generator)
             return adapter.to(self.device)
 
