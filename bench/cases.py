@@ -18,6 +18,7 @@ from fastflag.kernels.gae import generalised_advantage
 from fastflag.kernels.logprob import token_log_probability
 from fastflag.kernels.lora import lora_linear
 from fastflag.kernels.nf4 import nf4_dequantise, nf4_linear
+from fastflag.kernels.prefix_attention import prefix_attention
 from fastflag.kernels.rmsnorm import add_rms_norm, rms_norm
 from fastflag.kernels.rope import rotate_
 from fastflag.kernels.swiglu import swiglu
@@ -198,6 +199,31 @@ def _few(inputs: Callable[[Model, Memory], Inputs], model: Model, memory: Memory
     return inputs(model, replace(memory, rows=64))
 
 
+def _prefix_attention(last_only: bool, model: Model, memory: Memory) -> Inputs:
+    """Every token of the suffixes of all days, or the last one of each."""
+    prompts = memory.rows // SUFFIX
+    days = max(prompts // SUFFIXES, 1)
+    queries, size = 1 if last_only else SUFFIX, model.head_size
+
+    def heads(count: int, number: int, tokens: int) -> Tensor:
+        """As a linear layer's output is laid out."""
+        return memory.normal(count, tokens, number, size).transpose(1, 2)
+
+    shared = (heads(days, model.kv_heads, PREFIX) for _ in range(2))
+    own = (heads(prompts, model.kv_heads, SUFFIX) for _ in range(2))
+    first = torch.full((prompts,), SUFFIX - queries, dtype=torch.int32, device=memory.device)
+    starts = torch.linspace(0, prompts, days + 1, device=memory.device).int()
+    lengths = torch.full((days,), PREFIX, dtype=torch.int32, device=memory.device)
+    return {
+        "query": heads(prompts, model.heads, queries),
+        **dict(zip(("key", "value"), shared, strict=True)),
+        "lengths": lengths,
+        "starts": starts,
+        **dict(zip(("own_key", "own_value"), own, strict=True)),
+        "first": first,
+    }
+
+
 def _action_terms(memory: Memory) -> Inputs:
     """Log-probabilities of three actions, of as many samples as there are prompts."""
     count, like = memory.rows // SUFFIX, {"dtype": torch.float32}
@@ -231,6 +257,7 @@ def _token_log_probability(model: Model, memory: Memory) -> Inputs:
     }
 
 
+_ATTENDED = ("query", "key", "value", "own_key", "own_value")
 # An op, what is special about its inputs, how they are made, and which of them get a gradient.
 _OF_A_MODEL = (
     (nf4_dequantise, "", _nf4_dequantise, ()),
@@ -244,6 +271,8 @@ _OF_A_MODEL = (
     (add_rms_norm, "", _add_rms_norm, ("x", "residual")),
     (rotate_, "", _rotate, ("query", "key")),
     (swiglu, "", _swiglu, ("gate", "up")),
+    (prefix_attention, "", partial(_prefix_attention, False), _ATTENDED),
+    (prefix_attention, ", last token", partial(_prefix_attention, True), _ATTENDED),
     (token_log_probability, "", _token_log_probability, ("hidden",)),
 )
 _OF_NO_MODEL = (

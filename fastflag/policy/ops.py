@@ -18,8 +18,10 @@ from torch.nn import functional
 
 from fastflag.files import InputError
 from fastflag.kernels import action_head, lora, nf4, rmsnorm, rope
+from fastflag.kernels import prefix_attention as kernel_attention
 from fastflag.kernels import swiglu as swiglu_file
 from fastflag.policy import attention, bnb
+from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
 
 __all__ = [
     "OPS",
@@ -113,6 +115,20 @@ def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
     return form(query, *arguments)
 
 
+def _prefix_attention_triton(
+    query: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    first: Tensor,
+    prefixes: Prefixes,
+    layout: SuffixLayout,
+) -> Tensor:
+    lengths, starts = layout.prefix_lengths, layout.starts
+    return kernel_attention.prefix_attention(
+        query, *prefixes.block, lengths, starts, own_key, own_value, first.int()
+    )
+
+
 def _lora_linear(
     x: Tensor, weight: Tensor, absmax: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor:
@@ -153,6 +169,7 @@ causal_attention = Op("causal_attention", attention.causal, by="torch scaled_dot
 prefix_attention = Op(
     "prefix_attention",
     _prefix_attention,
+    _prefix_attention_triton,
     by="torch scaled_dot_product_attention on CUDA, products prefix by prefix on a CPU",
 )
 
