@@ -130,6 +130,8 @@ def interleaved(
         if number >= _WARM_UP + _FEWEST and time.perf_counter() > end:
             break
         for name, prepare in works.items():
-            launch = samples[name][-1].launch if samples[name] else 0.0
+            # The least: work that waits for the device waits for the spinning, too, and must not
+            # make the next one longer.
+            launch = min((sample.launch for sample in samples[name]), default=0.0)
             samples[name].append(timer.sample(prepare, launch))
     return {name: Times(tuple(some[_WARM_UP:])) for name, some in samples.items()}

@@ -111,6 +111,8 @@ def test_operations_of_products_by_hand():
     case = named("token_log_probability", "hidden")
     outputs = [torch.zeros(rows), torch.zeros(rows)]
     assert cost_of(case, head, outputs, True).operations == 2 * 2 * rows * inner * 3
+    both = named("token_log_probability", "hidden", "weight")
+    assert cost_of(both, head, outputs, True).operations == 3 * 2 * rows * inner * 3
     # hidden, three rows of the weight, token, allowed and both outputs.
     read = 4 * (rows * inner + 3 * inner) + 8 * (rows + 3)
     assert cost_of(case, head, outputs, False).bytes == read + 4 * 2 * rows
@@ -320,6 +322,30 @@ def test_what_is_wrong_is_not_timed(function, refused, capsys):
         assert timed == ["rms_norm forward"]
 
 
+class OverwritingItsGradient(torch.autograd.Function):
+    """As Liger's RMSNorm, which writes dx where dy was."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.mul_(2)
+
+
+def test_a_gradient_that_is_overwritten_is_not_the_next_ones():
+    case = replace(norm_case(), inputs=lambda memory: {"x": memory.normal(3, 5)})
+    inputs = case.inputs(Memory("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Case, "reference", property(lambda self: lambda x: 2 * x))
+        trial = Trial(case, inputs, [2 * inputs["x"]], backward=True)
+        for _ in range(2):
+            assert trial.wrong(lambda x: OverwritingItsGradient.apply(x)) == ""
+        first, second = (trial.maker(OverwritingItsGradient.apply)()()[1] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_a_part_of_the_outputs_is_compared_with_that_part():
     def two(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         return rms_norm_reference(x, weight, epsilon), 3 * x
@@ -378,6 +404,18 @@ def test_rounds_go_round_and_end():
     order.clear()
     took = interleaved({"a": work("a")}, WallClock(), 1000, 0.0)
     assert len(took["a"].samples) == 5
+
+
+def test_waiting_for_the_device_does_not_grow():
+    expected = []
+
+    class Waiting(WallClock):
+        def sample(self, prepare, launch=0.0):
+            expected.append(launch)
+            return Sample(1e-6, launch=1.0 + 2 * launch)  # the host waits until the spinning ends
+
+    interleaved({"a": lambda: None}, Waiting(), 5, 60.0)
+    assert expected == [0.0] + [1.0] * 7
 
 
 class FakeGPU:
