@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -99,11 +100,15 @@ def run_task(name: str, *words: str, limit: float, environment: dict[str, str]) 
 
 def all_parts(given: dict[str, str]) -> list[Part]:
     """`given` are environment variables for all that trains."""
-    files = kernel_files()
+    files = Counter(case.file for case in CASES)
     tests = [
         Part(f"tests {name}", 45, partial(run_test_files, [f"kernels_{name}"])) for name in files
     ]
-    times = [Part(f"kernels {name}", 75, partial(time_kernels, name)) for name in files]
+    # Most of it is torch.compile's.
+    times = [
+        Part(f"kernels {name}", 12 * count, partial(time_kernels, name))
+        for name, count in files.items()
+    ]
     return [
         Part("doctor", 15, lambda limit, _: doctor(limit)),
         *tests,
@@ -118,11 +123,6 @@ def all_parts(given: dict[str, str]) -> list[Part]:
         Part("sanitizer memcheck", 90, partial(sanitize, "memcheck")),
         Part("sanitizer racecheck", 90, partial(sanitize, "racecheck")),
     ]
-
-
-def kernel_files() -> list[str]:
-    """The files in kernels/ that have ops, in the order of bench.cases."""
-    return list(dict.fromkeys(case.file for case in CASES))
 
 
 def doctor(limit: float) -> Found:

@@ -88,7 +88,8 @@ def _none(inputs: Inputs, trained: tuple[str, ...]) -> tuple[float, float]:
 
 
 def _nf4_linear(inputs: Inputs, trained: tuple[str, ...]) -> tuple[float, float]:
-    return 2.0 * inputs["x"].numel() * inputs["outputs"], 0.0
+    product = 2.0 * inputs["x"].numel() * inputs["outputs"]
+    return product, product if trained else 0.0
 
 
 def _lora_linear(inputs: Inputs, trained: tuple[str, ...]) -> tuple[float, float]:

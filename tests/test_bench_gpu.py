@@ -172,6 +172,18 @@ def test_kernels_are_timed_only_after_their_tests(monkeypatch):
     assert asked == [("kernels", "rope", "green"), ("kernels", "rope")]
 
 
+def test_every_file_of_kernels_is_tested_before_any_is_timed():
+    names = [part.name for part in gpu.all_parts({})]
+    files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"language", "tiles"}
+    timed = [name for name in names if name.startswith("kernels ")]
+    assert {name.split()[1] for name in timed} <= files
+    for name in timed:
+        tests = names.index(name.replace("kernels ", "tests "))
+        assert tests < names.index(timed[0])
+        assert (ROOT / "tests" / f"test_kernels_{name.split()[1]}.py").exists()
+    assert len(names) == len(set(names)) and max(part.seconds for part in gpu.all_parts({})) < 480
+
+
 def test_variants_are_compared_with_the_first(monkeypatch):
     took = dict(zip(VARIANTS, (12.0, 6.0, 8.0, 3.0), strict=True))
 

@@ -111,6 +111,10 @@ def test_operations_of_products_by_hand():
     case = named("token_log_probability", "hidden")
     outputs = [torch.zeros(rows), torch.zeros(rows)]
     assert cost_of(case, head, outputs, True).operations == 2 * 2 * rows * inner * 3
+    nf4 = {"x": torch.zeros(rows, inner), "outputs": out}
+    for trained, products in (((), 1), (("x",), 2)):
+        cost = cost_of(named("nf4_linear", *trained), nf4, y, True)
+        assert cost.operations == products * 2 * rows * inner * out
     both = named("token_log_probability", "hidden", "weight")
     assert cost_of(both, head, outputs, True).operations == 3 * 2 * rows * inner * 3
     # hidden, three rows of the weight, token, allowed and both outputs.
