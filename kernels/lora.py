@@ -26,7 +26,7 @@ from fastflag.kernels.tiles import Tile, recorded
 @jit
 def _weight_tile(
     weight_ptr,  # [rows, columns], or NF4: u8 [rows * columns / 2]
-    absmax_ptr,  # None, or of NF4: [rows * columns / 64]
+    absmax_ptr,  # None, or of NF4: fp32 [rows * columns / 64]
     row,
     column,
     rows,
@@ -57,9 +57,9 @@ def _weight_tile(
 def _product_kernel(
     x_ptr,  # [M, I]; I = K, O = N forward, I = N, O = K backward
     weight_ptr,  # [N, K], or NF4: u8 [N * K / 2]
-    absmax_ptr,  # None, or of NF4: [N * K / 64]
-    low_ptr,  # [M, R]
-    up_ptr,  # [O, R], of any strides
+    absmax_ptr,  # None, or of NF4: fp32 [N * K / 64]
+    low_ptr,  # [M, R], of x's type
+    up_ptr,  # [O, R], of any strides and type
     y_ptr,  # [M, O]
     rows,
     outputs,
@@ -116,7 +116,7 @@ def _low_kernel(
     low_ptr,  # [M, R]
     b_ptr,  # [N, R]
     dlow_ptr,  # [M, R]
-    db_ptr,  # [M / BLOCK_M, N, R]: of each block of rows
+    db_ptr,  # [ceil(M / BLOCK_M), N, R] fp32, or fp64 where dy is: of each block of rows
     rows,
     outputs,
     rank,
@@ -130,7 +130,8 @@ def _low_kernel(
     block = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, RANK)[None, :]
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    inside, of_low = row < rows, (row < rows) & (r < rank)
+    inside = row < rows
+    of_low = inside & (r < rank)
     low = tl.load(low_ptr + row * rank + r, mask=of_low, other=0.0)
     dlow = tl.zeros((BLOCK_M, RANK), wide)
     for start in range(0, outputs, BLOCK_N):
@@ -249,11 +250,15 @@ def _(dy: Tensor, weight: Tensor, absmax: Tensor | None, dlow: Tensor, a: Tensor
 def _save(ctx, inputs, output) -> None:
     x, weight, absmax, a, b, ctx.scale = inputs
     low = output[1]
+    # Else each backward would fill a gradient of zeros for S.
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(low)
     ctx.save_for_backward(x, weight, absmax, a, b, low)
 
 
-def _differentiate(ctx, dy: Tensor, _) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, dy: Tensor | None, _) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
     x, weight, absmax, a, b, low = ctx.saved_tensors
     dlow, db = lora_low_gradients(dy, low, b, ctx.scale)
     dx = da = None

@@ -41,7 +41,7 @@ def by_hand(x, weight, a, b, dy) -> tuple[Tensor, ...]:
 
 
 def output_and_gradients(linear, x, weight, absmax, a, b, dy) -> tuple[Tensor, ...]:
-    trained = x, a, b = [tensor.detach().requires_grad_() for tensor in (x, a, b)]
+    trained = x, a, b = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
     y = linear(x, weight, absmax, a, b, SCALE)
     return y, *torch.autograd.grad(y, trained, dy)
 
@@ -155,6 +155,12 @@ def test_gradients_of_its_own_output():
         return lora_linear(x, weight, None, a, b, SCALE)
 
     assert torch.autograd.gradcheck(y, trained, fast_mode=True)
+
+
+def test_no_gradient_comes_by_what_is_kept_for_the_backward():
+    x, weight, a, b, _ = make((5, 65, 63), 16, torch.float32)
+    y, low = lora._lora_linear(x.requires_grad_(), weight, None, a, b, SCALE)
+    assert y.requires_grad and not low.requires_grad
 
 
 def test_they_are_well_formed_operators():
