@@ -31,8 +31,9 @@ from fastflag.policy.weights import layer_shapes
 
 _FREE = """
     _reshape_alias _unsafe_view alias as_strided chunk contiguous detach empty empty_like
-    empty_strided expand flatten lift_fresh narrow new_empty numpy_T permute reshape result_type
-    select slice split squeeze t to transpose unbind unflatten unsqueeze view
+    empty_strided expand flatten lift_fresh narrow new_empty numpy_T permute promote_types reshape
+    resize_ resolve_conj result_type select slice split squeeze t to transpose unbind unflatten
+    unsqueeze view view_as
     """
 
 
@@ -84,6 +85,7 @@ def launches(block: Block, launched: list) -> tuple[int, int]:
     for _ in range(2):  # the first time compiles, and whatever that computes is counted too
         counts.clear()
         launched.clear()
+        block.zero_grad()
         with profile() as of_forward:
             y = suffix_pass([block], x, prefixes, layout)
         counts.append(_operators(of_forward) + len(launched))
