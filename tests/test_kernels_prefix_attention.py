@@ -116,7 +116,7 @@ CASES = {
         "counts": (30, 1, 0),
         "heads": 3,
         "groups": 1,
-        "first": [number % 7 for number in range(31)],
+        "first": [number % 9 for number in range(31)],  # own keys end at 6
     },
     "one head to one": {"lengths": (63,), "counts": (11,), "heads": 2, "groups": 2, "size": 64},
     "no power of 2": {"lengths": (5, 33), "counts": (2, 3), "heads": 2, "groups": 1, "size": 80},
@@ -163,6 +163,15 @@ def test_whatever_the_counts_and_lengths(data):
     with poisoned():
         ours = results(prefix_attention, arguments, d_output)
     torch.testing.assert_close(ours, truths, rtol=0.0, atol=1e-12)
+
+
+def test_more_prefixes_than_are_searched_at_once():
+    counts = [number % 3 % 2 for number in range(300)]
+    lengths = [number % 5 for number in range(300)]
+    arguments = inputs(lengths, counts, heads=1, groups=1, size=16, own=2, dtype=torch.float64)
+    with poisoned():
+        ours = prefix_attention(*arguments)
+    torch.testing.assert_close(ours, attend(*exact(arguments)), rtol=0.0, atol=1e-12)
 
 
 def test_no_suffix_at_all():
