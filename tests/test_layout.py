@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -187,10 +186,16 @@ def test_help_answers_at_once(arguments, tmp_path):
     assert _loaded(call, ("torch", "numba", "pandas", "numpy", "pyarrow")) == "[]"
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = _processor_seconds()
         assert "usage: fastflag" in run(call, ROOT, cwd=tmp_path)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.5
+        seconds.append(_processor_seconds() - began)
+    assert min(seconds) < 0.5, seconds
+
+
+def _processor_seconds() -> float:
+    """Of the processes started so far: a busy machine makes an answer late, not longer."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 @pytest.fixture(scope="module")
