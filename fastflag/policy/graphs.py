@@ -69,7 +69,9 @@ class Graphs:
         if shapes not in self._captured:
             self._make_room()
             replayed = _OfTensors(self._evaluate, self._trained)
-            self._captured[shapes] = self._capture(replayed, tensors, allow_unused_input=True)
+            # A graph's own inputs, which later stages are copied into.
+            static = tuple(tensor.clone() for tensor in tensors)
+            self._captured[shapes] = self._capture(replayed, static, allow_unused_input=True)
         self._captured.move_to_end(shapes)
         # A replay writes over what the one before returned.
         return tuple(output.clone() for output in self._captured[shapes](*tensors))
