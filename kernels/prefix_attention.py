@@ -599,7 +599,7 @@ def _columns(query: Tensor) -> int:
 
 
 # Rows that a program keeps and keys that pass by, or the reverse, by the bytes of a head. The
-# largest that compile without spilled registers (bf16, E = 64 and 128), each warp or warpgroup with
+# largest that spill no registers in bf16, E = 64 and 128, each warp or warpgroup with
 # rows of its own: with fewer rows than columns, Ampere's products are split by columns and their
 # operands repeated in every warp. wgmma and tcgen05 take 64 rows and more.
 _NARROW = {"KEPT": 64, "PASSED": 32, "num_warps": 4, "num_stages": 2}
@@ -614,5 +614,7 @@ _TILES: Mapping[int, Mapping[int, Tile]] = {
 
 
 def _tile(query: Tensor) -> Tile:
-    tiles, size = recorded(_TILES), _columns(query) * query.element_size()
+    # fp32 has no matrix instruction here: the tiles of sm_90, made for one, spill 20 times as much.
+    tiles = recorded(_TILES) if query.element_size() == 2 else _TILES[80]
+    size = _columns(query) * query.element_size()
     return tiles[min(known for known in tiles if size <= known)]
