@@ -169,7 +169,9 @@ _LOW_TILES = {
     80: {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     90: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
-# For fp32 and fp64: exact products are no matrix instruction's, and spill sooner.
+# For fp32 and fp64, whose exact products are no matrix instruction's and spill sooner. W has to be
+# of the same type: on sm_100 Triton 3.7.1 takes operands that it casts or decodes to fp32 in tf32,
+# though asked for "ieee".
 _WIDE = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_O": 64, "num_warps": 8, "num_stages": 1}
 _WIDE_LOW = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
@@ -295,7 +297,7 @@ def _product(
     [O, R] -> [M, O]."""
     shape = (len(up), x.shape[1]) if forward else (x.shape[1], len(up))
     y = x.new_empty(len(x), len(up))
-    tile = _tile(x, absmax, shape[1])
+    tile = _tile(x, weight, absmax, shape[1])
     if tile is None:
         matrix = weight if absmax is None else nf4_dequantise(weight, absmax, shape, x.dtype)
         y.addmm_(low, up.to(x.dtype).T, beta=0, alpha=scale)
@@ -327,14 +329,15 @@ def _product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
     return (left @ right).to(dtype)
 
 
-def _tile(x: Tensor, absmax: Tensor | None, inputs: int) -> Tile | None:
+def _tile(x: Tensor, weight: Tensor, absmax: Tensor | None, inputs: int) -> Tile | None:
     """The fused product's tile; none where the library's product is to be taken, as for an NF4 W
     whose blocks cross rows."""
+    if x.itemsize > 2:
+        return _WIDE if weight.dtype == x.dtype else None
     if absmax is not None and inputs % BLOCKSIZE:
         return None
     tiles = recorded(_FLOAT_TILES if absmax is None else _NF4_TILES)
-    tile = next((tile for bound, tile in tiles.items() if len(x) <= bound), None)
-    return _WIDE if tile and x.itemsize > 2 else tile
+    return next((tile for bound, tile in tiles.items() if len(x) <= bound), None)
 
 
 def _rows(x: Tensor) -> Tensor:
