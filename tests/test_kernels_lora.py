@@ -80,6 +80,14 @@ def test_output_and_gradients(shape, rank, dtype):
     assert_right(x, weight, None, weight, a, b, dy)
 
 
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_weight_of_another_type_is_cast(dtype):
+    x, _, a, b, _ = make((30, 65, 63), 16, dtype)
+    _, weight, *_ = make((30, 65, 63), 16, torch.float32)
+    y = lora_linear(x, weight, None, a, b, SCALE)
+    assert torch.equal(y, lora_linear(x, weight.to(dtype), None, a, b, SCALE))
+
+
 @given(st.tuples(st.integers(0, 130), st.integers(1, 130), st.integers(1, 130)), st.integers(4, 64))
 def test_any_shape(shape, rank):
     x, weight, a, b, dy = make(shape, rank, torch.float32)
