@@ -284,7 +284,9 @@ class Program:
         self.config = config
 
     def start(self, name, *flags, limit=None):
-        def limits():
+        def prepare():
+            # What the shell starts in the background ignores it.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
@@ -295,7 +297,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=limits,
+            preexec_fn=prepare,
         )
 
     def run(self, name, *flags, limit=None):
