@@ -201,16 +201,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compile")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON document")
     parser.add_argument("--record", action="store_true", help="keep the table")
-    parser.add_argument("--op", nargs="*", default=[], help="these ops alone")
+    parser.add_argument("--op", nargs="+", default=[], help="these ops alone")
     parser.add_argument(
-        "--architecture", nargs="*", type=int, choices=ARCHITECTURES, default=ARCHITECTURES
+        "--architecture", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES
     )
     chosen = parser.parse_args()
+    if chosen.record and (chosen.op or set(chosen.architecture) != set(ARCHITECTURES)):
+        parser.error("--record keeps the whole table: neither --op nor --architecture")
     # Read when a kernel is defined, which is in the processes that are started from here.
     os.environ["TRITON_INTERPRET"] = "0"
     with get_context("spawn").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         work = pool.map(partial(examine, ops=chosen.op), chosen.architecture, chunksize=1)
     rows = sorted(chain.from_iterable(work), key=lambda row: row.key)
+    if not rows:
+        parser.error(f"no case of {' '.join(chosen.op)}: see bench/cases.py")
     wrong = [f"{r.kernel} ({r.case}, sm_{r.architecture}): {r.wrong}" for r in rows if r.wrong]
     if chosen.record:
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)

@@ -79,6 +79,11 @@ def run_program(
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         raise Failed(f"not done within {limit:.0f} s: {' '.join(words)}") from None
+    except BaseException:
+        # Ctrl-C: a child in a session of its own would go on, beside the next run.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     return subprocess.CompletedProcess(words, process.returncode, told, wrong)
 
 
@@ -493,6 +498,8 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
+    # As Ctrl-C: what was started is ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON document")
     parser.add_argument("--parts", nargs="+", help="those whose name begins so")
@@ -511,7 +518,7 @@ def main() -> None:
         parts = [
             part
             for part in all_parts(stand_in(Path(folder)))
-            if not chosen.parts or part.name.split()[0] in chosen.parts
+            if not chosen.parts or part.name.startswith(tuple(chosen.parts))
         ]
         left = run_parts(parts, record, 60 * chosen.minutes)
     document = record.document() | {"left": left}

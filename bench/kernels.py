@@ -248,6 +248,12 @@ def roof_rows(roof: Roof) -> list[Row]:
     ]
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a number from 1 on, not {text}")
+    return int(text)
+
+
 def cases_here() -> tuple[Case, ...]:
     return CASES if torch.cuda.is_available() else SMALL_CASES
 
@@ -258,7 +264,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON document")
     parser.add_argument("--op", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--provider", nargs="+", default=[], help="these alone; see the rows")
-    parser.add_argument("--rounds", type=int, default=50, help="times that each is measured")
+    parser.add_argument("--rounds", type=_positive, default=50, help="times that each is measured")
     parser.add_argument("--seconds", type=float, default=2.0, help="for a case's rounds, about")
     chosen = parser.parse_args()
     timer = clock.clock()

@@ -57,18 +57,19 @@ def full_key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def publish(script: str, rows: list[Row], as_json: bool, key: Key = full_key) -> None:
-    """Writes bench/results/DEVICE/COMMIT-SCRIPT.json, beside what other parts of the script wrote
-    there; prints a table, or the document in a line. A row takes the place of one of its key."""
+    """Prints a table, or the document in a line; then writes
+    bench/results/DEVICE/COMMIT-SCRIPT.json, beside what other parts of the script wrote there. A
+    row takes the place of one of its key."""
     told = document([asdict(row) for row in rows])
+    if as_json:
+        print(json.dumps(told))
+    else:
+        print_table(rows)
     path = result_file(script)
     measured = {key(row) for row in told["rows"]}
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in kept if key(row) not in measured]
     write_document(path, told | {"rows": kept + told["rows"]})
-    if as_json:
-        print(json.dumps(told))
-        return
-    print_table(rows)
 
 
 def print_table(rows: list[Row]) -> None:
@@ -83,7 +84,7 @@ def print_table(rows: list[Row]) -> None:
 def result_file(script: str) -> Path:
     """Where a script keeps what it measured on this device; FASTFLAG_BENCH_RESULTS names another
     folder than bench/results."""
-    folder = Path(os.environ.get("FASTFLAG_BENCH_RESULTS", FOLDER))
+    folder = Path(os.environ.get("FASTFLAG_BENCH_RESULTS") or FOLDER)
     device = "".join(c if c.isalnum() else "-" for c in machine()["device"]).strip("-")
     return folder / device / f"{commit()}-{script}.json"
 

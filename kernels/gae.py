@@ -22,7 +22,8 @@ from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
 @jit
 def _compose(later_decay, later_delta, decay, delta):
     """x -> delta + decay (later_delta + later_decay x)"""
-    return decay * later_decay, delta + decay * later_delta
+    # What lies behind an episode's end may be NaN.
+    return decay * later_decay, delta + tl.where(decay == 0.0, 0.0, decay * later_delta)
 
 
 @jit(do_not_specialize=["rows"])
@@ -57,7 +58,7 @@ def _scan_kernel(
         delta = reward + tl.where(terminated, 0.0, gamma * next_value) - value
         decay = tl.where(terminated | truncated, 0.0, gamma_lambda)
         decay, delta = tl.associative_scan((decay, delta), 1, _compose)
-        advantage = delta + decay * following[:, None]
+        advantage = delta + tl.where(decay == 0.0, 0.0, decay * following[:, None])
         tl.store(advantage_ptr + offsets, advantage, mask=inside)
         following = tl.sum(tl.where(place == BLOCK - 1, advantage, 0.0), axis=1)
 

@@ -8,7 +8,10 @@ from types import SimpleNamespace
 try:
     import triton.language as tl
     from triton import cdiv, jit, next_power_of_2
+
+    HAS_TRITON = True
 except ImportError:
+    HAS_TRITON = False
     # A constant keeps its value, which references read.
     tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
@@ -22,4 +25,12 @@ except ImportError:
         return -(-number // divisor)
 
 
-__all__ = ["cdiv", "jit", "next_power_of_2", "tl"]
+def check_alike(*tensors) -> None:
+    """Raises ValueError where the tensors' shapes or types differ: no kernel broadcasts."""
+    alike = {(tensor.shape, tensor.dtype) for tensor in tensors}
+    if len(alike) > 1:
+        told = ", ".join(f"{dtype} {list(shape)}" for shape, dtype in alike)
+        raise ValueError(f"tensors of one shape and type are needed, not {told}")
+
+
+__all__ = ["HAS_TRITON", "cdiv", "check_alike", "jit", "next_power_of_2", "tl"]

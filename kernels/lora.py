@@ -176,15 +176,20 @@ _WIDE = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_O": 64, "num_warps": 8, "num_stage
 _WIDE_LOW = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
+_HIGHEST_RANK = 64  # a rank of 128 takes more shared memory than an H100 has
+
+
 def lora_linear(
     x: Tensor, weight: Tensor, absmax: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor:
     """x W^T + scale (x a^T) b^T: x [..., K] -> [..., N].
 
     weight [N, K] of any float type, or NF4 as bitsandbytes packs it: u8 of two numbers each, with
-    absmax fp32 of every 64. a [R, K] and b [N, R], which are cast to x's type, 4 <= R <= 64; their
-    gradients have their own type.
+    absmax fp32 of every 64. a [R, K] and b [N, R], which are cast to x's type; their
+    gradients have their own type. Of a higher rank, which fits no kernel, the reference.
     """
+    if len(a) > _HIGHEST_RANK:
+        return lora_linear_reference(x, weight, absmax, a, b, scale)
     return _lora_linear(x, weight, absmax, a, b, scale)[0]
 
 

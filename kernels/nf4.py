@@ -161,8 +161,8 @@ def nf4_dequantise(
     _dequantise_kernel[(cdiv(blocks, tile["BLOCKS"]),)](
         packed.contiguous(),
         absmax.contiguous(),
-        nested_code,
-        nested_absmax,
+        None if nested_code is None else nested_code.contiguous(),
+        None if nested_absmax is None else nested_absmax.contiguous(),
         offset,
         weight,
         packed.numel(),

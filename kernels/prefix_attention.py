@@ -359,8 +359,10 @@ def prefix_attention(
     Prefix d has lengths[d] <= P keys (what lies behind them is never read) and the suffixes
     starts[d] .. starts[d + 1] - 1, of U = starts[D]. Query i of suffix u sees its own keys
     j <= first[u] + i: first is 0 where Q = S, and the last token's place where Q = 1. lengths [D],
-    starts [D + 1] and first [U] are int32, not negative, and stay on the device.
+    starts [D + 1] and first [U] are int32, not negative, and stay on the device. An infinite value
+    or NaN of one suffix may spread to those of its prefix.
     """
+    lengths, starts, first = (counts.contiguous() for counts in (lengths, starts, first))
     return _attention(query, key, value, lengths, starts, own_key, own_value, first)[0]
 
 

@@ -14,7 +14,7 @@ forward, whose intermediate results are mostly fp32.
 import torch
 from torch import Tensor
 
-from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
+from fastflag.kernels.language import cdiv, check_alike, jit, next_power_of_2, tl
 
 
 @jit(do_not_specialize=["rows"])
@@ -100,6 +100,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """x and residual [..., C], weight [C] of the same type -> x + residual and its norm."""
+    check_alike(x, residual)
     total, normed = _empty(x), _empty(x)
     _launch(_forward_kernel, x, residual, weight, total, normed, epsilon=epsilon)
     return total, normed

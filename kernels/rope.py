@@ -103,7 +103,14 @@ def rotate_in_place(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor)
     tensors = [query] if key is None else [query, key]
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         raise ValueError("what is rotated in place has unit stride in its last axis")
+    if query is key or any(_repeats(tensor) for tensor in tensors):
+        raise ValueError("what is rotated in place lies in memory of its own")
     _launch(tensors, tensors, cos, sin, direction=1)
+
+
+def _repeats(x: Tensor) -> bool:
+    """Whether some of it is the same memory, as an expanded axis is."""
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 @rotate_in_place.register_fake

@@ -10,7 +10,7 @@ where PyTorch writes silu(gate), and its gradient, to memory and reads them back
 import torch
 from torch import Tensor
 
-from fastflag.kernels.language import cdiv, jit, tl
+from fastflag.kernels.language import cdiv, check_alike, jit, tl
 from fastflag.kernels.tiles import recorded
 
 # 16 bytes of a 16-bit type a thread and array; nothing is reused, so no architecture wants more.
@@ -82,6 +82,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Rows may be any constant distance apart: the halves of one [..., 2F] are read where they lie.
     silu(gate) is rounded to its type before the product, as in PyTorch; the gradients once.
     """
+    check_alike(gate, up)
     y = _empty(gate)
     _launch(_forward_kernel, gate, up, y)
     return y

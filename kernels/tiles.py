@@ -10,13 +10,18 @@ from collections.abc import Mapping
 Tile = Mapping[str, int]
 
 
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which needs no GPU."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
 def architecture() -> int:
     """The current GPU's compute capability, such as 90 for sm_90; 0 in Triton's interpreter."""
     import triton
 
-    if triton.knobs.runtime.interpret:
-        return 0
-    return triton.runtime.driver.active.get_current_target().arch
+    return 0 if interpreted() else triton.runtime.driver.active.get_current_target().arch
 
 
 def recorded(tiles: Mapping[int, Tile]) -> Tile:

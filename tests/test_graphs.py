@@ -97,6 +97,27 @@ def test_stages_replayed_or_not_give_the_table_and_gradient_of_ragged_prompts(po
     assert policies[1].graphs._capture.captured == 1
 
 
+def test_days_of_equal_texts(policies):
+    """A stock that stood still is told in the same words twice."""
+    prompts = random_prompts(0)
+    first = prompts.prefixes[0]
+    prompts = replace(prompts, prefixes=(first, prompts.prefixes[1], first))
+    (right, slopes), (table, gradients) = (graded(policy, prompts) for policy in policies)
+    assert relative(table.value, right.value) < 1e-5
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert (gradient - slope).norm() <= 1e-4 * max(slope.norm(), 1e-3)
+
+
+def test_what_does_not_fit_any_more_gives_its_memory_back(policies):
+    staged = policies[1]
+    for _ in range(2):
+        staged.evaluate(random_prompts(0))
+    assert staged.graphs._captured and staged._staged
+    staged.activations = Activations(1)
+    staged.evaluate(random_prompts(0))
+    assert not staged.graphs._captured and not staged._staged
+
+
 def test_what_a_replay_returned_outlives_the_next(policies):
     staged = policies[1]
     for _ in range(2):

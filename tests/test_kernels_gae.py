@@ -85,6 +85,23 @@ def test_what_follows_a_termination_counts_for_nothing():
     assert torch.equal(generalised_advantage(reward, value, spoilt, *arguments), ours)
 
 
+# The interpreter's NumPy tells of 0 x inf, which is not taken.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("end", ["terminated", "truncated"])
+def test_a_later_episode_that_is_not_finite_leaves_earlier_ones_alone(end):
+    generator = torch.Generator().manual_seed(0)
+    reward, value, next_value = torch.randn(3, 2, 700, generator=generator)
+    ends = {name: torch.zeros(2, 700, dtype=torch.bool) for name in ("terminated", "truncated")}
+    ends[end][:, [80, 600]] = True
+    reward[0, 90], reward[1, 650] = torch.nan, torch.inf
+    columns = (reward, value, next_value, ends["terminated"], ends["truncated"])
+    columns = [column.to(DEVICE) for column in columns]
+    ours = generalised_advantage(*columns, 0.9, 0.8)
+    right = generalised_advantage_reference(*columns, 0.9, 0.8)
+    assert right[0, :81].isfinite().all() and right[1, :601].isfinite().all()
+    torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_columns_may_lie_in_memory_by_steps():
     columns = problem((63, 5))
     turned = tuple(column.T for column in columns)

@@ -189,3 +189,10 @@ def test_they_are_well_formed_operators():
         torch.library.opcheck(lora.lora_input_gradient, (dy, matrix, absmax, low, a))
         trained_x, *trained = (tensor.clone().requires_grad_() for tensor in (x, a, b))
         torch.library.opcheck(lora._lora_linear, (trained_x, matrix, absmax, *trained, SCALE))
+
+
+def test_a_rank_that_fits_no_kernel_is_the_references(monkeypatch):
+    monkeypatch.setattr(lora, "_product", None)
+    x, weight, a, b = (torch.randn(shape) for shape in ((5, 20), (12, 20), (65, 20), (12, 65)))
+    ours = lora.lora_linear(x, weight, None, a, b, 0.5)
+    torch.testing.assert_close(ours, x @ weight.T + 0.5 * x @ a.T @ b.T)

@@ -174,6 +174,13 @@ def test_strided_elements_are_refused():
     assert torch.equal(query, before)
 
 
+def test_memory_that_would_be_rotated_twice_is_refused():
+    x, angle = torch.randn(1, 2, 3, 4), torch.ones(1, 1, 3, 2)
+    for query, key in ((x.expand(2, -1, -1, -1), None), (x, x)):
+        with pytest.raises(ValueError, match="memory of its own"):
+            rotate_(query.to(DEVICE), None if key is None else query, angle, angle)
+
+
 def test_of_no_tokens():
     query = random(2, 3, 0, 8).requires_grad_()
     rotated, _ = rotate_(query, None, *angles(1, 0, 4, torch.float32))

@@ -107,3 +107,9 @@ def test_they_are_well_formed_operators():
     gate, up = (random(3, 10, seed=seed).T.requires_grad_() for seed in (1, 2))
     torch.library.opcheck(swiglu, (gate, up))
     torch.library.opcheck(swiglu_backward, (gate.detach(), up.detach(), up.detach()))
+
+
+def test_nothing_is_broadcast():
+    for other in (torch.randn(1, 8), torch.randn(3, 8).half()):
+        with pytest.raises(ValueError, match="one shape and type"):
+            swiglu(torch.randn(3, 8, device=DEVICE), other.to(DEVICE))

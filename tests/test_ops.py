@@ -1,7 +1,5 @@
 """Which implementation an op takes, and that what it says is what it does."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -46,10 +44,21 @@ def test_the_environment_decides_against_the_evidence(hopper, monkeypatch):
 
 
 def test_without_triton_there_is_pytorch(hopper, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
+    monkeypatch.setattr(ops, "HAS_TRITON", False)
     choice = ops.rms_norm.choice(GPU)
     assert (choice.implementation, choice.reason) == ("torch", "Triton is not installed")
+    monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
+    with pytest.raises(InputError, match="Triton is not installed"):
+        ops.rms_norm.choice(GPU)
+
+
+def test_kernels_are_not_asked_for_in_vain(monkeypatch):
+    monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
+    monkeypatch.setattr(ops, "interpreted", lambda: False)
+    with pytest.raises(InputError, match="there is no GPU"):
+        ops.rms_norm.choice(CPU)
+    monkeypatch.setattr(ops, "interpreted", lambda: True)
+    assert ops.rms_norm.choice(CPU).implementation == "triton"
 
 
 def test_graphs_want_evidence_too(hopper, monkeypatch):

@@ -76,6 +76,11 @@ class Graphs:
         # A replay writes over what the one before returned.
         return tuple(output.clone() for output in self._captured[shapes](*tensors))
 
+    def forget(self) -> None:
+        """Gives the graphs' memory back."""
+        self._captured.clear()
+        self._seen.clear()
+
     def _make_room(self) -> None:
         while len(self._captured) >= _KEPT:
             self._captured.popitem(last=False)

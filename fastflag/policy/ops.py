@@ -5,7 +5,6 @@ A Triton kernel is taken on GPUs where bench.gpu has shown it right and not slow
 FASTFLAG_KERNELS=torch takes none.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from fastflag.files import InputError
 from fastflag.kernels import action_head, lora, nf4, rmsnorm, rope
 from fastflag.kernels import prefix_attention as kernel_attention
 from fastflag.kernels import swiglu as swiglu_file
+from fastflag.kernels.language import HAS_TRITON
+from fastflag.kernels.tiles import interpreted
 from fastflag.policy import attention, bnb
 from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
 
@@ -88,26 +89,29 @@ def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
         raise InputError(f"{_VARIABLE} is {asked!r}, not auto, triton or torch, environment")
     if asked == "torch":
         return Choice(otherwise, f"{_VARIABLE}=torch")
-    if importlib.util.find_spec("triton") is None:
+    if asked == "triton" and not HAS_TRITON:
+        raise InputError(f"Triton is not installed, {_VARIABLE}=triton")
+    if not HAS_TRITON:
         return Choice(otherwise, "Triton is not installed")
+    if device.type != "cuda" and asked == "triton":
+        if not interpreted():
+            raise InputError(
+                f"there is no GPU; TRITON_INTERPRET=1 interprets kernels, {_VARIABLE}=triton"
+            )
+        return Choice("triton", f"{_VARIABLE}=triton, in the interpreter")
     if device.type != "cuda":
-        import triton
-
-        if asked == "triton" and triton.knobs.runtime.interpret:
-            return Choice("triton", f"{_VARIABLE}=triton, in the interpreter")
         return Choice(otherwise, "Triton's kernels are for GPUs")
     major, minor = torch.cuda.get_device_capability(device)
-    architecture = 10 * major + minor
-    evidence = _PROVEN.get(name, {}).get(architecture)
+    evidence = _PROVEN.get(name, {}).get(10 * major + minor)
     if asked == "triton":
         return Choice("triton", f"{_VARIABLE}=triton", evidence or "none")
     if evidence is None:
         return Choice(
             otherwise,
-            f"the Triton kernel is not measured on sm_{architecture}: `python -m bench.gpu` does "
+            f"the Triton kernel is not measured on sm_{major}{minor}: `python -m bench.gpu` does "
             f"it, {_VARIABLE}=triton takes it all the same",
         )
-    return Choice("triton", f"right and not slower on sm_{architecture}", evidence)
+    return Choice("triton", f"right and not slower on sm_{major}{minor}", evidence)
 
 
 def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:

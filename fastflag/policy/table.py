@@ -162,6 +162,8 @@ class Policy(nn.Module):
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
         self.activations = Activations(config.memory_budget * 2**20)
+        for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
+            choose(self.device)  # refuses an environment that asks for what there is not
         self.graphs = self._graphs() if self.device.type == "cuda" else None
         self._staged: tuple[bytes, Stage] | None = None
         self._resident: ExitStack | None = None
@@ -208,8 +210,11 @@ class Policy(nn.Module):
         InputError for a prompt that the model can't read.
         """
         whole = days is None and statistics is None and torch.is_grad_enabled()
-        if self.graphs and whole and self._keeps(prompts):
-            return self._staged_table(prompts)
+        if self.graphs and whole:
+            if self._keeps(prompts):
+                return self._staged_table(prompts)
+            self._staged = None
+            self.graphs.forget()
         features = self._features(prompts, days or self.read(prompts.prefixes))
         if statistics is None:
             statistics = Statistics.of(features, reference_of(prompts, self.device))
@@ -269,7 +274,10 @@ class Policy(nn.Module):
         content = content_of(prompts)
         if self._staged is None or self._staged[0] != content:
             self._check_lengths(prompts)
-            prefixes = self._prefix_states({_digest(text): text for text in prompts.prefixes})
+            # Days of equal texts have equal states: a stock that stood still.
+            tokens = {_digest(text): text for text in prompts.prefixes}
+            states = dict(zip(tokens, self._prefix_states(tokens), strict=True))
+            prefixes = [states[_digest(text)] for text in prompts.prefixes]
             stage = Stage.of(prompts, prefixes, self._suffix_states(prompts))
             self._staged = content, stage
         stage, count = self._staged[1], len(prompts.pairs)
