@@ -176,14 +176,14 @@ def _nf4_linear(rows: int, model: Model, memory: Memory) -> Inputs:
     return _nf4(model, memory) | {"x": x, "outputs": model.inner}
 
 
-def _lora_linear(model: Model, memory: Memory) -> Inputs:
-    """The MLP's gate with an adapter of rank 16; scale 2."""
+def _lora_linear(model: Model, memory: Memory, rank: int = 16) -> Inputs:
+    """The MLP's gate with an adapter; scale 2."""
     return {
         "x": memory.normal(memory.rows, model.width),
         "weight": memory.normal(model.inner, model.width, scale=model.width**-0.5),
         "absmax": None,
-        "a": memory.normal(16, model.width, dtype=torch.float32, scale=model.width**-0.5),
-        "b": memory.normal(model.inner, 16, dtype=torch.float32),
+        "a": memory.normal(rank, model.width, dtype=torch.float32, scale=model.width**-0.5),
+        "b": memory.normal(model.inner, rank, dtype=torch.float32),
         "scale": 2.0,
     }
 
@@ -267,6 +267,7 @@ _OF_A_MODEL = (
     (lora_linear, ", NF4", _lora_linear_nf4, ("x", "a", "b")),
     (lora_linear, ", 64 rows", partial(_few, _lora_linear), ("x", "a", "b")),
     (lora_linear, ", NF4, 64 rows", partial(_few, _lora_linear_nf4), ("x", "a", "b")),
+    (lora_linear, ", rank 64", partial(_lora_linear, rank=64), ("x", "a", "b")),
     (rms_norm, "", _rms_norm, ("x",)),
     (add_rms_norm, "", _add_rms_norm, ("x", "residual")),
     (rotate_, "", _rotate, ("query", "key")),
