@@ -183,9 +183,9 @@ def recorded() -> tuple[str, dict[tuple[str, str, int], Compiled]]:
     return kept["triton"], {row.key: row for row in rows}
 
 
-def regressions(rows: list[Compiled]) -> list[str]:
-    """A line for each kernel that is worse than recorded, or not recorded. Only the same Triton's
-    code compares."""
+def regressions(rows: list[Compiled], whole: bool) -> list[str]:
+    """A line for each kernel that is worse than recorded, or not recorded; of the `whole` table
+    also for those that are compiled no more. Only the same Triton's code compares."""
     by, kept = recorded()
     if by != version("triton"):
         return []
@@ -194,7 +194,8 @@ def regressions(rows: list[Compiled]) -> list[str]:
         what = row.worse_than(kept[row.key]) if row.key in kept else "not recorded, use --record"
         if what:
             told.append(f"{row.kernel} ({row.case}, sm_{row.architecture}): {what}")
-    return told
+    gone = kept.keys() - {row.key for row in rows} if whole else ()
+    return told + [f"{name} ({case}, sm_{at}): not compiled" for name, case, at in sorted(gone)]
 
 
 def main() -> None:
@@ -206,7 +207,8 @@ def main() -> None:
         "--architecture", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES
     )
     chosen = parser.parse_args()
-    if chosen.record and (chosen.op or set(chosen.architecture) != set(ARCHITECTURES)):
+    whole = not chosen.op and set(chosen.architecture) == set(ARCHITECTURES)
+    if chosen.record and not whole:
         parser.error("--record keeps the whole table: neither --op nor --architecture")
     # Read when a kernel is defined, which is in the processes that are started from here.
     os.environ["TRITON_INTERPRET"] = "0"
@@ -220,7 +222,7 @@ def main() -> None:
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
         write_atomic(TABLE, f'{{"triton": "{version("triton")}", "rows": [\n{lines}\n]}}\n')
     else:
-        wrong += regressions(rows)
+        wrong += regressions(rows, whole)
     if chosen.json:
         print(json.dumps(document([_as_row(row) for row in rows]) | {"wrong": wrong}))
     else:

@@ -263,7 +263,7 @@ def _kernels_task(name: str, *green: str) -> Found:
 
 def _small_task() -> int:
     for case in SMALL_CASES:
-        case.run(Memory("cuda"))
+        case.run(Memory("cuda", rows=256))
     torch.cuda.synchronize()
     return len(SMALL_CASES)
 

@@ -213,8 +213,12 @@ def _(
 
 @torch.library.custom_op("fastflag::lora_low_gradients", mutates_args=())
 def lora_low_gradients(dy: Tensor, low: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The gradients for S [..., R] and for b [N, R]. The latter is summed over blocks of rows in
-    their order, so runs do not differ."""
+    """The gradients for S [..., R] and for b [N, R].
+
+    The latter is summed over blocks of 128 rows in their order, so runs do not differ: 4 N R bytes
+    for each block, written and read, where a second reading of dy would take 256 N. From rank 32 on
+    it saves nothing but a launch.
+    """
     rows, low_rows = _rows(dy), _rows(low)
     tile = _WIDE_LOW if dy.itemsize > 2 else recorded(_LOW_TILES)
     blocks = cdiv(len(rows), tile["BLOCK_M"])
@@ -339,7 +343,7 @@ def _tile(x: Tensor, weight: Tensor, absmax: Tensor | None, inputs: int) -> Tile
     whose blocks cross rows."""
     if x.itemsize > 2:
         return _WIDE if weight.dtype == x.dtype else None
-    if absmax is not None and inputs % BLOCKSIZE:
+    if absmax is not None and (inputs % BLOCKSIZE or x.itemsize > 2):
         return None
     tiles = recorded(_FLOAT_TILES if absmax is None else _NF4_TILES)
     return next((tile for bound, tile in tiles.items() if len(x) <= bound), None)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastflag.policy.ops import OPS
+from fastflag.policy import attention
+from fastflag.policy.ops import OPS, prefix_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -36,6 +37,12 @@ def poisoned() -> Iterator[None]:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, poison(getattr(owner, name)))
         yield
+
+
+def attend_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on PyTorch's attention on shared prefixes is that of a GPU."""
+    monkeypatch.setattr(prefix_attention, "_torchs", attention.padded)
+    monkeypatch.setattr(prefix_attention, "_chosen", {})
 
 
 def take_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

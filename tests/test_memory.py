@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from models import EXACT, Given, prompt_set, texts, tiny
+from precision import attend_as_on_a_gpu
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastflag.config import AlgorithmConfig, PlanConfig, PolicyConfig
 from fastflag.learn.update import make_optimizer
-from fastflag.policy import attention, memory, ops
+from fastflag.policy import memory
 from fastflag.policy.lora import FrozenLinear
 from fastflag.policy.model_config import Settings, json_config
 from fastflag.policy.quant import NF4Weight
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(ops, "prefix_attention", attention.padded)
+    attend_as_on_a_gpu(monkeypatch)
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])

@@ -5,14 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from precision import take_kernels
+from precision import attend_as_on_a_gpu, take_kernels
 from small import small_config
 from test_train import trained
 
 import fastflag.learn.rollout as rollout_module
 import fastflag.policy.table as table_module
 from fastflag.config import AlgorithmConfig
-from fastflag.policy import attention, ops
 from fastflag.policy.activations import Activations
 from fastflag.policy.table import Policy
 from fastflag.prompt.tokens import PromptSet
@@ -65,7 +64,7 @@ def recomputed(monkeypatch):
 def by_stages(monkeypatch):
     """As on a GPU, graphs not taken."""
     all_at_once(monkeypatch)
-    monkeypatch.setattr(ops, "prefix_attention", attention.padded)
+    attend_as_on_a_gpu(monkeypatch)
     start = Policy.__init__
 
     def with_graphs(self, *arguments):

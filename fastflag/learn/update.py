@@ -107,13 +107,13 @@ def update(
 
 def _explained(samples: Samples) -> float:
     columns = (samples.old_value, samples.target, samples.weight, samples.target_spread)
-    return explained_variance(*(column.double().cpu().numpy() for column in columns))
+    return explained_variance(*torch.stack([c.double() for c in columns]).cpu().numpy())
 
 
 def _evaluated(policy: Policy, prompts: PromptSet, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient: their prompts, each
-    once, and the reference are evaluated anew; on a GPU all prompts, whose blocks lie ready."""
-    if policy.graphs is not None:
+    once, and the reference are evaluated anew; or all, where their blocks lie ready on a GPU."""
+    if policy.lies_ready(prompts):
         return _gather(policy.evaluate(prompts), rows)
     distinct, place = np.unique(rows.cpu().numpy(), return_inverse=True)
     visited, places = prompts.subset(distinct)
@@ -123,8 +123,8 @@ def _evaluated(policy: Policy, prompts: PromptSet, rows: Tensor) -> tuple[Tensor
 def _gather(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient.
 
-    By index_select, whose backward adds in order. That of `tensor[rows]` adds from several threads
-    at once where there are 32,768 numbers or more, in an order that differs from run to run.
+    By index_select, whose backward adds in order on a CPU. That of `tensor[rows]` adds from several
+    threads at once where there are 32,768 numbers or more, in an order that varies from run to run.
     """
     return table.log_probabilities.index_select(0, rows), table.value.index_select(0, rows)
 

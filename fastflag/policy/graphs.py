@@ -5,8 +5,8 @@ memory and in the same shapes, so the numbers are the same. Capturing takes as l
 evaluations, so a shape is captured when it comes a second time.
 """
 
+import gc
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -19,7 +19,8 @@ from fastflag.policy.stage import Stage
 _VARIABLE = "FASTFLAG_GRAPHS"
 # {architecture: where bench.gpu has measured it, and how much faster it was}. None has been.
 _PROVEN: dict[int, str] = {}
-# Each holds the activations of an evaluation.
+# Each holds the activations of an evaluation. What has another shape is launched: capturing one in
+# the place of another, in turn, would take longer.
 _KEPT = 4
 
 
@@ -42,7 +43,7 @@ def choice(device: torch.device) -> Choice:
 
 class Graphs:
     """A function of a stage, `evaluate`, which reads the parameters of `trained`: as it is, or as a
-    graph for each set of shapes, the last few of which are kept.
+    graph for each set of shapes, of which the first few that come back are kept.
 
     What it returned holds until its shapes come again, and so does its backward pass.
     """
@@ -55,7 +56,7 @@ class Graphs:
     ):
         """`capture` is torch.cuda.make_graphed_callables, None to launch everything anew."""
         self._evaluate, self._trained, self._capture = evaluate, trained, capture
-        self._captured: OrderedDict[tuple[torch.Size, ...], nn.Module] = OrderedDict()
+        self._captured: dict[tuple[torch.Size, ...], nn.Module] = {}
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, stage: Stage) -> tuple[Tensor, ...]:
@@ -63,16 +64,15 @@ class Graphs:
             return self._evaluate(stage)
         tensors = stage.tensors()
         shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self._seen:
+        full = len(self._captured) == _KEPT
+        if shapes not in self._captured and (full or shapes not in self._seen):
             self._seen.add(shapes)
             return self._evaluate(stage)
         if shapes not in self._captured:
-            self._make_room()
             replayed = _OfTensors(self._evaluate, self._trained)
             # A graph's own inputs, which later stages are copied into.
             static = tuple(tensor.clone() for tensor in tensors)
             self._captured[shapes] = self._capture(replayed, static, allow_unused_input=True)
-        self._captured.move_to_end(shapes)
         # A replay writes over what the one before returned.
         return tuple(output.clone() for output in self._captured[shapes](*tensors))
 
@@ -80,10 +80,8 @@ class Graphs:
         """Gives the graphs' memory back."""
         self._captured.clear()
         self._seen.clear()
-
-    def _make_room(self) -> None:
-        while len(self._captured) >= _KEPT:
-            self._captured.popitem(last=False)
+        # What PyTorch captures refers to itself.
+        gc.collect()
 
 
 class _OfTensors(nn.Module):

@@ -266,20 +266,31 @@ class Policy(nn.Module):
         prefix, suffix = (max(map(len, texts)) for texts in (prompts.prefixes, prompts.suffixes))
         self.activations.restart()
         of_prefixes = memory.prefix_bytes(self.model, self.config, days, prefix, True)
-        of_suffixes = memory.suffix_bytes(self.model, self.config, rows, suffix, prefix, True)
+        fused = self._fused_suffixes()
+        of_suffixes = memory.suffix_bytes(self.model, self.config, rows, suffix, prefix, fused)
         return self.activations.keeps(rows, of_prefixes + of_suffixes)
+
+    def _fused_suffixes(self) -> bool:
+        """Whether one kernel computes the suffixes' attention. PyTorch has none with a mask for
+        query heads that share keys."""
+        kernel = ops.prefix_attention.choice(self.device).implementation == "triton"
+        alike = self.model.heads == self.model.kv_heads
+        return self.device.type == "cuda" and (kernel or alike)
+
+    def lies_ready(self, prompts: PromptSet) -> bool:
+        """Whether these are the prompts whose blocks are on the device."""
+        return self._staged is not None and self._staged[0] == content_of(prompts)
 
     def _staged_table(self, prompts: PromptSet) -> Table:
         """`evaluate` by a stage, which is kept until other prompts come."""
-        content = content_of(prompts)
-        if self._staged is None or self._staged[0] != content:
+        if not self.lies_ready(prompts):
             self._check_lengths(prompts)
             # Days of equal texts have equal states: a stock that stood still.
             tokens = {_digest(text): text for text in prompts.prefixes}
             states = dict(zip(tokens, self._prefix_states(tokens), strict=True))
             prefixes = [states[_digest(text)] for text in prompts.prefixes]
             stage = Stage.of(prompts, prefixes, self._suffix_states(prompts))
-            self._staged = content, stage
+            self._staged = content_of(prompts), stage
         stage, count = self._staged[1], len(prompts.pairs)
         log_probabilities, value, mean, deviation = self.graphs(stage)
         statistics = Statistics(mean, deviation, stage.reference.known)
@@ -292,7 +303,7 @@ class Policy(nn.Module):
         of_row = places[prompts.pairs[:, 0]]
         order = np.argsort(of_row, kind="stable")
         states = self._suffix_states(prompts)
-        fused = self.device.type == "cuda"
+        fused = self._fused_suffixes()
 
         def some(part: slice) -> Tensor:
             rows = order[part]
@@ -492,7 +503,14 @@ class Policy(nn.Module):
 
     def _graphs(self) -> Graphs:
         heads = [head for head in (self.action_head, self.value_head) if head is not None]
-        replayed = graphs.choice(self.device).implementation == "on"
+        # A budget bounds what is kept, and each graph keeps an evaluation.
+        wanted = graphs.choice(self.device).implementation == "on"
+        replayed = wanted and not self.config.memory_budget
+        if replayed:
+            # Capturing is refused while a graph of autograd's from the default stream is alive, as
+            # the first table's is when the next gradient step evaluates anew.
+            torch.cuda.synchronize(self.device)
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
         capture = torch.cuda.make_graphed_callables if replayed else None
         return Graphs(self._evaluate_stage, nn.ModuleList([*self.top, *heads]), capture)
 
