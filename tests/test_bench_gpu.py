@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +138,22 @@ def test_a_program_is_ended_with_what_it_started(tmp_path):
             return
         time.sleep(0.05)
     raise AssertionError("the child lives on")
+
+
+def test_a_program_ends_with_who_waits_for_it(tmp_path, monkeypatch):
+    """Ctrl-C reaches the one that waits; the other has a session of its own."""
+    started, wait = [], subprocess.Popen.communicate
+
+    def interrupted(self, *arguments, **options):
+        if not started:
+            started.append(self)
+            raise KeyboardInterrupt
+        return wait(self, *arguments, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_program([sys.executable, "-c", "import time; time.sleep(60)"], 30)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def _is_gone(process: int) -> bool:

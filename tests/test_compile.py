@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
-from bench.compile import Compiled
+from bench.compile import Compiled, regressions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,3 +48,23 @@ KEPT = Compiled("k", "op shape 1", 90, 4, 3, 128, 0, 65536, 1000, "wgmma", "cp.a
 )
 def test_a_change_for_the_worse_is_told(change, told):
     assert replace(KEPT, **change).worse_than(KEPT) == told
+
+
+def test_kernels_that_come_or_go_are_told(monkeypatch):
+    new, other = replace(KEPT, kernel="new"), replace(KEPT, kernel="gone")
+    kept = {row.key: row for row in (KEPT, other)}
+    monkeypatch.setattr("bench.compile.recorded", lambda: (version("triton"), kept))
+    assert regressions([KEPT, other], whole=True) == []
+    assert regressions([KEPT], whole=True) == ["gone (op shape 1, sm_90): not compiled"]
+    assert regressions([KEPT], whole=False) == []
+    assert regressions([new], whole=False) == [
+        "new (op shape 1, sm_90): not recorded, use --record"
+    ]
+    monkeypatch.setattr("bench.compile.recorded", lambda: ("another", kept))
+    assert regressions([new], whole=True) == []
+
+
+def test_a_part_of_the_table_is_not_recorded():
+    command = [sys.executable, "-m", "bench.compile", "--record", "--op", "swiglu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "keeps the whole table" in done.stderr

@@ -188,6 +188,20 @@ def test_within_a_memory_budget_nothing_is_staged(policies):
         assert (gradient - slope).norm() <= 1e-4 * max(slope.norm(), 1e-3)
 
 
+def test_a_budget_counts_what_composite_attention_keeps(policies, monkeypatch):
+    """PyTorch's attention is fused with a mask only where each query head has keys of its own."""
+    staged = policies[1]
+    assert (staged.model.heads, staged.model.kv_heads) == (4, 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(staged, "device", torch.device("cuda"))
+    assert not staged._fused_suffixes()
+    monkeypatch.setattr(staged, "model", replace(staged.model, kv_heads=4))
+    assert staged._fused_suffixes()
+    monkeypatch.setattr(staged, "model", replace(staged.model, kv_heads=2))
+    monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
+    assert staged._fused_suffixes()
+
+
 def test_graphs_are_for_gpus_and_asked_for_by_known_names(monkeypatch):
     cpu = torch.device("cpu")
     for asked in ("auto", "on", "off"):

@@ -52,6 +52,16 @@ def nesting(state):
     }
 
 
+def test_what_is_nested_may_be_strided():
+    packed, state = quantised((40, 500), torch.float32, True)
+    apart = {
+        name: torch.stack([tensor, tensor], dim=-1)[..., 0] if tensor.dim() else tensor
+        for name, tensor in nesting(state).items()
+    }
+    ours = nf4_dequantise(packed, state.absmax, (40, 500), torch.float32, **apart)
+    assert torch.equal(ours, dequantised(packed, state))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -182,6 +182,14 @@ def test_no_suffix_at_all():
     assert [float(x.abs().sum()) for x in gradients] == [0.0] * 4
 
 
+def test_counts_may_be_strided():
+    query, key, value, lengths, starts, *own, first = inputs([5, 9], [2, 3], 4, 2, 16, 4)
+    apart = [torch.stack([x, x + 100], dim=-1)[..., 0] for x in (lengths, starts, first)]
+    right = prefix_attention(query, key, value, lengths, starts, *own, first)
+    ours = prefix_attention(query, key, value, apart[0], apart[1], *own, apart[2])
+    assert torch.equal(ours, right)
+
+
 def test_layouts_are_kept_and_any_is_read():
     arguments = inputs((4, 9), (2, 3), heads=4, groups=2, size=16, own=3)
     trained = [arguments[number] for number in TRAINED]

@@ -81,4 +81,4 @@ def test_what_is_chosen_is_called(monkeypatch):
 def test_every_op_says_what_it_is():
     names = [op.name for op in ops.OPS]
     assert len(set(names)) == len(names)
-    assert all(op.name == name for name in names for op in (getattr(ops, name),))
+    assert all(getattr(ops, op.name) is op for op in ops.OPS)

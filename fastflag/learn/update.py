@@ -87,6 +87,7 @@ def update(
     history: list[dict[str, float]] = []
     for _ in range(config.update_epochs):
         for index in _minibatches(len(rows), size, generator):
+            index = index.to(rows.device)  # once, not for each column
             learn = partial(_differentiate, optimizer, samples.take(index), config)
             if history:
                 again = partial(_evaluated, policy, lesson.prompts, rows[index])

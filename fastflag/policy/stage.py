@@ -42,7 +42,7 @@ class Stage:
     def of(prompts: PromptSet, prefixes: list[Tensor], suffixes: list[Tensor]) -> "Stage":
         """prefixes, D tensors [its tokens, C], and suffixes, U tensors in the prompts' order."""
         device, count = suffixes[0].device, len(suffixes)
-        rows = _round_up(count, _PROMPTS)
+        rows = round_up(count, _PROMPTS)
         order = np.argsort(prompts.pairs[:, 0], kind="stable")
         counts = np.bincount(prompts.pairs[:, 0], minlength=len(prefixes))
         counts[-1] += rows - count
@@ -133,9 +133,9 @@ def _parts(prompts: PromptSet) -> Iterator[np.ndarray]:
 
 def _padded(block: Tensor, axis: int, multiple: int) -> Tensor:
     """Zeros after the last place of `axis`."""
-    missing = _round_up(block.shape[axis], multiple) - block.shape[axis]
+    missing = round_up(block.shape[axis], multiple) - block.shape[axis]
     return functional.pad(block, [0, 0] * (block.dim() - 1 - axis) + [0, missing])
 
 
-def _round_up(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple

@@ -42,7 +42,7 @@ from fastflag.policy.lora import (
 )
 from fastflag.policy.quant import NF4Weight
 from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
-from fastflag.policy.stage import Stage, content_of, reference_of, side_index
+from fastflag.policy.stage import Stage, content_of, reference_of, round_up, side_index
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles, cache_folder
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
@@ -383,7 +383,7 @@ class Policy(nn.Module):
         missing: dict[int, dict[int, list[int]]] = {}
         for row, (day, text) in enumerate(prompts.pairs.tolist()):
             if states[row] is None:
-                size = _round_up(len(prompts.suffixes[text]), _SUFFIX_MULTIPLE)
+                size = round_up(len(prompts.suffixes[text]), _SUFFIX_MULTIPLE)
                 missing.setdefault(day, {}).setdefault(size, []).append(row)
         for some in _chunks(list(missing), _TRUNK_DAYS):
             work = [self._day_work(prompts.prefixes[day]) for day in some]
@@ -453,7 +453,7 @@ class Policy(nn.Module):
 
     def _embed(self, texts: list[np.ndarray], multiple: int = 1) -> Tensor:
         """Token ids, padded on the right to a multiple, -> [N, T, C]."""
-        size = _round_up(max(map(len, texts)), multiple)
+        size = round_up(max(map(len, texts)), multiple)
         ids = torch.zeros(len(texts), size, dtype=torch.int64)
         for row, tokens in enumerate(texts):
             ids[row, : len(tokens)] = torch.from_numpy(tokens)
@@ -557,7 +557,3 @@ def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
 
 def _lengths(texts: Iterable[np.ndarray | Tensor], device: torch.device) -> Tensor:
     return torch.tensor([len(tokens) for tokens in texts], device=device)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
