@@ -343,7 +343,7 @@ def _tile(x: Tensor, weight: Tensor, absmax: Tensor | None, inputs: int) -> Tile
     whose blocks cross rows."""
     if x.itemsize > 2:
         return _WIDE if weight.dtype == x.dtype else None
-    if absmax is not None and (inputs % BLOCKSIZE or x.itemsize > 2):
+    if absmax is not None and inputs % BLOCKSIZE:
         return None
     tiles = recorded(_FLOAT_TILES if absmax is None else _NF4_TILES)
     return next((tile for bound, tile in tiles.items() if len(x) <= bound), None)

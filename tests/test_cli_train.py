@@ -180,6 +180,17 @@ def test_train_refuses(flags, told, config_file, refused, tmp_path, monkeypatch)
         assert told in refused("train", "--out", "run", "--config", config_file, *flags)
 
 
+@pytest.mark.parametrize("variable", ["FASTFLAG_KERNELS", "FASTFLAG_GRAPHS"])
+def test_train_refuses_an_environment_that_asks_for_what_there_is_not(
+    variable, config_file, refused, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(variable, "fast")
+    out = tmp_path / "run"
+    told = refused("train", "--config", config_file, "--out", out)
+    assert f"{variable} is 'fast'" in told
+    assert not out.exists()
+
+
 def test_train_refuses_a_symbol_that_is_not_there(config_file, refused, bars, tmp_path):
     pd.read_csv(bars).assign(symbol="ONE").to_csv(tmp_path / "one.csv", index=False)
     words = ["--config", config_file, "--data", f"csv:{tmp_path / 'one.csv'}", "--symbol", "TWO"]

@@ -133,6 +133,13 @@ def test_of_no_rows():
     assert x.grad.shape == x.shape
 
 
+def test_nothing_is_broadcast():
+    x, weight = random(3, 8), random(8)
+    for residual in (random(1, 8), random(3, 8).half()):
+        with pytest.raises(ValueError, match="one shape and type"):
+            add_rms_norm(x, residual, weight, EPSILON)
+
+
 def test_they_are_well_formed_operators():
     x = random(3, 40, 65).mT.requires_grad_()
     weight = random(40)
