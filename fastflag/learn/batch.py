@@ -5,7 +5,7 @@ Shapes: B environments, H steps, U prompts, A actions.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -84,16 +84,19 @@ class Group:
         """The same in parts of `size` environments; their accounts are views of these."""
         arrays = self.accounts.arrays()
         return [
-            Group(
-                Accounts(**{name: array[at : at + size] for name, array in arrays.items()}),
-                self.first_env + at,
-                self.first_step,
-                self.day,
-                self.restart,
-                self.last,
+            replace(
+                self,
+                accounts=Accounts(
+                    **{name: array[at : at + size] for name, array in arrays.items()}
+                ),
+                first_env=self.first_env + at,
             )
             for at in range(0, len(self.accounts), size)
         ]
+
+    def copy(self) -> "Group":
+        """The same with accounts of its own."""
+        return replace(self, accounts=self.accounts.take(np.arange(len(self.accounts))))
 
 
 def start_accounts(config: RolloutConfig, cash: float) -> list[Accounts]:
@@ -120,3 +123,9 @@ def start_groups(
         lived = schedule(days, world.simulator.horizon, world.seed, number, first, num_steps)
         groups.append(Group(some, number * len(some), first, *lived))
     return groups
+
+
+def days_of(world: World, groups: list[Group]) -> list[int]:
+    """The days that the groups see, sorted, those after their last decisions included."""
+    episodes = (episode for group in groups for episode in group.episodes(world.simulator.cash))
+    return sorted({day for lived, _ in episodes for day in lived})

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastflag.config import TrainConfig
 from fastflag.learn.batch import Batch, Branches, Group, Phase, World, start_groups
-from fastflag.learn.decision import branch
-from fastflag.learn.reference import reference_accounts
-from fastflag.learn.visited import live_day_by_day
+from fastflag.learn.day_by_day import live_day_by_day
+from fastflag.learn.speculation import reference_codes, visited_prompts
+from fastflag.learn.stepping import step_through
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.policy.table import Policy, Table
@@ -41,14 +41,17 @@ def rollout(
     """
     groups = start_groups(world, days, accounts, config.rollout.num_steps, step)
     branches = config.algorithm.estimator == "all-actions"
-    if _goes_day_by_day(policy, world, config):
+    if world.prompter.config.account == "exact":
         table, prompts, parts = live_day_by_day(policy, world, groups, branches, phase)
         with phase("evaluate"):
             initial = policy.initial_log_probabilities(prompts)
         return table, iter([_joined(prompts, initial, parts)])
     with phase("evaluate"):
-        prompts, row_of = _reachable_prompts(world, groups)
-        table = policy.evaluate(prompts)
+        if _speculates(policy, config):
+            table, prompts, row_of = visited_prompts(policy, world, groups, branches)
+        else:
+            prompts, row_of = _reachable_prompts(world, groups)
+            table = policy.evaluate(prompts)
         initial = policy.initial_log_probabilities(prompts)
     parts = _from_table(world, groups, table, row_of, branches, phase)
     if config.algorithm.one_step and _steps(config) > _PIECE_STEPS:
@@ -56,17 +59,12 @@ def rollout(
     return table, iter([_joined(prompts, initial, list(parts))])
 
 
-def _goes_day_by_day(policy: Policy, world: World, config: TrainConfig) -> bool:
-    """Whether prompts are evaluated as they are visited, and not all that can be reached at once.
+def _speculates(policy: Policy, config: TrainConfig) -> bool:
+    """Whether visited prompts are looked for, and not all that can be reached evaluated at once.
 
-    Exact accounts can't be listed. Of stepped ones 256 environments visit a third of what they
-    could reach (63 days of AAPL). On a CPU, where work costs more than calls, the update of one
-    environment takes 0.6 s in place of 1.6 s; with 64 to 256 it comes to the same, but for a cold
-    cache; with 1,024 many small calls take 3.0 s and a large one 1.9 s. A GPU takes a large one in
-    less time in any case.
+    256 environments visit a third of what they could reach (63 days of AAPL). A GPU takes one large
+    evaluation in less time than several small ones.
     """
-    if world.prompter.config.account == "exact":
-        return True
     return policy.device.type == "cpu" and _steps(config) < _MANY_STEPS
 
 
@@ -96,12 +94,10 @@ def _reachable_prompts(world: World, groups: list[Group]) -> tuple[PromptSet, np
                 reached[day] = reached.get(day, False) | row
     days = sorted(reached)
     present = np.stack([reached[day] for day in days])
-    accounts, of_day = reference_accounts(world.bars, world.simulator, days)
-    codes = simulator.account_code(world.bars, accounts, of_day)
-    reference = np.zeros_like(present)
-    reference[np.searchsorted(days, of_day), codes] = True
     row_of = np.full((len(world.bars), simulator.CODES), -1, np.int32)
-    prompts, row_of[days] = world.prompter.stepped_prompts(days, present, reference)
+    prompts, row_of[days] = world.prompter.stepped_prompts(
+        days, present, reference_codes(world, days)
+    )
     return prompts, row_of
 
 
@@ -118,37 +114,7 @@ def _from_table(
     for group in groups:
         for some in group.slices(max(_PIECE_STEPS // len(group.day), 1)):
             with phase("rollout"):
-                before = some.accounts.take(np.arange(len(some.accounts))) if branches else None
-                part = simulator.rollout(
-                    world.bars,
-                    world.simulator,
-                    some.accounts,
-                    some.day,
-                    some.restart,
-                    cdf,
-                    row_of,
-                    world.seed,
-                    some.first_env,
-                    some.first_step,
-                )
+                part = step_through(world, some, cdf, row_of, branches)
                 part["log_probability"] = table.detached[part["row"], part["action"]]
                 part["truncated"] = np.broadcast_to(some.last, part["row"].shape)
-                if before is not None:
-                    part |= _branches(world, some, before, part["action"], row_of)
             yield part
-
-
-def _branches(
-    world: World, group: Group, accounts: Accounts, action: np.ndarray, row_of: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Lives the recorded actions again, and at each step every other one."""
-    steps = []
-    for step, day in enumerate(group.day):
-        accounts.reset(np.full(len(accounts), group.restart[step]))
-        after, reward, terminated = branch(world, accounts, day)
-        codes = [simulator.account_code(world.bars, there, day + 1) for there in after]
-        steps.append((row_of[day + 1, np.stack(codes, 1)], reward, terminated))
-        simulator.step(world.bars, world.simulator, accounts, day, action[:, step])
-    names = ("branch_next_row", "branch_reward", "branch_terminated")
-    columns = zip(*steps, strict=True)
-    return {name: np.stack(column, 1) for name, column in zip(names, columns, strict=True)}

@@ -5,6 +5,7 @@ Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
 
 import hashlib
 import platform
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from fastflag.prompt.tokens import PromptSet
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Counted up when the trunk's arithmetic changes in any bit: activations kept on disk are then new.
-_ARITHMETIC = 1
+_ARITHMETIC = 2
 # Prompts of one pass through the trunk. 256 of 14 tokens over prefixes of 150 keep the attention's
 # keys and values near 100 MB a layer on SmolLM2-135M.
 _TRUNK_CHUNK = 256
@@ -103,22 +104,22 @@ class Days:
 
 
 @dataclass
-class _SuffixWork:
-    """Suffixes of one day and one padded length on their way through the trunk."""
+class _PrefixWork:
+    """One day's prefix on its way through the trunk."""
 
-    rows: list[int]
-    hidden: Tensor  # [rows, S, C]
-    layout: SuffixLayout
+    length: int
+    hidden: Tensor | None  # [1, P, C]; None where keys and values are kept
+    layers: list[Prefixes]  # of each layer passed, this one day's
 
 
 @dataclass
-class _DayWork:
-    """One day's texts on their way through the trunk."""
+class _SuffixWork:
+    """Suffixes of one padded length on their way through the trunk, those of a day together."""
 
-    length: int
-    prefix: Tensor | None  # [1, P, C]; None where keys and values are kept
-    layers: list[Prefixes]  # of each layer passed, this one day's
-    suffixes: list[_SuffixWork]
+    rows: list[int]
+    days: list[_PrefixWork]
+    hidden: Tensor  # [rows, S, C]
+    layout: SuffixLayout
 
 
 class Policy(nn.Module):
@@ -365,7 +366,7 @@ class Policy(nn.Module):
         missing = [digest for digest, kept in states.items() if kept is None]
         for some in _chunks(missing, _TRUNK_DAYS):
             work = [self._unread(prefixes[digest]) for digest in some]
-            self._run_trunk(work)
+            self._run_trunk(work, [])
             for digest, done in zip(some, work, strict=True):
                 states[digest] = self._keep(digest, done)
         return [state for (state,) in states.values()]
@@ -374,75 +375,87 @@ class Policy(nn.Module):
     def _suffix_states(self, prompts: PromptSet) -> list[Tensor]:
         """What the frozen layers make of each prompt's suffix, [S, C].
 
-        Days go one by one and suffixes by padded length, so that a text's activations have the same
-        bits whatever it is batched with: a resumed run, whose cache is cold, repeats the
-        uninterrupted one exactly.
+        Suffixes of a padded length go through the trunk together, whatever their days, in products
+        of 8 rows or more: so a text's activations have the same bits whatever it is batched with,
+        and a resumed run, whose cache is cold, repeats the uninterrupted one exactly.
         """
         keys = _keys(prompts)
         states = [self.cache.get(key) for key in keys]
-        missing: dict[int, dict[int, list[int]]] = {}
-        for row, (day, text) in enumerate(prompts.pairs.tolist()):
+        missing: dict[int, list[int]] = {}
+        for row, day in enumerate(prompts.pairs[:, 0].tolist()):
             if states[row] is None:
-                size = round_up(len(prompts.suffixes[text]), _SUFFIX_MULTIPLE)
-                missing.setdefault(day, {}).setdefault(size, []).append(row)
+                missing.setdefault(day, []).append(row)
         for some in _chunks(list(missing), _TRUNK_DAYS):
-            work = [self._day_work(prompts.prefixes[day]) for day in some]
-            for day, todo in zip(some, work, strict=True):
-                self._add_suffixes(todo, prompts, missing[day])
-            self._run_trunk(work)
-            for day, done in zip(some, work, strict=True):
-                if done.prefix is not None:
+            days = {day: self._day_work(prompts.prefixes[day]) for day in some}
+            texts = self._suffix_work(prompts, [row for day in some for row in missing[day]], days)
+            self._run_trunk(list(days.values()), texts)
+            for day, done in days.items():
+                if done.hidden is not None:
                     self._keep(_digest(prompts.prefixes[day]), done)
-                for texts in done.suffixes:
-                    lasts = texts.layout.last.tolist()
-                    for row, hidden, last in zip(texts.rows, texts.hidden, lasts, strict=True):
-                        states[row] = (hidden[: last + 1].clone(),)
-                        self.cache.put(keys[row], *states[row])
+            for done in texts:
+                lasts = done.layout.last.tolist()
+                for row, hidden, last in zip(done.rows, done.hidden, lasts, strict=True):
+                    states[row] = (hidden[: last + 1].clone(),)
+                    self.cache.put(keys[row], *states[row])
         return [state for (state,) in states]
 
-    def _unread(self, tokens: np.ndarray) -> "_DayWork":
+    def _unread(self, tokens: np.ndarray) -> "_PrefixWork":
         """A day whose prefix is to be run."""
-        return _DayWork(len(tokens), self._embed([tokens]), [], [])
+        return _PrefixWork(len(tokens), self._embed([tokens]), [])
 
-    def _day_work(self, tokens: np.ndarray) -> "_DayWork":
+    def _day_work(self, tokens: np.ndarray) -> "_PrefixWork":
         """A day whose prefix is to be run only where its keys and values are not kept."""
         kept = self.cache.get(b"keys_values" + _digest(tokens))
         if kept is None:
             return self._unread(tokens)
         layers = [Prefixes.of_days([pair]) for pair in zip(kept[0::2], kept[1::2], strict=True)]
-        return _DayWork(len(tokens), None, layers, [])
+        return _PrefixWork(len(tokens), None, layers)
 
-    def _add_suffixes(
-        self, work: "_DayWork", prompts: PromptSet, rows_by_size: dict[int, list[int]]
-    ) -> None:
-        for size, rows in rows_by_size.items():
-            for some in _chunks(rows, _TRUNK_CHUNK):
+    def _suffix_work(
+        self, prompts: PromptSet, rows: list[int], days: dict[int, "_PrefixWork"]
+    ) -> list["_SuffixWork"]:
+        """The suffixes of `rows`, sorted by day, in parts of one padded length each."""
+        by_size: dict[int, list[int]] = {}
+        for row in rows:
+            size = round_up(len(prompts.suffixes[prompts.pairs[row, 1]]), _SUFFIX_MULTIPLE)
+            by_size.setdefault(size, []).append(row)
+        work = []
+        for size, alike in by_size.items():
+            for some in _chunks(alike, _TRUNK_CHUNK):
                 texts = [prompts.suffixes[prompts.pairs[row, 1]] for row in some]
-                lengths = _lengths(texts, self.device)
-                layout = SuffixLayout.build([len(some)], [work.length], lengths, size)
+                counts = Counter(prompts.pairs[some, 0].tolist())
+                of_days = [days[day] for day in counts]
+                layout = SuffixLayout.build(
+                    list(counts.values()),
+                    [day.length for day in of_days],
+                    _lengths(texts, self.device),
+                    size,
+                )
                 hidden = self._embed(texts, _SUFFIX_MULTIPLE)
-                work.suffixes.append(_SuffixWork(some, hidden, layout))
+                work.append(_SuffixWork(some, of_days, hidden, layout))
+        return work
 
-    def _keep(self, digest: bytes, done: "_DayWork") -> tuple[Tensor]:
+    def _keep(self, digest: bytes, done: "_PrefixWork") -> tuple[Tensor]:
         """Puts what became of a day's prefix into the cache; returns its states, ([P, C],)."""
-        states = (done.prefix[0],)
+        states = (done.hidden[0],)
         self.cache.put(b"hidden" + digest, *states)
         flat = [tensor for layer in done.layers for tensor in layer.days[0]]
         self.cache.put(b"keys_values" + digest, *flat)
         return states
 
-    def _run_trunk(self, work: list["_DayWork"]) -> None:
+    def _run_trunk(self, days: list["_PrefixWork"], texts: list["_SuffixWork"]) -> None:
         """Layer by layer over all days, so that each matrix is unpacked from NF4 once: day by day,
         unpacking took as long as the arithmetic."""
         for number, block in enumerate(self.trunk):
             with self._ready(block):
-                for day in work:
-                    if day.prefix is not None:
-                        day.prefix, [layer] = prefix_pass([block], day.prefix, [day.length])
+                for day in days:
+                    if day.hidden is not None:
+                        day.hidden, [layer] = prefix_pass([block], day.hidden, [day.length])
                         day.layers.append(layer)
-                    for texts in day.suffixes:
-                        prefix = [day.layers[number]]
-                        texts.hidden = suffix_pass([block], texts.hidden, prefix, texts.layout)
+                for some in texts:
+                    of_days = [day.layers[number] for day in some.days]
+                    prefixes = [Prefixes.of_days([layer.days[0] for layer in of_days])]
+                    some.hidden = suffix_pass([block], some.hidden, prefixes, some.layout)
 
     def _ready(self, block: Block) -> AbstractContextManager:
         """Inside, the layer's matrices lie unpacked; after it too, within `unpacked`."""
