@@ -119,16 +119,18 @@ def tensors(outputs: Any) -> list[Tensor]:
 
 
 def _rms_norm(model: Model, memory: Memory) -> Inputs:
+    """Of the residual stream, which is fp32."""
     return {
-        "x": memory.normal(memory.rows, model.width),
+        "x": memory.normal(memory.rows, model.width, dtype=torch.float32),
         "weight": memory.normal(model.width),
         "epsilon": 1e-5,
     }
 
 
 def _add_rms_norm(model: Model, memory: Memory) -> Inputs:
-    residual = memory.normal(memory.rows, model.width)
-    return _rms_norm(model, memory) | {"residual": residual}
+    branch = memory.normal(memory.rows, model.width)
+    stream = _rms_norm(model, memory)
+    return stream | {"x": branch, "residual": stream["x"]}
 
 
 def _rotate(model: Model, memory: Memory) -> Inputs:

@@ -77,7 +77,7 @@ def launches(block: Block, launched: list) -> tuple[int, int]:
     """Of one day's suffixes through the layer: (forward, backward). `launched` is the list to which
     every launch of Triton's adds."""
     model = MODELS[0]
-    x = torch.randn(SUFFIXES, SUFFIX, model.width, dtype=torch.bfloat16).requires_grad_()
+    x = torch.randn(SUFFIXES, SUFFIX, model.width).requires_grad_()
     shared = torch.randn(2, 1, model.kv_heads, PREFIX, model.head_size, dtype=torch.bfloat16)
     prefixes = [Prefixes.of_block(*shared.requires_grad_().unbind(), [PREFIX])]
     layout = SuffixLayout.build([SUFFIXES], [PREFIX], torch.full((SUFFIXES,), SUFFIX), SUFFIX)

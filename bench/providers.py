@@ -77,26 +77,30 @@ def symbol(module: str, name: str) -> Any:
 
 @_of("rms_norm", "torch rms_norm")
 def _(inputs: Inputs) -> Function:
-    return lambda x, weight, epsilon: functional.rms_norm(x, weight.shape, weight, epsilon)
+    def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        return functional.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon).to(weight.dtype)
+
+    return norm
 
 
 @_of("rms_norm", "liger")
 def _(inputs: Inputs) -> Function:
     norm = symbol("liger_kernel.transformers.functional", "liger_rms_norm")
-    return lambda x, weight, epsilon: norm(x, weight, epsilon)
+    return lambda x, weight, epsilon: norm(x, weight, epsilon).to(weight.dtype)
 
 
 @_of("rms_norm", "unsloth")
 def _(inputs: Inputs) -> Function:
     norm = symbol("unsloth.kernels.rms_layernorm", "Fast_RMS_Layernorm")
-    return lambda x, weight, epsilon: norm.apply(x, weight, epsilon)
+    return lambda x, weight, epsilon: norm.apply(x, weight, epsilon).to(weight.dtype)
 
 
 @_of("add_rms_norm", "torch rms_norm")
 def _(inputs: Inputs) -> Function:
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple:
         total = x + residual
-        return total, functional.rms_norm(total, weight.shape, weight, epsilon)
+        normed = functional.rms_norm(total, weight.shape, weight.to(total.dtype), epsilon)
+        return total, normed.to(weight.dtype)
 
     return add_norm
 
@@ -104,7 +108,12 @@ def _(inputs: Inputs) -> Function:
 @_of("add_rms_norm", "liger")
 def _(inputs: Inputs) -> Function:
     norm = symbol("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")
-    return lambda x, residual, weight, epsilon: norm(x, residual, weight, epsilon)[::-1]
+
+    def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple:
+        normed, total = norm(x.to(residual.dtype), residual, weight, epsilon)
+        return total, normed.to(weight.dtype)
+
+    return add_norm
 
 
 @_of("swiglu", "liger")

@@ -33,4 +33,12 @@ def check_alike(*tensors) -> None:
         raise ValueError(f"tensors of one shape and type are needed, not {told}")
 
 
-__all__ = ["HAS_TRITON", "cdiv", "check_alike", "jit", "next_power_of_2", "tl"]
+def check_shapes(*tensors) -> None:
+    """Raises ValueError where the tensors' shapes differ: no kernel broadcasts."""
+    shapes = {tensor.shape for tensor in tensors}
+    if len(shapes) > 1:
+        told = ", ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"tensors of one shape are needed, not {told}")
+
+
+__all__ = ["HAS_TRITON", "cdiv", "check_alike", "check_shapes", "jit", "next_power_of_2", "tl"]

@@ -1,20 +1,22 @@
 """RMSNorm (arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + epsilon) * weight over the last axis;
 of x, or of a residual stream's next state x + residual, which is then an output too.
 
-The weight is frozen in every policy, so there is no gradient for it:
+The norm has the weight's type, the next state the residual's: so a stream in fp32 is read in fp32
+and rounded once, for the product that follows. The weight is frozen in every policy, so there is no
+gradient for it:
 
     r = 1 / sqrt(mean(x^2) + epsilon),  g = dy weight
     dx = r g - r^3 x mean(g x)
 
-With total = x + residual, both addends have the gradient dtotal + dx(total). One launch adds and
-norms, one differentiates both; each reads its inputs once, where PyTorch takes nine operators
-forward, whose intermediate results are mostly fp32.
+With total = x + residual, both addends have the gradient dtotal + dx(total), each in its own type.
+One launch adds and norms, one differentiates both; each reads its inputs once, where PyTorch takes
+nine operators forward, whose intermediate results are mostly fp32.
 """
 
 import torch
 from torch import Tensor
 
-from fastflag.kernels.language import cdiv, check_alike, jit, next_power_of_2, tl
+from fastflag.kernels.language import cdiv, check_shapes, jit, next_power_of_2, tl
 
 
 @jit(do_not_specialize=["rows"])
@@ -31,19 +33,17 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ):
     offsets, column, inside = _tile(rows, columns, ROWS, BLOCK)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        total = x.to(dtype)
+        total = x.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offsets, total, mask=inside)
         # What is normed is the total that others read, after its rounding.
         x = total.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / columns + epsilon)
-    # Rounded to x's type before the weight, as the reference is.
-    normed = (x * scale).to(dtype).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + offsets, (normed * weight).to(dtype), mask=inside)
+    normed = x * scale * weight
+    tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["rows"])
@@ -84,31 +84,32 @@ def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @torch.library.custom_op("fastflag::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., C], weight [C] of the same type -> [..., C]"""
-    normed = _empty(x)
+    """x [..., C], weight [C] -> [..., C] in the weight's type"""
+    normed = _empty(x, weight.dtype)
     _launch(_forward_kernel, x, None, weight, None, normed, epsilon=epsilon)
     return normed
 
 
 @rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return _empty(x)
+    return _empty(x, weight.dtype)
 
 
 @torch.library.custom_op("fastflag::add_rms_norm", mutates_args=())
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """x and residual [..., C], weight [C] of the same type -> x + residual and its norm."""
-    check_alike(x, residual)
-    total, normed = _empty(x), _empty(x)
+    """x and residual [..., C], weight [C] -> x + residual in the residual's type, and its norm in
+    the weight's."""
+    check_shapes(x, residual)
+    total, normed = _empty(residual), _empty(x, weight.dtype)
     _launch(_forward_kernel, x, residual, weight, total, normed, epsilon=epsilon)
     return total, normed
 
 
 @add_rms_norm.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    return _empty(x), _empty(x)
+    return _empty(residual), _empty(x, weight.dtype)
 
 
 @torch.library.custom_op("fastflag::rms_norm_backward", mutates_args=())
@@ -136,13 +137,14 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _save_sum(ctx, inputs, output) -> None:
-    _, _, weight, ctx.epsilon = inputs
+    x, _, weight, ctx.epsilon = inputs
+    ctx.dtype = x.dtype
     ctx.save_for_backward(output[0], weight)
 
 
 def _differentiate_sum(ctx, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    dx = rms_norm_backward(*ctx.saved_tensors, dnormed, dtotal, ctx.epsilon)
-    return dx, dx, None, None
+    dtotal = rms_norm_backward(*ctx.saved_tensors, dnormed, dtotal, ctx.epsilon)
+    return dtotal.to(ctx.dtype), dtotal, None, None
 
 
 rms_norm.register_autograd(_differentiate, setup_context=_save)
@@ -150,17 +152,17 @@ add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The same in PyTorch: the mean in fp32, rounded to x's type before the weight."""
+    """The same in PyTorch: in fp32, rounded once."""
     wide = x.float()
     normed = wide * (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-    return weight * normed.to(x.dtype)
+    return (normed * weight.float()).to(weight.dtype)
 
 
 def add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """The same in PyTorch."""
-    total = x + residual
+    total = (x + residual).to(residual.dtype)
     return total, rms_norm_reference(total, weight, epsilon)
 
 
@@ -184,5 +186,5 @@ def _launch(kernel, x: Tensor, *tensors: Tensor | None, epsilon: float) -> None:
     )
 
 
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

@@ -199,5 +199,6 @@ def test_published_sizes():
     stored = planned["trunk"] + planned["embedding"] + planned["top_frozen"]
     rotary = 32 * 4 * 64  # fp32 frequencies of half a head in each layer
     # The unembedding is not kept.
-    assert stored == 2 * (8_030_261_248 - 128_256 * 4096) + rotary
+    final_norm = 2 * 4096  # 4 bytes a number, not 2
+    assert stored == 2 * (8_030_261_248 - 128_256 * 4096) + rotary + final_norm
     assert planned["trained"] == 4 * 41_943_040

@@ -54,14 +54,14 @@ def parts(
     frozen = _stored(matrices, policy.trunk_weights) + biases * dtype
     return {
         "trunk": trunk * (frozen + norms * dtype + rotary),
-        "embedding": (model.vocabulary + 1) * model.width * dtype,  # and the final norm
+        "embedding": model.width * (model.vocabulary * dtype + _FP32),  # and the final norm
         "top_frozen": policy.top_layers * (base + norms * dtype + rotary),
         "trained": _FP32 * sum(layers),
         "heads": _FP32 * sum(heads) + beside,
         "initial": initial,
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
-        "trunk_cache": min(_cacheable(model, trunk, batch) * dtype, kept),
+        "trunk_cache": min(_cacheable(model, trunk, batch, dtype), kept),
         "activations": min(_Kept(model, policy, fused).evaluation(batch), budget),
     }
 
@@ -102,11 +102,11 @@ def _optimizer_state(tensors: list[int], optimizer: Optimizer) -> int:
     return 2 * (of_large + _FP32 * (sum(tensors) - sum(large))) + tables
 
 
-def _cacheable(model: ModelConfig, trunk: int, batch: PlanConfig) -> int:
-    """Numbers of every text's states under the top layers, and of each day's keys and values in
-    every frozen layer, which account texts yet to come attend to."""
-    of_token = model.width + trunk * 2 * model.kv_heads * model.head_dim
-    of_texts = batch.texts * batch.suffix_tokens * model.width
+def _cacheable(model: ModelConfig, trunk: int, batch: PlanConfig, dtype: int) -> int:
+    """Bytes of every text's states under the top layers, which are fp32, and of each day's keys and
+    values in every frozen layer, which account texts yet to come attend to."""
+    of_token = _FP32 * model.width + dtype * trunk * 2 * model.kv_heads * model.head_dim
+    of_texts = _FP32 * batch.texts * batch.suffix_tokens * model.width
     return batch.days * (batch.prefix_tokens * of_token + of_texts)
 
 

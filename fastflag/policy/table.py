@@ -50,7 +50,7 @@ from fastflag.prompt.tokens import PromptSet
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Counted up when the trunk's arithmetic changes in any bit: activations kept on disk are then new.
-_ARITHMETIC = 2
+_ARITHMETIC = 3
 # Prompts of one pass through the trunk. 256 of 14 tokens over prefixes of 150 keep the attention's
 # keys and values near 100 MB a layer on SmolLM2-135M.
 _TRUNK_CHUNK = 256
@@ -148,7 +148,8 @@ class Policy(nn.Module):
         self.top = nn.ModuleList(
             self._block(weights, index, self._trained(generator)) for index in range(split, layers)
         )
-        self.final_norm = weights.tensor("model.norm.weight", self.dtype).to(self.device)
+        # Of type fp32, so that features are not rounded.
+        self.final_norm = weights.tensor("model.norm.weight", torch.float32).to(self.device)
         width = self.model.width
         if config.head == "lm":
             unembedding = weights.tensor("lm_head.weight", torch.float32)
@@ -225,7 +226,7 @@ class Policy(nn.Module):
 
     def _normed(self, last: Tensor) -> Tensor:
         """Last-token states [U, C] -> features [U, C] fp32"""
-        return ops.rms_norm(last, self.final_norm, self.model.rms_eps).float()
+        return ops.rms_norm(last, self.final_norm, self.model.rms_eps)
 
     def _read_out(
         self, features: Tensor, side: Tensor, allowed: Tensor, statistics: Statistics
@@ -465,12 +466,12 @@ class Policy(nn.Module):
         return nullcontext()
 
     def _embed(self, texts: list[np.ndarray], multiple: int = 1) -> Tensor:
-        """Token ids, padded on the right to a multiple, -> [N, T, C]."""
+        """Token ids, padded on the right to a multiple, -> [N, T, C] fp32."""
         size = round_up(max(map(len, texts)), multiple)
         ids = torch.zeros(len(texts), size, dtype=torch.int64)
         for row, tokens in enumerate(texts):
             ids[row, : len(tokens)] = torch.from_numpy(tokens)
-        return self.embedding[ids.to(self.device)]
+        return self.embedding[ids.to(self.device)].float()
 
     def _trunk_files(self, weights: Weights, layers: int) -> TrunkFiles | None:
         """Where the trunk's activations outlive the process, under a name that says what made them:
