@@ -1,6 +1,6 @@
 """Wall-clock time to learn something: FastFLAG beside transformers + PEFT, SmolLM2-135M.
 
-    python -m bench.learn [--json] [--tasks planted msft] [--envs 16 128 512]
+    python -m bench.learn [--json] [--tasks planted msft] [--envs 16 128 512] [--dtype auto]
 
 Two tasks: a held-out Sharpe ratio on a market whose headlines tell the next day (tests/planted.py),
 and a training Sharpe ratio on MSFT's 64 warm-up days (InvestorBench's file, named by
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.results import Row, publish
-from bench.train import Baseline, Trainer, seconds
+from bench.train import Baseline, Fastest, Trainer, seconds
 from fastflag.config import (
     AlgorithmConfig,
     DataConfig,
@@ -36,6 +36,7 @@ from fastflag.evaluate.backtest import backtest
 from fastflag.market.bars import Market
 from fastflag.market.metrics import annual_days, calendar_of
 from fastflag.market.sources import load
+from fastflag.policy.arithmetic import DTYPES
 from tests.planted import planted_market
 
 _TRAIN_DAYS, _TEST_DAYS = 128, 250
@@ -48,7 +49,7 @@ class Task:
     name: str
     target: float  # annualised Sharpe ratio
     market: Market
-    configuration: Callable[[int], TrainConfig]
+    configuration: Callable[[int, str], TrainConfig]  # of environments and a dtype
     score: Callable[[Trainer], float]
 
 
@@ -57,7 +58,7 @@ def planted() -> Task:
     market = planted_market(_TRAIN_DAYS + _TEST_DAYS, seed=1, drift=0.0003)
     dates = market.dates
 
-    def configuration(envs: int) -> TrainConfig:
+    def configuration(envs: int, dtype: str) -> TrainConfig:
         return TrainConfig(
             data=DataConfig(
                 train=f"{dates[0]}..{dates[_TRAIN_DAYS - 1]}",
@@ -65,7 +66,7 @@ def planted() -> Task:
             ),
             prompt=PromptConfig(window=3, news_tokens=48),
             simulator=SimulatorConfig(fee_bps=0, slippage_bps=0, reward="log_return", horizon=15),
-            policy=PolicyConfig(trunk_disk_mb=0),
+            policy=PolicyConfig(trunk_disk_mb=0, dtype=dtype),
             rollout=RolloutConfig(num_envs=envs, num_steps=15, start_groups=min(envs, 8)),
             algorithm=AlgorithmConfig(learning_rate=1e-3, layer_learning_rate=1e-4, gamma=0.0),
             backtest_episodes=1,
@@ -88,10 +89,10 @@ def msft() -> Task | None:
     market = load(data)
     annual = annual_days(calendar_of(market.dates))
 
-    def configuration(envs: int) -> TrainConfig:
+    def configuration(envs: int, dtype: str) -> TrainConfig:
         return TrainConfig(
             data=data,
-            policy=PolicyConfig(trunk_disk_mb=0),
+            policy=PolicyConfig(trunk_disk_mb=0, dtype=dtype),
             rollout=RolloutConfig(num_envs=envs, num_steps=63),
         )
 
@@ -110,12 +111,12 @@ class Reached:
     ours: float  # seconds
     plain: float
     reached: bool
-    batches: tuple[int, int]
+    fastest: Fastest
 
 
-def reach(task: Task, envs: int, batches: tuple[int, int] | None) -> Reached:
-    """Trains until the target is reached, or not. `batches` are the plain loop's fastest sizes."""
-    config = task.configuration(envs)
+def reach(task: Task, envs: int, dtype: str, fastest: Fastest | None) -> Reached:
+    """Trains until the target is reached, or not. `fastest` is how the plain loop is."""
+    config = task.configuration(envs, dtype)
     trainer = Trainer(config, task.market)
     ours, score, update = 0.0, -math.inf, 0
     while score < task.target and update < _MOST_UPDATES:
@@ -123,18 +124,18 @@ def reach(task: Task, envs: int, batches: tuple[int, int] | None) -> Reached:
         update += _SCORED_EVERY
         score = task.score(trainer)
         print(f"{task.name}: {envs} environments, update {update}: {score:.2f}", file=sys.stderr)
-    baseline = Baseline(trainer, batches)
+    baseline = Baseline(trainer, fastest)
     count = update * envs * config.rollout.num_steps
     plain = count * min(baseline.seconds_of_a_step(envs) for _ in range(2))
-    batches = baseline.rollout_batch, baseline.update_batch
-    return Reached(envs, update, count, ours, plain, score >= task.target, batches)
+    reached = score >= task.target
+    return Reached(envs, update, count, ours, plain, reached, baseline.fastest)
 
 
-def rows_of(task: Task, numbers: list[int]) -> list[Row]:
+def rows_of(task: Task, numbers: list[int], dtype: str) -> list[Row]:
     tried: list[Reached] = []
     # The largest first: of few environments' samples no large batch can be tried.
     for envs in sorted(numbers, reverse=True):
-        tried.append(reach(task, envs, tried[-1].batches if tried else None))
+        tried.append(reach(task, envs, dtype, tried[-1].fastest if tried else None))
     found = [one for one in tried if one.reached]
     rows = [
         Row(
@@ -169,9 +170,10 @@ def main() -> None:
     makers = {"planted": planted, "msft": msft}
     parser.add_argument("--tasks", nargs="+", choices=[*makers], default=[*makers])
     parser.add_argument("--envs", type=int, nargs="+", default=[16, 128, 512])
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="FastFLAG's")
     chosen = parser.parse_args()
     tasks = [task for name in chosen.tasks if (task := makers[name]())]
-    rows = [row for task in tasks for row in rows_of(task, chosen.envs)]
+    rows = [row for task in tasks for row in rows_of(task, chosen.envs, chosen.dtype)]
     publish("learn", rows, chosen.json)
 
 

@@ -1,12 +1,13 @@
 """Environment steps a second, rollout and update: FastFLAG beside transformers + PEFT.
 
-    python -m bench.train [--json] [--rounds 3] [--envs 1 64 1024 4096 65536]
+    python -m bench.train [--json] [--rounds 3] [--envs 1 64 1024 4096 65536] [--dtype auto]
 
 On the same days, prompts, weights, adapters, heads and loss, in one process, in turn, so that a
-slow moment of the machine slows all. The plain baseline runs one full prompt for every environment
-step, at the fastest of several batch sizes; the other one keeps each day's prefix in transformers'
-own cache during the rollout, and trains on full prompts. Neither is charged for the reference
-prompts that centre the features, though FastFLAG is. Of more environments than one a baseline is
+slow moment of the machine slows all. Each side computes in the dtype that is fastest for it. The
+plain baseline runs one full prompt for every environment step, at the fastest of several batch
+sizes; the other one keeps each day's prefix in transformers' own cache during the rollout, and
+trains on full prompts. Neither is charged for the reference prompts that centre the features,
+though FastFLAG is. Of more environments than one a baseline is
 measured on a part, scaled by environment step, and its row says so.
 
 FASTFLAG_BENCH_MODEL and FASTFLAG_BENCH_DATA name another model and other bars of the same days, for
@@ -21,11 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from bench.anatomy import update_rows
 from bench.baseline import PlainPolicy
 from bench.results import Row, publish
 from fastflag.config import PRESETS, AlgorithmConfig, TrainConfig
@@ -38,6 +42,7 @@ from fastflag.learn.run import build
 from fastflag.learn.update import _gather, make_optimizer, update
 from fastflag.market.bars import Market, split_days
 from fastflag.market.sources import load
+from fastflag.policy.arithmetic import DTYPES, resolved
 from fastflag.policy.heads import Reference, Statistics
 from fastflag.policy.llama import prefix_pass, suffix_pass
 from fastflag.policy.shared_prefix import SuffixLayout
@@ -50,7 +55,7 @@ _BATCHES = (4, 8, 16, 32, 64)
 _DAYS = 63
 
 
-def configuration(envs: int, dtype: str = "bf16", account: str = "stepped") -> TrainConfig:
+def configuration(envs: int, dtype: str = "auto", account: str = "stepped") -> TrainConfig:
     """64 days of AAPL in prompts of about 150 + 14 tokens; one environment lives 40 of them, which
     is the paper's setting. Exact accounts are told in the paper's layout."""
     demo = given(PRESETS["demo"])
@@ -83,9 +88,10 @@ class Trainer:
     """FastFLAG's loop, an update at a time."""
 
     def __init__(self, config: TrainConfig, market: Market | None = None):
-        self.config = config
         market = market or load(config.data)
         self.weights = open_weights(config.policy.model)
+        policy = resolved(config.policy, self.weights.config)
+        self.config = config = dataclasses.replace(config, policy=policy)
         self.world, self.policy = build(config, market, self.weights)
         self.days, _ = split_days(market, config.data.train, config.data.test)
         self.optimizer = make_optimizer(self.policy, config.algorithm)
@@ -119,11 +125,20 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+class Fastest(NamedTuple):
+    """How the plain loop is fastest: its dtype, the prompts of a forward in rollout, and those of a
+    forward and backward in update."""
+
+    dtype: str
+    rollout_batch: int
+    update_batch: int
+
+
 class Baseline:
     """Seconds of the plain loops over the prompts of a batch."""
 
-    def __init__(self, trainer: Trainer, batches: tuple[int, int] | None):
-        self.plain = PlainPolicy(trainer.policy, trainer.weights)
+    def __init__(self, trainer: Trainer, fastest: Fastest | None):
+        """`fastest` as another one of the same model found it."""
         table, lesson = trainer.every_step()
         self.algorithm = trainer.config.algorithm
         self.prompts = lesson.prompts
@@ -134,14 +149,25 @@ class Baseline:
             mean=table.statistics.mean.detach(),
             deviation=table.statistics.deviation.detach(),
         )
-        self.rollout_batch, self.update_batch = batches or self._fastest_batches()
+        made = {
+            dtype: partial(PlainPolicy, trainer.policy, trainer.weights, DTYPES[dtype])
+            for dtype in ([fastest.dtype] if fastest else DTYPES)
+        }
+        self.fastest = fastest or self._fastest(made)
+        self.plain = made[self.fastest.dtype]()
 
-    def _fastest_batches(self) -> tuple[int, int]:
-        """Prompts of a forward in rollout, and of a forward and backward in update."""
+    def _fastest(self, made: dict[str, Callable[[], PlainPolicy]]) -> Fastest:
+        """The dtype that rolls a few prompts out in the least time, and with it batch sizes."""
+        times = {}
+        for dtype, make in made.items():
+            self.plain = make()
+            times[dtype] = min(seconds(lambda: self.roll(range(4), 4)) for _ in range(2))
+        dtype = min(times, key=times.__getitem__)
+        self.plain = made[dtype]()
         tried = range(min(_PART, len(self.rows)))
         rollout = min(_BATCHES, key=lambda n: seconds(lambda: self.roll(tried, n)))
         learning = min(_BATCHES, key=lambda n: seconds(lambda: self.learn(tried, n)))
-        return rollout, learning
+        return Fastest(dtype, rollout, learning)
 
     def roll(self, samples: range, batch: int) -> None:
         with torch.no_grad():
@@ -183,8 +209,8 @@ class Baseline:
         return sum(self._seconds(envs, part)) / len(part)
 
     def _seconds(self, envs: int, part: range) -> tuple[float, float]:
-        rolled = seconds(lambda: self.roll(part, min(self.rollout_batch, envs)))
-        return rolled, seconds(lambda: self.learn(part, self.update_batch))
+        rolled = seconds(lambda: self.roll(part, min(self.fastest.rollout_batch, envs)))
+        return rolled, seconds(lambda: self.learn(part, self.fastest.update_batch))
 
 
 def _parts(samples: range, size: int) -> list[np.ndarray]:
@@ -192,13 +218,13 @@ def _parts(samples: range, size: int) -> list[np.ndarray]:
 
 
 def speed_rows(
-    envs: int, rounds: int, batches: tuple[int, int] | None, account: str = "stepped"
-) -> tuple[list[Row], tuple[int, int]]:
-    """Rows of one number of environments, and the baseline's fastest batch sizes."""
-    trainer = Trainer(configuration(envs, account=account))
+    envs: int, rounds: int, fastest: Fastest | None, dtype: str, account: str = "stepped"
+) -> tuple[list[Row], Fastest]:
+    """Rows of one number of environments, and how the baseline is fastest."""
+    trainer = Trainer(configuration(envs, dtype, account))
     steps = trainer.config.rollout.num_steps
     cold = seconds(trainer.update)
-    baseline = Baseline(trainer, batches)
+    baseline = Baseline(trainer, fastest)
     trainer.update()
     trainer.phase.take()
     ours, plain, cached = [], [], []
@@ -211,8 +237,9 @@ def speed_rows(
     exact = ", exact accounts" if account == "exact" else ""
     count, shape = envs * steps, f"{envs} x {steps}{exact}"
     part = "" if envs == 1 else f"measured on {_PART} steps and scaled"
-    sizes = f"batches of {min(baseline.rollout_batch, envs)} and {baseline.update_batch}"
-    note = ", ".join(filter(None, (sizes, part)))
+    chosen, own = baseline.fastest, trainer.config.policy.dtype
+    sizes = f"batches of {min(chosen.rollout_batch, envs)} and {chosen.update_batch}"
+    note = ", ".join(filter(None, (chosen.dtype, sizes, part)))
 
     def row(provider: str, times: list[float], against: list[float] | None, note: str) -> Row:
         ratio = None if against is None else float(np.median(np.array(against) / np.array(times)))
@@ -225,13 +252,15 @@ def speed_rows(
     rows = [
         row("hf + peft", plain, None, note),
         row("hf with prefix cache", cached, plain, note),
-        row("fastflag", ours, plain, "trunk cache warm"),
-        row("fastflag", ours, cached, "trunk cache warm"),
+        row("fastflag", ours, plain, f"{own}, trunk cache warm"),
+        row("fastflag", ours, cached, f"{own}, trunk cache warm"),
         Row("seconds of an update", shape, "fastflag", float(np.median(ours)), "s"),
         Row("seconds of the first update", shape, "fastflag", cold, "s", note="as the caches were"),
     ]
     rows += [Row(f"phase: {name}", shape, "fastflag", value, "s") for name, value in phases.items()]
-    return rows, (baseline.rollout_batch, baseline.update_batch)
+    widths = trainer.weights.config.width, trainer.weights.config.mlp_width
+    rows += update_rows(trainer.update, seconds, shape, own, widths, rounds)
+    return rows, baseline.fastest
 
 
 def gradient_rows(dtype: str) -> list[Row]:
@@ -409,6 +438,7 @@ def main() -> None:
     parser.add_argument("--envs", type=int, nargs="+", default=[1, 64, 1024, 4096, 65536])
     parts = ["gradients", "speed", "exact", "variance", "ablations", "memory"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="FastFLAG's")
     parser.add_argument("--peak", type=int, help="print the peak memory of an update and stop")
     parser.add_argument("--budget", type=int, default=0, help="--memory-budget of that update")
     chosen = parser.parse_args()
@@ -423,9 +453,9 @@ def main() -> None:
     if "gradients" in chosen.parts:
         rows += [row for dtype in ("fp32", "bf16") for row in gradient_rows(dtype)]
     if "speed" in chosen.parts:
-        rows += all_speed_rows(chosen.envs, chosen.rounds)
+        rows += all_speed_rows(chosen.envs, chosen.rounds, chosen.dtype)
     if "exact" in chosen.parts:
-        rows += all_speed_rows([1], chosen.rounds, "exact")
+        rows += all_speed_rows([1], chosen.rounds, chosen.dtype, "exact")
     if "variance" in chosen.parts:
         rows += variance_rows()
     if "ablations" in chosen.parts:
@@ -435,12 +465,14 @@ def main() -> None:
     publish("train", rows, chosen.json)
 
 
-def all_speed_rows(numbers: list[int], rounds: int, account: str = "stepped") -> list[Row]:
-    rows, batches = [], None
+def all_speed_rows(
+    numbers: list[int], rounds: int, dtype: str, account: str = "stepped"
+) -> list[Row]:
+    rows, fastest = [], None
     # The largest first: of one environment's 40 steps no batch of 64 can be tried.
     for envs in sorted(numbers, reverse=True):
         print(f"{envs} environments, {account} accounts", file=sys.stderr, flush=True)
-        made, batches = speed_rows(envs, rounds, batches, account)
+        made, fastest = speed_rows(envs, rounds, fastest, dtype, account)
         rows += made
     return rows
 

@@ -113,8 +113,9 @@ class PolicyConfig(_Checked):
     """Layers trained, counted from the top; those below are frozen."""
     trunk_weights: Literal["nf4", "bf16", "fp32"] = "nf4"
     """How the frozen layers' matrices are stored."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the layers; the heads are always fp32."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the layers' products; auto: whichever this device is faster in, measured at
+    the start and kept for the run. The residual stream and the heads are always fp32."""
     adaptation: Literal["lora", "qlora", "full"] = "lora"
     """How the top layers are trained: by adapters, by adapters over matrices in NF4, or in full."""
     lora_rank: Count = 8

@@ -508,7 +508,7 @@ def test_smollm2_logits_equal_transformers(kept, theirs, news_tokens):
 
 
 def test_smollm2_in_nf4_and_bf16_knows_the_capital_of_france(kept):
-    policy = Policy(kept, PolicyConfig(device="cpu"), (1, 2, 3), 0)
+    policy = Policy(kept, PolicyConfig(dtype="bf16", device="cpu"), (1, 2, 3), 0)
     encode = kept.tokenizer.encode
     prompts = prompt_set((encode("The capital of"),), (encode(" France is"),))
     logits = features(policy, prompts) @ kept.tensor("lm_head.weight").T

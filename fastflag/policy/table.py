@@ -20,6 +20,7 @@ from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.policy import graphs, memory, ops
 from fastflag.policy.activations import Activations
+from fastflag.policy.arithmetic import DTYPES, device_of
 from fastflag.policy.graphs import Graphs
 from fastflag.policy.heads import (
     RunningStatistics,
@@ -48,7 +49,6 @@ from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles, cache_folder
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Counted up when the trunk's arithmetic changes in any bit: activations kept on disk are then new.
 _ARITHMETIC = 3
 # Prompts of one pass through the trunk. 256 of 14 tokens over prefixes of 150 keep the attention's
@@ -125,7 +125,8 @@ class _SuffixWork:
 class Policy(nn.Module):
     """A language model with a frozen trunk, a trained top and two heads.
 
-    Raises InputError where the configuration does not fit the model.
+    The configuration names its dtype: "auto" is resolved when a run begins. Raises InputError where
+    the configuration does not fit the model.
     """
 
     def __init__(
@@ -140,8 +141,8 @@ class Policy(nn.Module):
         self.model = weights.config
         layers = self.model.layers
         split = self.model.trunk_layers(config.top_layers, weights.source)
-        self.dtype = _DTYPES[config.dtype]
-        self.device = _device(config.device)
+        self.dtype = DTYPES[config.dtype]
+        self.device = device_of(config.device)
         generator = torch.Generator().manual_seed(seed)
         self.embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
         self.trunk = [self._block(weights, index, self._frozen) for index in range(split)]
@@ -502,7 +503,7 @@ class Policy(nn.Module):
         bias, weight = (x if x is None else x.to(self.device) for x in (bias, weight))
         if as_ == "nf4":
             return FrozenLinear(NF4Weight.quantise(weight), bias)
-        return FrozenLinear(weight.to(_DTYPES[as_]), bias)
+        return FrozenLinear(weight.to(DTYPES[as_]), bias)
 
     def _trained(self, generator: torch.Generator) -> LinearFactory:
         def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -545,13 +546,6 @@ class Policy(nn.Module):
     def _point_to(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.named_parameters():
             parameter.data = values[name]
-
-
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("no CUDA GPU is available, --device cuda")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def _digest(tokens: np.ndarray) -> bytes:

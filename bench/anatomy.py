@@ -1,0 +1,79 @@
+"""What an update's time is made of: its matrix products at the speed of F.linear, and the rest.
+
+The products are counted as they run, forward and backward, and set against the speed that the
+machine's own F.linear has in the same moment, on a product of the model's shape. The rest is told
+by kind of operator, as PyTorch's profiler measures it; what no operator takes is Python.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.results import Row
+from fastflag.policy.arithmetic import measured
+
+_KINDS = {
+    "products": ("mm", "addmm", "bmm", "baddbmm"),
+    "attention": ("_scaled_dot_product", "_softmax"),
+    "copies": ("copy_", "cat", "_to_copy", "index", "clone", "contiguous", "split"),
+    "unpacking": ("dequantize",),
+}
+
+
+def update_rows(
+    work: Callable[[], object],
+    seconds: Callable[[Callable[[], object]], float],
+    shape: str,
+    dtype: str,
+    widths: tuple[int, int],
+    rounds: int,
+) -> list[Row]:
+    """Rows of `work`, an update with a warm cache, whose products are in `dtype`; `widths` are the
+    model's and its MLP's. Each round times an update and F.linear's product side by side."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with FlopCounterMode(display=False) as counter:
+        work()
+    operations = counter.get_total_flops()
+    ratios, ideals = [], []
+    for _ in range(rounds):
+        before = measured(device, *widths).gigaflops(dtype)
+        took = seconds(work)
+        after = measured(device, *widths).gigaflops(dtype)
+        ideals.append(operations / (1e9 * (before + after) / 2))
+        ratios.append(took / ideals[-1])
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        took = seconds(work)
+    middle = sorted(range(rounds), key=ratios.__getitem__)[rounds // 2]
+    note = f"{operations / 1e9:.0f} GFLOP, counted"
+    rows = [
+        Row(
+            "matrix products of an update",
+            shape,
+            "F.linear's speed",
+            ideals[middle],
+            "s",
+            note=note,
+        ),
+        Row("an update over its products", shape, "fastflag", ratios[middle], "x"),
+    ]
+    return rows + [
+        Row(f"share of an update: {kind}", shape, "fastflag", 100 * part / took, "%")
+        for kind, part in _by_kind(profiled, took).items()
+    ]
+
+
+def _by_kind(profiled: profile, took: float) -> dict[str, float]:
+    """Seconds of each kind of operator, of all others, and of Python."""
+    found: Counter[str] = Counter()
+    for event in profiled.key_averages():
+        name = event.key.partition("::")[2]
+        if event.key.startswith("autograd::") or not name:
+            continue
+        kind = next(
+            (kind for kind, starts in _KINDS.items() if name.startswith(starts)), "elementwise"
+        )
+        found[kind] += event.self_cpu_time_total / 1e6
+    return dict(found) | {"Python and autograd": max(took - sum(found.values()), 0.0)}

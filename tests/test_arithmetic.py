@@ -1,0 +1,96 @@
+"""What dtype auto is: measured once, when a run begins, and the run's own from then on."""
+
+import json
+
+import pytest
+import torch
+from models import EXACT
+from small import small_config, small_market, write_csv
+
+from fastflag import cli
+from fastflag.config import PolicyConfig, to_dict
+from fastflag.policy import arithmetic
+from fastflag.policy.arithmetic import Speeds, measured, resolved
+from fastflag.policy.table import Policy
+from fastflag.policy.weights import open_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fast_in(monkeypatch):
+    """Makes products of one dtype faster, by a clock of the test's own."""
+
+    def make(name: str) -> None:
+        fast = arithmetic.DTYPES[name]
+        monkeypatch.setattr(
+            arithmetic, "_seconds", lambda _, x, weight: 1.0 if x.dtype == fast else 2.0
+        )
+
+    return make
+
+
+def model_of(path):
+    return open_weights(str(path)).config
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_auto_is_what_is_measured_to_be_fastest(tiny_model, fast_in, dtype):
+    fast_in(dtype)
+    made = resolved(PolicyConfig(dtype="auto", device="cpu"), model_of(tiny_model))
+    assert made == PolicyConfig(dtype=dtype, device="cpu")
+
+
+def test_a_named_dtype_is_not_measured(tiny_model, monkeypatch):
+    monkeypatch.setattr(arithmetic, "measured", None)
+    assert resolved(EXACT, model_of(tiny_model)) == EXACT
+
+
+def test_the_least_of_several_rounds_counts(monkeypatch):
+    """A slow moment of the machine must not decide: each dtype has one here."""
+    times = {torch.bfloat16: iter([9, 2, 50, 2, 2]), torch.float32: iter([70, 3, 3, 80, 3])}
+    monkeypatch.setattr(arithmetic, "_seconds", lambda _, x, weight: float(next(times[x.dtype])))
+    speeds = measured(CPU, 576, 1536)
+    assert speeds == Speeds((256, 576, 1536), {"bf16": 2.0, "fp32": 3.0})
+    assert speeds.fastest == "bf16"
+    assert speeds.gigaflops("fp32") == pytest.approx(2 * 256 * 576 * 1536 / 3e9)
+
+
+def test_a_large_model_is_measured_on_a_part_of_its_shape():
+    assert measured(CPU, 8192, 28672).shape == (256, 1024, 2048)
+
+
+def test_a_run_keeps_the_dtype_it_began_with(tiny_model, tmp_path, fast_in, monkeypatch):
+    bars = write_csv(small_market(), tmp_path / "bars.csv")
+    given = small_config(tiny_model, data__data=f"csv:{bars}", policy__dtype="auto")
+    (tmp_path / "c.json").write_text(json.dumps(to_dict(given)))
+    run = tmp_path / "run"
+    words = ["train", "--out", str(run), "--config", str(tmp_path / "c.json")]
+    fast_in("bf16")
+    cli.main(words)
+    fast_in("fp32")
+    made = []
+    start = Policy.__init__
+
+    def noted(self, weights, config, *arguments):
+        made.append(config.dtype)
+        start(self, weights, config, *arguments)
+
+    monkeypatch.setattr(Policy, "__init__", noted)
+    cli.main([*words, "--resume"])
+    cli.main(["backtest", str(run)])
+    cli.main(["decide", str(run), "--date", str(small_market().dates[20])])
+    assert made == ["bf16"] * 3
+    assert json.loads((run / "config.json").read_text())["policy"]["dtype"] == "bf16"
+
+
+def test_doctor_shows_both_times(capsys, fast_in):
+    fast_in("fp32")
+    cli.main(["doctor", "--json"])
+    told = json.loads(capsys.readouterr().out)["arithmetic"]
+    assert told == {
+        "product": "256 x 576 with 576 x 1536",
+        "bf16": "2e+03 ms, 0 GFLOP/s",
+        "fp32": "1e+03 ms, 0 GFLOP/s",
+        "--dtype auto": "fp32",
+    }
