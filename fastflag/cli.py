@@ -166,7 +166,7 @@ class Metrics:
 
     def run(self) -> None:
         from fastflag.market.accounts import Bars
-        from fastflag.market.metrics import calendar_of, metrics
+        from fastflag.market.metrics import metrics
         from fastflag.market.simulator import BUY
         from fastflag.market.sources import load
         from fastflag.market.tasks import fixed_action_equity
@@ -176,7 +176,7 @@ class Metrics:
         bars = Bars.from_market(market, market.symbols[market.column(self.symbol)])
         costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
         equity = fixed_action_equity(bars, costless, days, BUY)
-        values = metrics(equity, self.convention, calendar_of(market.dates))
+        values = metrics(equity, self.convention, market.calendar)
         values = {name: None if value != value else value for name, value in values.items()}
         if self.json:
             print(json.dumps(values))

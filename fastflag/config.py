@@ -65,6 +65,15 @@ class DataConfig:
     """Training days, START..END, both inclusive; empty: the first 80% of all days."""
     test: str = ""
     """Held-out days, START..END, both inclusive; empty: every day after the training days."""
+    calendar: Literal["auto", "stock", "crypto"] = "auto"
+    """Days of the year that are traded, by which figures are annualised (stock 252, crypto 365) and
+    the closing time is known; auto: crypto where Saturdays, Sundays and all others have bars."""
+    close_time: str = ""
+    """The exchange's closing time, HH:MM or HH:MM:SS in its own time zone, at which decisions are
+    made: news after it is not read that day; empty: 16:00, with the crypto calendar 23:59:59."""
+    timezone: str = ""
+    """The exchange's time zone, as America/New_York: times that name another one, or that are
+    seconds since 1970, are converted to it; empty: such times are refused."""
 
 
 @dataclass(frozen=True)
