@@ -155,6 +155,10 @@ class Metrics:
     """Bars, as in train."""
     symbol: str = ""
     """Which symbol of a file that holds several."""
+    calendar: Literal["auto", "stock", "crypto"] = "auto"
+    """Days of the year that are traded, as in train."""
+    timezone: str = ""
+    """The exchange's time zone, as in train."""
     start: str = ""
     """First day; empty: the first there is."""
     end: str = ""
@@ -171,7 +175,14 @@ class Metrics:
         from fastflag.market.sources import load
         from fastflag.market.tasks import fixed_action_equity
 
-        market = load(DataConfig(data=self.data, symbol=self.symbol))
+        market = load(
+            DataConfig(
+                data=self.data,
+                symbol=self.symbol,
+                calendar=self.calendar,
+                timezone=self.timezone,
+            )
+        )
         days = market.days(self.start or str(market.dates[0]), self.end or str(market.dates[-1]))
         bars = Bars.from_market(market, market.symbols[market.column(self.symbol)])
         costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)

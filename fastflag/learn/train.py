@@ -48,6 +48,7 @@ def train(
     days, test_days = split_days(market, config.data.train, config.data.test)
     world, policy = build(config, market, weights)
     policy.check_length(world.prompter.longest([*days, *test_days]))
+    print(f"news: {world.prompter.training_news(days)}", flush=True)
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
     annual = annual_days(market.calendar)

@@ -366,6 +366,25 @@ class Prompter:
             tuple(text for text, is_today in told.items() if not is_today),
         )
 
+    def training_news(self, days: range) -> str:
+        """How much news the prompts of the training days read, as a line's text. A headline is of
+        the day at whose close it is first available."""
+        if not self.layout.has_news:
+            return f"not read by --layout {self.config.layout}"
+        if self.config.news_tokens <= SHORTEST_CUT:
+            return f"not read with --news-tokens {self.config.news_tokens}"
+        day_of = np.searchsorted(self._market.closes, self._available)
+        came = day_of[(day_of >= days.start) & (day_of < days.stop)]
+        told = sum(len(self.headlines(day)[0]) for day in days)
+        line = (
+            f"{len(came):,} headlines on {len(np.unique(came)):,} of {len(days):,} training days, "
+            f"{told:,} in their day's prompt"
+        )
+        if not len(came):
+            line = f"none on {len(days):,} training days"
+        others = len(self._market.news) - len(self._news)
+        return line + (f"; {others:,} of other symbols than {self.symbol}" if others else "")
+
     def _news_until(self, moment: np.datetime64) -> int:
         return int(np.searchsorted(self._available, moment, side="right"))
 
