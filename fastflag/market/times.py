@@ -28,7 +28,12 @@ _EARLIEST, _LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in seconds
 _END_OF_DATE = np.timedelta64(24 * 3600 - 1, "s")
 _CLOSE_TIME = re.compile(r"(?:[01]\d|2[0-3]):[0-5]\d(?::[0-5]\d)?")
 _GIVE_ZONE = "give the exchange's, as in --timezone America/New_York"
-_MOSTLY = {7: "weekly ", 28: "monthly ", 89: "quarterly ", 364: "yearly "}
+_LONGER = {
+    "weekly ": range(7, 8),
+    "monthly ": range(28, 32),
+    "quarterly ": range(89, 93),
+    "yearly ": range(364, 367),
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def refuse_longer_than_days(dates: np.ndarray, where: str) -> None:
     if len(gaps) < 3 or np.median(gaps) < 5:
         return
     gap = int(np.median(gaps))
-    kind = next((kind for days, kind in _MOSTLY.items() if days <= gap <= days + 3), "")
+    kind = next((kind for kind, days in _LONGER.items() if gap in days), "")
     raise InputError(f"{kind}bars (a bar every {gap} days): FastFLAG trades daily bars, {where}")
 
 
