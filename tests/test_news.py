@@ -1,11 +1,18 @@
 """Whose a news file's items are."""
 
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastflag import cli
 from fastflag.config import DataConfig
 from fastflag.files import InputError
+from fastflag.market.bars import split_days
 from fastflag.market.news import names_of
 from fastflag.market.sources import load
 
@@ -24,6 +31,24 @@ def read(tmp_path):
         return load(DataConfig(data=f"csv:{tmp_path}/bars.csv", **asked))
 
     return call
+
+
+def test_the_readme_s_own_bars_are_read_with_their_news(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (line,) = re.findall(r"^    fastflag (train --data csv:bars.csv .*)$", readme, re.MULTILINE)
+    days = np.busday_offset("2015-01-02", np.arange(1600), roll="forward")
+    prices = dict.fromkeys(("open", "high", "low", "close"), 10.0)
+    pd.DataFrame({"date": days, **prices, "volume": 5}).to_csv("bars.csv", index=False)
+    news = {"published": days, "available": days, "symbol": "AAPL", "text": "Apple rises"}
+    pd.DataFrame(news).to_csv("bars.news.csv", index=False)
+    seen = []
+    monkeypatch.setattr(cli.Train, "run", lambda self: seen.append(self.settings.data))
+    cli.main(line.split())
+    market = load(seen[0])
+    assert market.symbols == ("AAPL",)
+    assert [item.symbol for item in market.news] == ["AAPL"] * 1600
+    assert min(map(len, split_days(market, seen[0].train, seen[0].test))) > 200
 
 
 def several(*symbols):
