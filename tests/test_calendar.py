@@ -120,6 +120,20 @@ def test_the_other_symbol_s_name_is_hidden_from_its_first_bar_on(tmp_path, token
     ]
 
 
+def test_a_stock_filled_up_to_every_day_is_the_stock(stock_and_coin, tmp_path, capsys):
+    """As `asfreq("D")` writes it: weekends are no days, its other empty rows are missing bars."""
+    path = stock_and_coin["stock"].removeprefix("csv:")
+    frame = pd.read_csv(path, parse_dates=["date"]).set_index("date")
+    frame.asfreq("D").assign(symbol="STOCK").to_csv(tmp_path / "filled.csv")
+    market, filled = (
+        load(DataConfig(data=f"csv:{each}")) for each in (path, f"{tmp_path}/filled.csv")
+    )
+    holiday = np.datetime64("2024-01-17")
+    assert filled.dates.tolist() == sorted([*market.dates.tolist(), holiday.item()])
+    assert np.isnan(filled.close[filled.dates == holiday]).all()
+    assert (filled.calendar, filled.closes[0]) == ("stock", market.closes[0])
+
+
 def test_what_is_told_goes_over_what_is_found(stock_and_coin, capsys):
     stock = DataConfig(data=stock_and_coin["stock"])
     told = load(dataclasses.replace(stock, calendar="crypto", close_time="09:30"))

@@ -22,7 +22,7 @@ _MOMENT = (
     r"(?P<date>\d{4}-\d{2}-\d{2})(?:[T ](?P<time>\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?))?"
     r"(?P<zone> ?(?:Z|UTC|GMT|[+-]\d{2}:?\d{2}))?"
 )
-_COUNT = re.compile(r"(-?\d{1,19})(?:\.0*)?")
+_COUNT = re.compile(r"-?\d{1,19}(?:\.0*)?")
 _UNITS = (1, 10**3, 10**6, 10**9)  # a second's
 _EARLIEST, _LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in seconds
 _END_OF_DATE = np.timedelta64(24 * 3600 - 1, "s")
@@ -136,10 +136,9 @@ def _read(column: pd.Series, where: str) -> _Written:
 
 def _counted(cells: np.ndarray) -> _Written | None:
     """Whole numbers as times since 1970; None where the cells are anything else."""
-    found = [_COUNT.fullmatch(cell) for cell in cells]
-    if not all(found):
+    if not all(map(_COUNT.fullmatch, cells)):
         return None
-    numbers = [int(match[1]) for match in found]
+    numbers = [int(cell.partition(".")[0]) for cell in cells]
     latest, earliest = max(numbers), min(numbers)
     for unit in _UNITS:
         if _EARLIEST * unit <= latest < _LATEST * unit and earliest > -_LATEST * unit:
