@@ -1,5 +1,7 @@
 """Dates and moments in every spelling, by the exchange's zone; pandas' and hand-made truths."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastflag.config import DataConfig
 from fastflag.files import InputError
+from fastflag.market.sources import load
 from fastflag.market.times import bar_dates, hours_of, moments, refuse_longer_than_days, zone_of
 
 NEW_YORK = zone_of(DataConfig(timezone="America/New_York"))
@@ -194,3 +197,28 @@ def test_daily_bars_with_holes_are_daily():
     dates = np.busday_offset("2024-01-01", np.arange(200))
     for holes in (dates, dates[::2], dates[[0, 60, 61, 62]], dates[[0, 60]], dates[:1]):
         refuse_longer_than_days(holes, "bars.csv")
+
+
+def test_files_in_other_zones_are_read_in_the_exchange_s(tmp_path):
+    """Bars stamped at New York's midnight in UTC, news in UTC and in seconds since 1970."""
+    stamps = ["2024-03-07T05:00:00Z", "2024-03-08T05:00:00Z", "2024-03-11T04:00:00Z"]
+    rows = [f"{stamp},1,1,1,1\n" for stamp in stamps]
+    (tmp_path / "ibm.csv").write_text("date,open,high,low,close\n" + "".join(rows))
+    for times in (
+        ["2024-03-08T20:59:59Z", "2024-03-08T16:00:01-05:00", "2024-03-11T20:00:00+00:00"],
+        [1709931599, 1709931601, 1710187200],
+    ):
+        news = {"published": times, "available": times, "symbol": "IBM", "text": "told"}
+        pd.DataFrame(news).to_csv(tmp_path / "ibm.news.csv", index=False)
+        data = DataConfig(data=f"csv:{tmp_path}/ibm.csv", timezone="America/New_York")
+        market = load(data)
+        assert told(market.dates) == ["2024-03-07", "2024-03-08", "2024-03-11"]
+        available = np.array([item.available for item in market.news])
+        assert told(available) == [
+            "2024-03-08T15:59:59",
+            "2024-03-08T16:00:01",
+            "2024-03-11T16:00:00",
+        ]
+        assert np.searchsorted(market.closes, available).tolist() == [1, 2, 2]
+        line = refusal(load, dataclasses.replace(data, timezone=""))
+        assert "--timezone America/New_York" in line and line.endswith("ibm.csv line 2")
