@@ -34,7 +34,7 @@ from fastflag.config import (
 )
 from fastflag.evaluate.backtest import backtest
 from fastflag.market.bars import Market
-from fastflag.market.metrics import annual_days, calendar_of
+from fastflag.market.metrics import annual_days
 from fastflag.market.sources import load
 from fastflag.policy.arithmetic import DTYPES
 from tests.planted import planted_market
@@ -87,7 +87,7 @@ def msft() -> Task | None:
         return None
     data = DataConfig(data=f"investorbench:{file}", train="2020-07-01..2020-09-30")
     market = load(data)
-    annual = annual_days(calendar_of(market.dates))
+    annual = annual_days(market.calendar)
 
     def configuration(envs: int, dtype: str) -> TrainConfig:
         return TrainConfig(

@@ -155,6 +155,10 @@ class Metrics:
     """Bars, as in train."""
     symbol: str = ""
     """Which symbol of a file that holds several."""
+    calendar: Literal["auto", "stock", "crypto"] = "auto"
+    """Days of the year that are traded, as in train."""
+    timezone: str = ""
+    """The exchange's time zone, as in train."""
     start: str = ""
     """First day; empty: the first there is."""
     end: str = ""
@@ -166,17 +170,24 @@ class Metrics:
 
     def run(self) -> None:
         from fastflag.market.accounts import Bars
-        from fastflag.market.metrics import calendar_of, metrics
+        from fastflag.market.metrics import metrics
         from fastflag.market.simulator import BUY
         from fastflag.market.sources import load
         from fastflag.market.tasks import fixed_action_equity
 
-        market = load(DataConfig(data=self.data, symbol=self.symbol))
+        market = load(
+            DataConfig(
+                data=self.data,
+                symbol=self.symbol,
+                calendar=self.calendar,
+                timezone=self.timezone,
+            )
+        )
         days = market.days(self.start or str(market.dates[0]), self.end or str(market.dates[-1]))
         bars = Bars.from_market(market, market.symbols[market.column(self.symbol)])
         costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
         equity = fixed_action_equity(bars, costless, days, BUY)
-        values = metrics(equity, self.convention, calendar_of(market.dates))
+        values = metrics(equity, self.convention, market.calendar)
         values = {name: None if value != value else value for name, value in values.items()}
         if self.json:
             print(json.dumps(values))

@@ -60,11 +60,21 @@ class DataConfig:
     """News file (CSV or Parquet: published, available, symbol, text); empty: NAME.news.csv or
     NAME.news.parquet beside the bars, where there is one."""
     symbol: str = ""
-    """Which symbol of a file that holds several; empty: the only one."""
+    """Which symbol of a file that holds several; of a file without a column symbol, its bars' name,
+    as the news writes it; empty: the only one, or the file's name."""
     train: str = ""
     """Training days, START..END, both inclusive; empty: the first 80% of all days."""
     test: str = ""
     """Held-out days, START..END, both inclusive; empty: every day after the training days."""
+    calendar: Literal["auto", "stock", "crypto"] = "auto"
+    """Days of the year that are traded, by which figures are annualised (stock 252, crypto 365) and
+    the closing time is known; auto: crypto where Saturdays, Sundays and all others have bars."""
+    close_time: str = ""
+    """The exchange's closing time, HH:MM or HH:MM:SS in its own time zone, at which decisions are
+    made: news after it is not read that day; empty: 16:00, with the crypto calendar 23:59:59."""
+    timezone: str = ""
+    """The exchange's time zone, as America/New_York: times that name another one, or that are
+    seconds since 1970, are converted to it; empty: such times are refused."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastflag.files import InputError
-from fastflag.market.bars import Market, News, parse_period, split_days
+from fastflag.market.bars import Hours, Market, News, parse_period, split_days
 
 
 def market(
@@ -77,6 +77,43 @@ def test_closes():
     weekend = dataclasses.replace(stock, dates=np.arange("2024-01-03", "2024-01-08", dtype="M8[D]"))
     assert weekend.closes[0] == np.datetime64("2024-01-03T23:59:59")
     assert weekend.closes.dtype == "datetime64[s]"
+
+
+def test_hours_that_are_told():
+    told = market(hours=Hours("crypto"))
+    assert (told.calendar, told.closes[0]) == ("crypto", np.datetime64("2024-01-01T23:59:59"))
+    told = market(hours=Hours(close=np.timedelta64(0, "s")))
+    assert (told.calendar, told.closes[1]) == ("stock", np.datetime64("2024-01-02T00:00:00"))
+
+
+def test_of_one_symbol():
+    """A stock with an empty row of its own, beside a later coin that is traded every day."""
+    dates = np.arange("2024-01-01", "2024-01-29", dtype="datetime64[D]")
+    stock = np.isin(dates, np.busday_offset(dates[0], np.arange(20)))
+    prices = np.outer(np.arange(1.0, 29.0), [1.0, 100.0])
+    prices[~stock, 0] = prices[:10, 1] = np.nan
+    prices[2, 0] = np.nan
+    rows = np.stack([stock, dates > dates[9]], axis=1)
+    split = np.ones((28, 2))
+    split[20, 1] = 2.0  # on a Sunday
+    arrays = dict.fromkeys(("open", "high", "low", "close", "volume"), prices)
+    news = (News(np.datetime64("2024-01-02T12"), np.datetime64("2024-01-02T12"), "COIN", "up"),)
+    both = Market(
+        dates, ("STOCK", "COIN"), **arrays, split=split, dividend=0 * split, news=news, rows=rows
+    )
+    assert both.calendar == "crypto"
+    alone = both.of("STOCK")
+    assert (alone.symbols, alone.calendar, alone.news) == (("STOCK",), "stock", news)
+    np.testing.assert_array_equal(alone.dates, dates[stock])
+    np.testing.assert_array_equal(alone.close, prices[stock, :1])
+    assert np.isnan(alone.close[2, 0]) and (alone.split == 1).all()
+    assert alone.first_bars == {"STOCK": dates[0], "COIN": dates[10]}
+    assert alone.of().first_bars == alone.first_bars
+    coin = both.of("COIN")
+    assert (coin.calendar, len(coin.dates), coin.split[10, 0]) == ("crypto", 18, 2.0)
+    assert coin.first_bars == {"COIN": dates[10], "STOCK": dates[0]}
+    with pytest.raises(InputError, match="no symbol chosen of STOCK, COIN"):
+        both.of()
 
 
 def test_column():

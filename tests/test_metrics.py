@@ -112,3 +112,23 @@ def test_calendar():
     # A session on one Saturday, later, moves no close of an earlier day.
     weekdays = every_day[np.is_busday(every_day)]
     assert calendar_of(np.append(weekdays, np.datetime64("2024-05-04"))) == "stock"
+
+
+@pytest.mark.parametrize(
+    ("traded", "calendar"),
+    [
+        ("1111100", "stock"),
+        ("1111001", "stock"),  # Tel Aviv
+        ("1111101", "stock"),  # currencies, which open on Sunday evening
+        ("1111110", "stock"),
+        ("1110011", "stock"),  # Tehran
+        ("1111111", "crypto"),
+    ],
+)
+@pytest.mark.parametrize("days", [21, 400])
+def test_calendar_is_crypto_where_every_day_is_traded(traded, calendar, days):
+    dates = np.arange("2024-01-01", days, dtype="datetime64[D]")  # from a Monday
+    dates = dates[np.resize([day == "1" for day in traded], days)]
+    assert calendar_of(dates) == calendar
+    holes = np.random.default_rng(0).random(len(dates)) < 0.9
+    assert calendar_of(dates[holes]) == calendar

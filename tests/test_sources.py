@@ -233,11 +233,20 @@ def test_a_file_without_volume_and_adjusted_closes(file):
     assert (market.split == 1).all() and (market.dividend == 0).all()
 
 
-def test_several_symbols_are_aligned(file):
-    market = load(DataConfig(data="csv:" + file("bars.csv", TWO_SYMBOLS), symbol="B"))
-    assert market.symbols == ("A", "B")
-    np.testing.assert_array_equal(market.close, [[10, np.nan], [np.nan, 20], [11, 21]])
-    assert (market.split == 1).all() and (market.dividend == 0).all()
+def test_one_symbol_of_several_has_its_own_days(file):
+    for symbol, other in (("A", "B"), ("B", "A")):
+        bars = "csv:" + file("bars.csv", TWO_SYMBOLS)
+        market = load(DataConfig(data=bars, symbol=symbol))
+        rows = [row for row in TWO_SYMBOLS.splitlines() if row.startswith(symbol)]
+        assert market.symbols == (symbol,)
+        assert [str(date) for date in market.dates] == [row.split(",")[1] for row in rows]
+        np.testing.assert_array_equal(
+            market.close[:, 0], [float(row.split(",")[5]) for row in rows]
+        )
+        assert (market.split == 1).all() and (market.dividend == 0).all()
+        first = {"A": "2024-01-02", "B": "2024-01-03"}
+        assert {name: str(date) for name, date in market.first_bars.items()} == first
+        assert market.others == ((other, np.datetime64(first[other])),)
 
 
 def test_investorbench_format(file):
@@ -375,6 +384,12 @@ def test_csv_without_rows(file):
 )
 def test_symbol_refused(file, symbol, message):
     assert message in refusal(data="csv:" + file("bars.csv", TWO_SYMBOLS), symbol=symbol)
+
+
+def test_a_symbol_without_a_bar_is_refused_itself_alone(file):
+    path = file("bars.csv", TWO_SYMBOLS + "C,2024-01-04,,,,\n")
+    assert refusal(data=f"csv:{path}", symbol="C") == f"not a single bar of C, csv:{path}"
+    assert load(DataConfig(data=f"csv:{path}", symbol="A")).others[0][0] == "B"
 
 
 def test_symbol_without_a_name(file):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 import unicodedata
 
 import numpy as np
@@ -249,6 +250,31 @@ def test_news_keeps_to_its_budget(smollm, investorbench):
                 assert "icrosoft" not in told.prefix_text(day)
 
 
+def test_training_news(smollm):
+    """TINY has of its own or of all symbols' one item on day 1, one on day 2, two on day 3 and one
+    a second later; prompts tell the two of day 3, which are not the same, in 64 tokens."""
+    told = prompter(smollm)
+    assert told.training_news(range(4)) == (
+        "4 headlines on 3 of 4 training days, 4 in their day's prompt; 1 of other symbols than ACME"
+    )
+    assert told.training_news(range(3, 6)).startswith("3 headlines on 2 of 3 training days, 3 in")
+    assert told.training_news(range(1)) == ("none on 1 training days; 1 of other symbols than ACME")
+    # Of 10 tokens the first headline leaves too few for a second one.
+    less = prompter(smollm, news_tokens=10)
+    assert less.training_news(range(4)).startswith("4 headlines on 3 of 4 training days, 3 in")
+    assert prompter(smollm, news_tokens=8).training_news(range(4)) == (
+        "not read with --news-tokens 8"
+    )
+    assert prompter(smollm, **PAPER).training_news(range(4)) == "not read by --layout paper"
+    many = [item(f"2021-03-01T{9 + i // 60:02}:{i % 60:02}", "Up.", "X") for i in range(400)]
+    many = [dataclasses.replace(each, symbol="") for each in many[:300]] + many[300:]
+    market = dataclasses.replace(TINY, news=tuple(many))
+    assert prompter(smollm, market).training_news(range(2)) == (
+        "300 headlines on 1 of 2 training days, 1 in their day's prompt; "
+        "100 of other symbols than ACME"
+    )
+
+
 def test_memoised(smollm):
     told = prompter(smollm)
     assert told.prefix(3) is told.prefix(3)
@@ -365,6 +391,53 @@ def test_any_news_gives_a_printable_line(smollm, text):
     lines = told.prefix_text(3).split("\n")
     assert len(lines) in (3, 4) and told.prefix(3).min() > 16
     assert len(lines) == 3 or lines[2].startswith("News today: ")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("AT&amp;T rises", "AT&T rises"),
+        ("AT&amp;amp;T rises", "AT&T rises"),
+        ("Macy&#39;s &#x2014; &quot;no&quot;", 'Macy\'s \u2014 "no"'),
+        ("<b>Acme</b> <i class='x'>rises</i><br/>again", "Acme rises again"),
+        ("&lt;p&gt;Acme&lt;/p&gt;rises", "Acme rises"),
+        ('<a href="https://a.com/?b=1&amp;c=2" target=_blank>Acme</a>: up', "Acme: up"),
+        ("Low<!-- a note --> volume", "Low volume"),
+        ("a < b, 5 > 3 and 3<5", "a < b, 5 > 3 and 3<5"),
+        ("if a<b and b>c", "if a<b and b>c"),
+        ("R&D; S&P at x.com?a=1&copy=2", "R&D; S&P at x.com?a=1&copy=2"),
+        ("5 &lt; 6 &gt; 4", "5 < 6 > 4"),
+        ("no &such; thing, <AAPL>", "no &such; thing, <AAPL>"),
+    ],
+)
+def test_markup_is_undone(written, read):
+    assert headline(written) == read
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "App&#108;e",
+        "<b>App</b>le",
+        "&lt;b&gt;App&lt;/b&gt;le",
+        "App&shy;le",
+        "App&amp;#x6c;e",
+        "&#65313;pple",
+        "Johnson &amp; Johnson",
+        "J&amp;amp;J",
+        "<p>AAPL</p>",
+    ],
+)
+def test_markup_hides_no_name(written):
+    told = headline(f"Shares of {written} rose", anonymiser("AAPL", []))
+    assert told in (f"Shares of {name} rose" for name in ("the asset", "another asset"))
+
+
+def test_markup_of_any_length_takes_no_time():
+    for piece in ('<a b="', "<a ", "&amp;", "<!--", "<a b=c d=e "):
+        began = time.perf_counter()
+        headline(piece * 20_000)
+        assert time.perf_counter() - began < 5
 
 
 def test_headline_values():

@@ -20,7 +20,7 @@ from fastflag.learn.decision import choose, prompts_now
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, parse_period, split_days
-from fastflag.market.metrics import CONVENTIONS, calendar_of, metrics
+from fastflag.market.metrics import CONVENTIONS, metrics
 from fastflag.market.simulator import ACTIONS, BUY
 from fastflag.market.tasks import fixed_action_equity, random_equities
 from fastflag.policy.table import Policy
@@ -131,7 +131,7 @@ def backtest(
     random = random_equities(world.bars, config.simulator, days, RANDOM_EPISODES, world.seed)
     held = fixed_action_equity(world.bars, config.simulator, days, BUY)
     dates = market.dates[days.start : days.stop]
-    calendar = calendar_of(market.dates)
+    calendar = market.calendar
 
     def all_metrics(equity: np.ndarray) -> dict[str, dict[str, Any]]:
         return {name: _finite(metrics(equity, name, calendar)) for name in CONVENTIONS}

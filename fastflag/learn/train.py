@@ -25,7 +25,7 @@ from fastflag.learn.run import build, check_claim, claim, with_dtype, with_perio
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
-from fastflag.market.metrics import annual_days, calendar_of
+from fastflag.market.metrics import annual_days
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights
 
@@ -50,7 +50,7 @@ def train(
     policy.check_length(world.prompter.longest([*days, *test_days]))
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
-    annual = annual_days(calendar_of(market.dates))
+    annual = annual_days(market.calendar)
     phase = PhaseTimer()
     with claim(run, config, resume) as resumes:
         start = 0
@@ -60,6 +60,7 @@ def train(
             restore_optimizer(checkpoint, optimizer, run)
             accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
             start = checkpoint.step
+        print(f"news: {world.prompter.training_news(days)}", flush=True)
         with Log(run, start, config.steps) as log:
             for step in range(start, config.steps):
                 began = time.perf_counter()

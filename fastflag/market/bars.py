@@ -1,19 +1,19 @@
 """The market: aligned arrays and dated texts, checked once so that nothing later checks again."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from fastflag.files import InputError
-from fastflag.market.metrics import calendar_of
+from fastflag.market.metrics import SATURDAY, Calendar, calendar_of, weekday
 
 ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _PRICES = ("open", "high", "low", "close")
 _COLUMNS = (*_PRICES, "volume", "split", "dividend")
-_CLOSE_TIMES = {
+_CLOSE_TIMES: dict[Calendar, np.timedelta64] = {
     "stock": np.timedelta64(16 * 3600, "s"),
     # A market without a closing bell: the last second of the date.
     "crypto": np.timedelta64(24 * 3600 - 1, "s"),
@@ -28,6 +28,15 @@ class News:
     available: np.datetime64  # [s]
     symbol: str  # "": concerns every symbol
     text: str
+
+
+@dataclass(frozen=True)
+class Hours:
+    """What is told of an exchange's days; None: found from the dates on which there are bars."""
+
+    calendar: Calendar | None = None
+    close: np.timedelta64 | None = None
+    """Time of day [s]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +58,9 @@ class Market:
     split: np.ndarray  # [T, N] float64: shares held are multiplied by it before the open; 1: none
     dividend: np.ndarray  # [T, N] float64: cash per share held after the split, before the open
     news: tuple[News, ...] = ()  # sorted by `available`
+    hours: Hours = Hours()
+    rows: np.ndarray | None = None  # [T, N] bool: a row that day, be it empty; None: everywhere
+    others: tuple[tuple[str, np.datetime64], ...] = ()  # the file's other symbols, their first bars
 
     def __post_init__(self) -> None:
         shape = (len(self.dates), len(self.symbols))
@@ -88,14 +100,50 @@ class Market:
             raise InputError(f"{what}, {self.symbols[column]} {self.dates[day]}")
 
     @cached_property
+    def calendar(self) -> Calendar:
+        """As told, or else what the days with bars are."""
+        return self.hours.calendar or calendar_of(self.dates[np.isfinite(self.close).any(1)])
+
+    @cached_property
     def close_time(self) -> np.timedelta64:
-        """Time of day [s] of the decision: 16:00:00; 23:59:59 where weekends are traded."""
-        return _CLOSE_TIMES[calendar_of(self.dates)]
+        """Time of day [s] of the decision: as told, or else 16:00:00, and 23:59:59 where every day
+        is traded."""
+        return _CLOSE_TIMES[self.calendar] if self.hours.close is None else self.hours.close
 
     @cached_property
     def closes(self) -> np.ndarray:
         """[T] datetime64[s]: the moment at which day t's decision is made."""
         return self.dates.astype("datetime64[s]") + self.close_time
+
+    @cached_property
+    def first_bars(self) -> dict[str, np.datetime64]:
+        """The date of the first close of every symbol of the file that has one."""
+        bars = np.isfinite(self.close)
+        days = zip(self.symbols, bars.any(0), bars.argmax(0), strict=True)
+        return {name: self.dates[day] for name, some, day in days if some} | dict(self.others)
+
+    def of(self, symbol: str = "") -> "Market":
+        """The market of one symbol: its bars on the days on which it has a row, be it an empty one.
+
+        So a file's other symbols bear on no day, closing time, period or figure. All news stays,
+        and the others' names with their first bars. Saturdays are no days where not one has a bar,
+        split or dividend, nor are Sundays: files may be filled up to every date. Raises InputError
+        as `column` does.
+        """
+        n = self.column(symbol)
+        days = np.ones(len(self.dates), bool) if self.rows is None else self.rows[:, n]
+        day_of_week = weekday(self.dates)
+        told = np.isfinite(self.close[:, n]) | (self.split[:, n] != 1) | (self.dividend[:, n] > 0)
+        days = days & (np.isin(day_of_week, day_of_week[told]) | (day_of_week < SATURDAY))
+        own = self.symbols[n]
+        return replace(
+            self,
+            dates=self.dates[days],
+            symbols=(own,),
+            rows=None,
+            others=tuple((name, day) for name, day in self.first_bars.items() if name != own),
+            **{name: getattr(self, name)[days, n : n + 1] for name in _COLUMNS},
+        )
 
     def column(self, symbol: str = "") -> int:
         """Column of `symbol`; empty: of the only one. Raises InputError where there is none."""

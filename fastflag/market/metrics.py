@@ -10,6 +10,8 @@ from fastflag.files import InputError
 
 Calendar = Literal["stock", "crypto"]
 
+SATURDAY, SUNDAY = 5, 6
+
 
 @dataclass(frozen=True)
 class _Convention:
@@ -40,11 +42,23 @@ _NAMES = ("cr", "sr", "av", "mdd", "sortino", "calmar", "win_rate_daily")
 
 
 def calendar_of(dates: np.ndarray) -> Calendar:
-    """ "crypto" where over a tenth of `dates` ([T] datetime64[D]) are on weekends, else "stock".
+    """ "crypto" where Saturdays and Sundays are among `dates` ([T] datetime64[D], increasing), and
+    of every day of the week at least half of those between the first date and the last.
 
-    Where every day is traded it is two in seven; stock exchanges have held sessions on a Saturday.
+    So exchanges that trade from Sunday to Thursday (Tel Aviv) or from Saturday to Wednesday
+    (Tehran) are stock ones, and so are those that have held sessions on a Saturday.
     """
-    return "stock" if np.is_busday(dates).mean() >= 0.9 else "crypto"
+    if not len(dates):
+        return "stock"
+    every_day = np.arange(dates[0], dates[-1] + 1)
+    traded, passed = (np.bincount(weekday(days), minlength=7) for days in (dates, every_day))
+    on_weekends = traded[SATURDAY] and traded[SUNDAY]
+    return "crypto" if on_weekends and (2 * traded >= passed).all() else "stock"
+
+
+def weekday(dates: np.ndarray) -> np.ndarray:
+    """0 (Monday) to 6 (Sunday) of each of `dates`."""
+    return (dates.astype("datetime64[D]").astype(int) + 3) % 7  # 1970 began on a Thursday
 
 
 def annual_days(calendar: Calendar) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pandas as pd
@@ -17,23 +18,25 @@ import pandas as pd
 from fastflag.config import DataConfig
 from fastflag.files import InputError
 from fastflag.market.bars import Market, News
+from fastflag.market.cells import one_line as _one_line
+from fastflag.market.cells import refuse as _refuse
+from fastflag.market.cells import require as _require
+from fastflag.market.cells import texts as _texts
+from fastflag.market.news import assigned, news_beside, news_of, with_news
+from fastflag.market.times import bar_dates, hours_of, refuse_longer_than_days, zone_of
 
 SAMPLES = ("AAPL", "FB", "GOOG", "IBM", "MSFT")
 
 _PRICES = ("open", "high", "low", "close")
-_MOMENT = (
-    r"(?P<date>\d{4}-\d{2}-\d{2})(?:[T ](?P<time>\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?))?"
-    r"(?P<zone>Z|[+-]\d{2}:?\d{2})?"
-)
-_END_OF_DATE = np.timedelta64(24 * 3600 - 1, "s")
 
 
 def load(data: DataConfig) -> Market:
-    """The market that `data` names, with every symbol of its file on one calendar.
+    """The market of the symbol that `data` names, on the days on which its file has a row of it.
 
     Bars (csv:, parquet:) have columns date, open, high, low, close and, where there are, volume,
     adj_close and symbol, in any case and order; an empty cell is NaN. Without a symbol column the
-    symbol is `data.symbol`, or else the file's name. News of a file is added to the source's own.
+    symbol is `data.symbol`, or else the file's name. News of a file is added to the source's own;
+    `names_of` says which of its names are the symbol's.
 
     Raises InputError, with the file and where possible its line, for whatever is wrong in a file.
     """
@@ -43,17 +46,23 @@ def load(data: DataConfig) -> Market:
     if not colon or kind not in _READERS:
         known = ", ".join(f"{known}:" for known in _READERS)
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
-    market = _READERS[kind](name, data.symbol)
-    if not np.isfinite(market.close).any(0).all():
-        raise InputError(f"a symbol without a single bar, {data.data}")
+    hours, zone = hours_of(data), zone_of(data)
+    market = _READERS[kind](name, data)
+    symbols = market.symbols
     try:
-        market.column(data.symbol)
+        market = dataclasses.replace(market.of(data.symbol), hours=hours)
     except InputError as error:
         raise InputError(f"{error} {data.data}") from None
-    path = Path(data.news) if data.news else _news_beside(kind, name)
+    if not np.isfinite(market.close).any():
+        raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
+    refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
+    path = Path(data.news) if data.news else news_beside(kind, name)
     if path is None:
         return market
-    return _with_news(market, [*market.news, *_read_news(path)])
+    frame = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+    news = news_of(frame, str(path), zone)
+    own = assigned(news, market.symbols[0], symbols, str(path))
+    return with_news(market, [*market.news, *own])
 
 
 def recover_splits_and_dividends(
@@ -119,10 +128,10 @@ def _decimals(value: float) -> int:
     return len(np.format_float_positional(value, trim="-").partition(".")[2])
 
 
-# Readers: (what follows the colon, symbol asked for) -> Market
+# Readers: (what follows the colon, all that is asked for) -> Market
 
 
-def _sample(name: str, _symbol: str) -> Market:
+def _sample(name: str, _data: DataConfig) -> Market:
     from bokeh_sampledata import stocks
 
     if name.upper() not in SAMPLES:
@@ -131,15 +140,17 @@ def _sample(name: str, _symbol: str) -> Market:
     return _market(frame, f"sample:{name}", name.upper())
 
 
-def _csv(name: str, symbol: str) -> Market:
-    return _market(_read_csv(Path(name)), name, symbol or Path(name).stem.upper())
+def _csv(name: str, data: DataConfig) -> Market:
+    symbol = data.symbol or Path(name).stem.upper()
+    return _market(_read_csv(Path(name)), name, symbol, zone_of(data))
 
 
-def _parquet(name: str, symbol: str) -> Market:
-    return _market(_read_parquet(Path(name)), name, symbol or Path(name).stem.upper())
+def _parquet(name: str, data: DataConfig) -> Market:
+    symbol = data.symbol or Path(name).stem.upper()
+    return _market(_read_parquet(Path(name)), name, symbol, zone_of(data))
 
 
-def _investorbench(name: str, _symbol: str) -> Market:
+def _investorbench(name: str, data: DataConfig) -> Market:
     """InvestorBench's JSON, {date: {"prices": adjusted close, "news": [text]}}, without filings.
 
     The one price stands for open, high, low and close; a date's news is available at its close.
@@ -157,16 +168,17 @@ def _investorbench(name: str, _symbol: str) -> Market:
     frame = pd.DataFrame({"date": list(days), **dict.fromkeys(_PRICES, prices)})
     frame.index = pd.RangeIndex(1, len(frame) + 1, name="entry")
     ticker = Path(name).stem.upper()
-    market = _market(frame, name, ticker)
+    market = _market(frame, name, ticker, zone_of(data))
+    market = dataclasses.replace(market, hours=hours_of(data))
     news = [
         News(close, close, ticker, text)
         for close, day in zip(market.closes, days.values(), strict=True)
         for text in day.get("news", [])
     ]
-    return _with_news(market, news)
+    return with_news(market, news)
 
 
-_READERS: dict[str, Callable[[str, str], Market]] = {
+_READERS: dict[str, Callable[[str, DataConfig], Market]] = {
     "sample": _sample,
     "csv": _csv,
     "parquet": _parquet,
@@ -253,12 +265,10 @@ def _named(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
 # Frames -> Market
 
 
-def _market(frame: pd.DataFrame, where: str, symbol: str) -> Market:
+def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None = None) -> Market:
     """The Market of a frame of bars; `symbol` names them where there is no symbol column."""
     _require(frame, ("date", *_PRICES), where)
-    moments, _ = _moments(frame["date"], where)
-    dates = moments.astype("datetime64[D]")
-    _refuse(frame, moments != dates, "has a time of day: daily bars only", "date", where)
+    dates = bar_dates(frame["date"], where, zone)
     numbers = {
         name: _numbers(frame[name], where)
         for name in (*_PRICES, "volume", "adj_close")
@@ -273,12 +283,14 @@ def _market(frame: pd.DataFrame, where: str, symbol: str) -> Market:
     shape = (len(calendar), len(symbols))
     arrays = {name: np.full(shape, np.nan) for name in (*_PRICES, "volume")}
     split, dividend = np.ones(shape), np.zeros(shape)
+    present = np.zeros(shape, bool)
     for column, owner in enumerate(symbols):
         rows = np.flatnonzero(owners == owner)
         follows = np.zeros(len(frame), bool)
         follows[rows[1:]] = np.diff(dates[rows]) <= np.timedelta64(0, "D")
         _refuse(frame, follows, "is not after the one before", "date", where)
         days = np.searchsorted(calendar, dates[rows])
+        present[days, column] = True
         for name in arrays.keys() & numbers.keys():
             arrays[name][days, column] = numbers[name][rows]
         if "adj_close" in numbers:
@@ -289,67 +301,12 @@ def _market(frame: pd.DataFrame, where: str, symbol: str) -> Market:
                 np.where(numbers["close"] > 0, numbers["close"], np.nan)[rows], adjusted[rows]
             )
     try:
-        return Market(calendar, symbols, **arrays, split=split, dividend=dividend)
+        return Market(calendar, symbols, **arrays, split=split, dividend=dividend, rows=present)
     except InputError as error:
         raise InputError(f"{error}, {where}") from None
 
 
-def _news_beside(kind: str, name: str) -> Path | None:
-    """NAME.news.csv or NAME.news.parquet beside the bars, where there is one."""
-    if kind == "sample":
-        return None
-    beside = (Path(name).with_suffix(f".news.{kind}") for kind in ("csv", "parquet"))
-    return next((path for path in beside if path.is_file()), None)
-
-
-def _read_news(path: Path) -> list[News]:
-    """News of a file, in the exchange's local time; a time zone is refused rather than guessed at.
-
-    An `available` of exactly midnight is a bare date and counts as the END of that date.
-    """
-    frame = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    where = str(path)
-    _require(frame, ("published", "available", "symbol", "text"), where)
-    times = {}
-    for name in ("published", "available"):
-        times[name], zoned = _moments(frame[name], where)
-        _refuse(frame, zoned, "has a time zone: give the exchange's local time", name, where)
-    bare = times["available"] == times["available"].astype("datetime64[D]")
-    available = times["available"] + bare * _END_OF_DATE
-    _refuse(frame, available < times["published"], "is before `published`", "available", where)
-    texts = _texts(frame["text"], where)
-    _refuse(frame, texts == "", "is empty", "text", where)
-    columns = (times["published"], available, _texts(frame["symbol"], where), texts)
-    return [News(*row) for row in zip(*columns, strict=True)]
-
-
-def _with_news(market: Market, news: list[News]) -> Market:
-    return dataclasses.replace(market, news=tuple(sorted(news, key=lambda item: item.available)))
-
-
 # Columns -> arrays
-
-
-def _moments(column: pd.Series, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Wall-clock times [s] of a column, and which of them name a time zone."""
-    if isinstance(column.dtype, pd.DatetimeTZDtype):
-        moments, zoned = column.dt.tz_localize(None), np.ones(len(column), bool)
-    elif pd.api.types.is_datetime64_dtype(column.dtype):
-        moments, zoned = column, np.zeros(len(column), bool)
-    else:
-        # In a whole match or in nothing: pandas alone would take "2020" or "20200102" for dates.
-        parts = pd.Series(_texts(column, where), dtype=str).str.extract(f"^{_MOMENT}$")
-        iso = parts["date"] + "T" + parts["time"].fillna("00:00")
-        moments = pd.to_datetime(iso, format="ISO8601", errors="coerce")
-        zoned = parts["zone"].notna().to_numpy()
-    _refuse(
-        column.to_frame(),
-        moments.isna().to_numpy(),
-        "is not a date (YYYY-MM-DD)",
-        column.name,
-        where,
-    )
-    return moments.to_numpy().astype("datetime64[s]"), zoned
 
 
 def _numbers(column: pd.Series, where: str) -> np.ndarray:
@@ -361,32 +318,3 @@ def _numbers(column: pd.Series, where: str) -> np.ndarray:
     wrong = np.isnan(numbers) & ~texts.str.lower().isin(["", "nan"]).to_numpy()
     _refuse(column.to_frame(), wrong, "is not a number", column.name, where)
     return numbers
-
-
-def _texts(column: pd.Series, where: str) -> np.ndarray:
-    """A column as stripped texts, missing ones empty; object dtype."""
-    texts = column.astype(object).where(column.notna(), "")
-    try:
-        return texts.astype(str).str.strip().to_numpy(object)
-    except UnicodeDecodeError as error:  # Parquet's cells of bytes
-        raise InputError(f"{column.name} is not text ({error}), {where}") from None
-
-
-# Refusals
-
-
-def _require(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> None:
-    missing = [name for name in names if name not in frame]
-    if missing:
-        raise InputError(f"no column {', '.join(missing)}, {where}")
-
-
-def _refuse(frame: pd.DataFrame, wrong: np.ndarray, what: str, name: str, where: str) -> None:
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        value = _one_line(frame[name].iloc[row])[:60]
-        raise InputError(f"{name} {value!r} {what}, {where} {frame.index.name} {frame.index[row]}")
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())[:200]

@@ -26,6 +26,7 @@ from fastflag.market.simulator import (
     decode,
     side_of,
 )
+from fastflag.prompt.markup import without_markup
 from fastflag.prompt.tokens import PromptSet, Tokenizer
 
 HEADLINE_TOKENS = 24
@@ -276,11 +277,11 @@ def _name_pattern(symbols: Sequence[str]) -> re.Pattern:
 
 
 def headline(text: str, anonymise: Callable[[str], str] | None = None) -> str:
-    """The first sentence of an untrusted text as one line without control characters.
+    """The first sentence of an untrusted text as one line without markup or control characters.
 
     A sentiment that InvestorBench's files put at the end is moved to the front.
     """
-    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", without_markup(text)))
     text = _NOT_TEXT.sub(" ", text).strip()
     sentiment = _SENTIMENT.search(text)
     if sentiment:
@@ -322,9 +323,6 @@ class Prompter:
         self._indicators = indicators(adjusted, highs)
         self._news = [item for item in market.news if item.symbol in ("", self.symbol)]
         self._available = np.array([item.available for item in self._news], dtype="datetime64[s]")
-        bars = np.isfinite(market.close)
-        first_bars = np.where(bars.any(0), bars.argmax(0), len(market.dates))
-        self._first_bars = dict(zip(market.symbols, first_bars.tolist(), strict=True))
         self._anonymisers: dict[tuple[str, ...], Callable[[str], str]] = {}
         self._headlines: dict[tuple[int, tuple[str, ...]], str] = {}
         self._prefixes: dict[int, np.ndarray] = {}
@@ -350,7 +348,8 @@ class Prompter:
         # A stable sort: of equally new items the first of the file comes first.
         newest_first = begin + np.argsort(-self._available[begin:end].astype(int), kind="stable")
         # A symbol that comes to the market later is not yet a name to hide.
-        listed = tuple(symbol for symbol, first in self._first_bars.items() if first <= day)
+        date = self._market.dates[day]
+        listed = tuple(name for name, first in self._market.first_bars.items() if first <= date)
         told: dict[str, bool] = {}
         budget = self.config.news_tokens
         for index in newest_first.tolist():
@@ -366,6 +365,25 @@ class Prompter:
             tuple(text for text, is_today in told.items() if is_today),
             tuple(text for text, is_today in told.items() if not is_today),
         )
+
+    def training_news(self, days: range) -> str:
+        """How much news the prompts of the training days read, as a line's text. A headline is of
+        the day at whose close it is first available."""
+        if not self.layout.has_news:
+            return f"not read by --layout {self.config.layout}"
+        if self.config.news_tokens <= SHORTEST_CUT:
+            return f"not read with --news-tokens {self.config.news_tokens}"
+        day_of = np.searchsorted(self._market.closes, self._available)
+        came = day_of[(day_of >= days.start) & (day_of < days.stop)]
+        told = sum(len(self.headlines(day)[0]) for day in days)
+        line = (
+            f"{len(came):,} headlines on {len(np.unique(came)):,} of {len(days):,} training days, "
+            f"{told:,} in their day's prompt"
+        )
+        if not len(came):
+            line = f"none on {len(days):,} training days"
+        others = len(self._market.news) - len(self._news)
+        return line + (f"; {others:,} of other symbols than {self.symbol}" if others else "")
 
     def _news_until(self, moment: np.datetime64) -> int:
         return int(np.searchsorted(self._available, moment, side="right"))
