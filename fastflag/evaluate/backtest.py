@@ -43,6 +43,9 @@ class Episodes:
     action: np.ndarray  # [B, n - 1] int8
     probabilities: np.ndarray  # [B, n - 1, A]
 
+    def part(self, episodes: slice) -> "Episodes":
+        return Episodes(**{name: array[episodes] for name, array in vars(self).items()})
+
 
 def period_days(market: Market, config: TrainConfig, split: str) -> range:
     """The days of a split: train, test, or START..END.
@@ -106,6 +109,14 @@ def greedy(probabilities: np.ndarray, _: int) -> np.ndarray:
     return np.array(order, dtype=np.int8)[probabilities[:, order].argmax(1)]
 
 
+def _first_greedy(others: Chooser) -> Chooser:
+    """The first episode greedily and the others by `others`, in one pass: each day's prompts are
+    then one batch."""
+    return lambda probabilities, number: np.concatenate(
+        [greedy(probabilities[:1], number), others(probabilities[1:], number)]
+    )
+
+
 def sampler(seed: int, episodes: int) -> Chooser:
     """Samples, each episode from a stream of its own."""
     environments = np.arange(episodes)
@@ -125,9 +136,9 @@ def backtest(
     """The document that RUN/backtest.json holds. Raises InputError as `period_days` does."""
     days = period_days(market, config, split)
     episodes = config.backtest_episodes
-    best = run_episodes(policy, world, days, 1, greedy, track)
-    seed = world.seed ^ _SAMPLED
-    sampled = run_episodes(policy, world, days, episodes, sampler(seed, episodes), track)
+    chooser = _first_greedy(sampler(world.seed ^ _SAMPLED, episodes))
+    both = run_episodes(policy, world, days, 1 + episodes, chooser, track)
+    best, sampled = both.part(slice(0, 1)), both.part(slice(1, None))
     random = random_equities(world.bars, config.simulator, days, RANDOM_EPISODES, world.seed)
     held = fixed_action_equity(world.bars, config.simulator, days, BUY)
     dates = market.dates[days.start : days.stop]
