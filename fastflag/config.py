@@ -96,6 +96,10 @@ class SimulatorConfig(_Checked):
     """Basis points by which a fill is worse than its price."""
     lot: NotNegative = 0.0
     """Smallest tradable number of shares; 0: fractional shares."""
+    dividends: Literal["reinvest", "cash"] = "reinvest"
+    """reinvest: the dividend of a position that is kept buys more of it at that day's close, free
+    of costs, so that holding earns the adjusted close's return (shorts, who owe it, sell more);
+    cash: it lies idle until a position is next opened."""
     cash: Annotated[float, Range(above=0)] = 100_000.0
     """Starting cash."""
     ruin: Annotated[float, Range(above=0, below=1)] = 0.01

@@ -7,8 +7,18 @@ A decision is made at the close of day t; `step` takes the account to the close 
 3. Overnight, day t + 1's split multiplies the shares and its dividend is paid (shorts pay it).
 4. `next_open` and `next_close` fill it at day t + 1's price; without a bar the order waits, because
    tomorrow's missing bar must not be known today.
-5. The account is marked at the close (without a bar: at the last one), profit = change of equity.
-6. At or below `ruin` x starting cash the account is closed for good.
+5. `reinvest`: the dividend of a position held overnight and still held goes into it at the close.
+6. The account is marked at the close (without a bar: at the last one), profit = change of equity.
+7. At or below `ruin` x starting cash the account is closed for good.
+
+Dividends, by `config.dividends`. `cash`: they stay cash until a position is next opened. `reinvest`:
+shares become shares x (1 + dividend / close) at the close of the ex-day whatever the fill, free of
+fee and slippage, as `recover_splits_and_dividends` has it. A short sells that much more short, which
+pays what it owes. So from the close of its first day on a position is worth its first value x
+adjusted close / the first adjusted close (a short owes that), and `entry` is divided by what shares
+are multiplied by: open profit is the total return. Whoever leaves a position on the ex-day has its
+dividend in cash, and opens the next one with it. With lots, whole lots are bought, the rest is cash,
+and open profit is told as without. A dividend of a day without a bar comes with the next bar.
 
 The rules are compiled in compiled.py. Money is float64.
 """
@@ -58,6 +68,7 @@ __all__ = [
     "allowed_codes",
     "decode",
     "equities",
+    "growth",
     "reachable",
     "rollout",
     "side_of",
@@ -75,6 +86,7 @@ def _rules_of(config: SimulatorConfig) -> Rules:
         fill=_FILLS[config.fill],
         long_short=config.positions == "long_short",
         log_return=config.reward == "log_return",
+        reinvest=config.dividends == "reinvest",
         fee=config.fee_bps / 10_000.0,
         slippage=config.slippage_bps / 10_000.0,
         lot=float(config.lot),
@@ -98,6 +110,16 @@ def step(
     rewards, terminated = np.empty(len(accounts)), np.empty(len(accounts), np.bool_)
     step_nb(bars.table, _rules_of(config), accounts.views(), days, actions, rewards, terminated)
     return rewards, terminated
+
+
+def growth(bars: Bars, config: SimulatorConfig, opened: int, day: int) -> float:
+    """Shares at the close of `day` for each held since the close of `opened`, but for lots."""
+    after = slice(opened + 1, day + 1)
+    shares = np.prod(bars.split[after])
+    if config.dividends == "reinvest":
+        paid = np.flatnonzero(bars.payable[after]) + opened + 1
+        shares = shares * np.prod(1.0 + bars.payable[paid] / bars.close[paid])
+    return float(shares)
 
 
 def _check_days(bars: Bars, days: np.ndarray, following: int) -> None:
