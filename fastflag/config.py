@@ -280,6 +280,19 @@ def from_dict(
     return _merge(base, values, where, "")
 
 
+def from_run(
+    document: dict[str, Any], where: str, base: TrainConfig = PRESETS["default"]
+) -> TrainConfig:
+    """The settings in a run's config.json, as `from_dict` reads them.
+
+    A run writes all its settings: one that it lacks is younger than the run, which did what was
+    done before there was a choice.
+    """
+    values = {key: value for key, value in document.items() if key != "fastflag"}
+    simulator = dataclasses.replace(base.simulator, dividends="cash")
+    return from_dict(values, where, dataclasses.replace(base, simulator=simulator))
+
+
 def _merge(base: Any, values: Any, where: str, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise InputError(f"{prefix.rstrip('.') or 'config'} must be a JSON object, {where}")

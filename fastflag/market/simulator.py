@@ -11,14 +11,17 @@ A decision is made at the close of day t; `step` takes the account to the close 
 6. The account is marked at the close (without a bar: at the last one), profit = change of equity.
 7. At or below `ruin` x starting cash the account is closed for good.
 
-Dividends, by `config.dividends`. `cash`: they stay cash until a position is next opened. `reinvest`:
-shares become shares x (1 + dividend / close) at the close of the ex-day whatever the fill, free of
-fee and slippage, as `recover_splits_and_dividends` has it. A short sells that much more short, which
-pays what it owes. So from the close of its first day on a position is worth its first value x
-adjusted close / the first adjusted close (a short owes that), and `entry` is divided by what shares
-are multiplied by: open profit is the total return. Whoever leaves a position on the ex-day has its
-dividend in cash, and opens the next one with it. With lots, whole lots are bought, the rest is cash,
-and open profit is told as without. A dividend of a day without a bar comes with the next bar.
+With `cash` a dividend is idle until a position is next opened. With `reinvest`:
+
+- Shares are multiplied by 1 + dividend / close at the close of the ex-day, free of fee and slippage,
+  whatever the fill: the formula of `recover_splits_and_dividends`. A short sells that many more,
+  which pays what it owes. `entry` is divided by the same.
+- So from the first close that sees it, a long is worth its value there x adjusted close / adjusted
+  close there, and a short owes that. Open profit is the total return.
+- Who leaves a position on the ex-day has its dividend in cash, before the fill.
+- A dividend of a day without a bar comes with the next bar: nothing can be bought before.
+- With lots whole lots are bought, the rest stays cash (shorts pay it of theirs); `entry` is divided
+  as without lots, so that what a prompt tells does not depend on the account's size.
 
 The rules are compiled in compiled.py. Money is float64.
 """
