@@ -13,9 +13,9 @@ A decision is made at the close of day t; `step` takes the account to the close 
 
 With `cash` a dividend is idle until a position is next opened. With `reinvest`:
 
-- Shares are multiplied by 1 + dividend / close at the close of the ex-day, free of fee and slippage,
-  whatever the fill: the formula of `recover_splits_and_dividends`. A short sells that many more,
-  which pays what it owes. `entry` is divided by the same.
+- Shares are multiplied by 1 + dividend / close at the close of the ex-day, free of fee and
+  slippage, whatever the fill: the formula of `recover_splits_and_dividends`. A short sells that
+  many more, which pays what it owes. `entry` is divided by the same.
 - So from the first close that sees it, a long is worth its value there x adjusted close / adjusted
   close there, and a short owes that. Open profit is the total return.
 - Who leaves a position on the ex-day has its dividend in cash, before the fill.
