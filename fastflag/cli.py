@@ -28,6 +28,7 @@ from fastflag.config import (
     SimulatorConfig,
     TrainConfig,
     from_dict,
+    from_run,
 )
 from fastflag.files import InputError, read_json
 
@@ -117,7 +118,8 @@ class Decide:
     position: Literal["flat", "long", "short"] = "flat"
     """Position held."""
     entry: float = 0.0
-    """Price per share on the day it was entered, fees included."""
+    """Price per share on the day it was entered, fees included; splits since then, and dividends
+    where the run reinvests them, are accounted for."""
     since: str = ""
     """Day on which it was entered."""
     device: Device = "auto"
@@ -149,7 +151,7 @@ class Decide:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of buying and holding."""
+    """Metrics of buying and holding, dividends reinvested: those of the adjusted closes."""
 
     data: str = DataConfig.data
     """Bars, as in train."""
@@ -373,9 +375,8 @@ def _train_default(arguments: list[str]) -> Any:
     settings = PRESETS[preset]
     if config:
         values = read_json(config)
-        if isinstance(values, dict):
-            values.pop("fastflag", None)
-        settings = from_dict(values, config, settings)
+        of_run = isinstance(values, dict) and "fastflag" in values
+        settings = (from_run if of_run else from_dict)(values, config, settings)
     return Train(out=tyro.MISSING, settings=settings)
 
 

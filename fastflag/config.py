@@ -106,6 +106,10 @@ class SimulatorConfig(_Checked):
     """Basis points by which a fill is worse than its price."""
     lot: NotNegative = 0.0
     """Smallest tradable number of shares; 0: fractional shares."""
+    dividends: Literal["reinvest", "cash"] = "reinvest"
+    """reinvest: the dividend of a position that is kept buys more of it at that day's close, free
+    of costs, so that holding earns the adjusted close's return (shorts, who owe it, sell more);
+    cash: it lies idle until a position is next opened."""
     cash: Annotated[float, Range(above=0)] = 100_000.0
     """Starting cash."""
     ruin: Annotated[float, Range(above=0, below=1)] = 0.01
@@ -285,6 +289,19 @@ def from_dict(
     names the source.
     """
     return _merge(base, values, where, "")
+
+
+def from_run(
+    document: dict[str, Any], where: str, base: TrainConfig = PRESETS["default"]
+) -> TrainConfig:
+    """The settings in a run's config.json, as `from_dict` reads them.
+
+    A run writes all its settings: one that it lacks is younger than the run, which did what was
+    done before there was a choice.
+    """
+    values = {key: value for key, value in document.items() if key != "fastflag"}
+    simulator = dataclasses.replace(base.simulator, dividends="cash")
+    return from_dict(values, where, dataclasses.replace(base, simulator=simulator))
 
 
 def _merge(base: Any, values: Any, where: str, prefix: str) -> Any:

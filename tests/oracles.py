@@ -62,6 +62,20 @@ class Account:
             return math.nan
         return self.mark(day - 1) / self.days[day]["split"]
 
+    def due(self, day):
+        """The dividend of a share held on `day`. Cash is paid at once; what is reinvested needs a
+        bar, and comes with the next one from days without, a split making less of it a share."""
+        if self.config.dividends == "cash":
+            return self.days[day]["dividend"]
+        if self.days[day]["close"] is None:
+            return 0.0
+        total, of_one = self.days[day]["dividend"], 1.0
+        while day > 0 and self.days[day - 1]["close"] is None:
+            of_one *= self.days[day]["split"]
+            day -= 1
+            total += self.days[day]["dividend"] / of_one
+        return total
+
     def allowed(self, day):
         if self.days[day]["close"] is None:
             return ["Hold"]
@@ -84,7 +98,8 @@ class Account:
         self.waiting = None
         if order is not None and self.config.fill == "same_close":
             self.fill(order, today["close"], day)
-        self.overnight(day, tomorrow)
+        owed = self.overnight(day, tomorrow)
+        position = self.opened
         if order is not None and self.config.fill != "same_close":
             if tomorrow["close"] is None:
                 self.waiting = order
@@ -93,6 +108,9 @@ class Account:
                 self.revalue(price, day + 1)
                 self.fill(order, price, day + 1)
         self.revalue(self.mark(day + 1), day + 1)
+        is_kept = self.shares != 0 and self.opened == position
+        if self.config.dividends == "reinvest" and owed != 0 and is_kept:
+            self.reinvest(owed, tomorrow["close"])
 
         self.equity = self.cash
         if self.shares != 0:
@@ -121,8 +139,9 @@ class Account:
         self.valued = price
 
     def overnight(self, day, tomorrow):
+        """-> the dividend that was paid; negative: by the account."""
         if self.shares == 0:
-            return
+            return 0.0
         self.shares *= tomorrow["split"]
         self.entry /= tomorrow["split"]
         price = self.mark(day) / tomorrow["split"]
@@ -134,8 +153,22 @@ class Account:
             self.shares = whole
             if whole == 0:
                 self.shares, self.entry, self.opened = 0.0, 0.0, -1
-        self.cash += self.shares * tomorrow["dividend"]
-        self.dividends += self.shares * tomorrow["dividend"]
+        owed = self.shares * self.due(day + 1)
+        self.cash += owed
+        self.dividends += owed
+        return owed
+
+    def reinvest(self, owed, price):
+        """Buys shares for `owed`; one that is short and had to pay sells as many."""
+        bought = owed / price
+        self.entry *= self.shares / (self.shares + bought)
+        if self.config.lot > 0:
+            bought = int(bought / self.config.lot) * self.config.lot
+        self.shares += bought
+        self.cash -= bought * price
+        if self.config.lot == 0 and self.shares > 0:
+            assert abs(self.cash) < 1e-12 * self.shares * price
+            self.cash = 0.0
 
     def fill(self, order, price, day):
         if self.config.positions == "long_flat":

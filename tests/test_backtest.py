@@ -163,6 +163,7 @@ def test_the_document_tells_what_the_greedy_policy_did(document):
     assert told["symbol"] == "PLANTED" and told["anonymised"] is True
     assert (told["positions"], told["fill"]) == ("long_flat", "next_open")
     assert (told["fee_bps"], told["slippage_bps"]) == (1.0, 2.0)
+    assert told["dividends"] == "reinvest"
     account = Accounts.start(1, config.simulator.cash)
     for number, day in enumerate(days[:-1]):
         assert best["equity"][number] == account.equity[0]

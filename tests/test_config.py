@@ -16,6 +16,7 @@ from fastflag.config import (
     SimulatorConfig,
     TrainConfig,
     from_dict,
+    from_run,
     to_dict,
 )
 from fastflag.files import InputError
@@ -46,6 +47,19 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 def test_json_and_back(preset):
     config = PRESETS[preset]
     assert from_dict(json.loads(json.dumps(to_dict(config))), "here") == config
+
+
+@pytest.mark.parametrize("dividends", ["reinvest", "cash"])
+def test_a_run_from_before_there_was_a_choice_paid_dividends_in_cash(dividends):
+    config = dataclasses.replace(PRESETS["demo"], simulator=SimulatorConfig(dividends=dividends))
+    document = to_dict(config) | {"fastflag": "0.1.0"}
+    assert from_run(document, "here") == config
+    del document["simulator"]["dividends"]
+    before = dataclasses.replace(config, simulator=SimulatorConfig(dividends="cash"))
+    assert from_run(document, "here") == before
+    assert document["fastflag"] == "0.1.0"
+    # What a user leaves out of settings of their own is as it is now.
+    assert from_dict({"simulator": {}}, "here").simulator.dividends == "reinvest"
 
 
 def test_values_go_over_the_base_and_the_rest_stays():

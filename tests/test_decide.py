@@ -20,26 +20,32 @@ PRICES = ("open", "high", "low", "close")
 
 
 def split_market():
-    """A market with a 2:1 split, a reverse split and a day without a bar."""
+    """A market with a 2:1 split, a reverse split, dividends and a day without a bar."""
     market = small_market()
     split = np.ones_like(market.split)
     split[12], split[25] = 2.0, 0.25
     prices = {name: getattr(market, name) / np.cumprod(split)[:, None] for name in PRICES}
     for values in prices.values():
         values[20] = np.nan
-    return dataclasses.replace(market, split=split, **prices)
+    dividend = np.zeros_like(split)
+    dividend[[8, 14, 29]] = 0.05 * prices["close"][[8, 14, 29]]
+    return dataclasses.replace(market, split=split, dividend=dividend, **prices)
 
 
 @pytest.fixture(scope="module")
 def small(tiny_model):
-    """(a market, and its world and policy by position mode)"""
+    """(a market, and its world and policy by position mode; "cash": by it and paid in cash)"""
     market, made = split_market(), {}
-    for positions in ("long_flat", "long_short"):
-        rules = SimulatorConfig(positions=positions, fee_bps=0.0, slippage_bps=0.0)
+    free = {"fee_bps": 0.0, "slippage_bps": 0.0}
+    for name, rules in {
+        "long_flat": SimulatorConfig(**free),
+        "long_short": SimulatorConfig(positions="long_short", **free),
+        "cash": SimulatorConfig(dividends="cash", **free),
+    }.items():
         config = small_config(tiny_model, simulator=rules, prompt=PromptConfig(window=2))
         world, policy, _ = small_world(config, market)
         make_opinionated(policy)
-        made[positions] = (world, policy)
+        made[name] = (world, policy)
     return market, made
 
 
@@ -60,7 +66,7 @@ def long_over_a_split(positions):
     """Long from the first day to the 14th, then flat; where it may, short from the 18th on."""
 
     def choose(probabilities, number):
-        if positions == "long_flat":
+        if positions != "long_short":
             action = {0: BUY, 14: SELL}.get(number, HOLD)
         else:
             action = BUY if number < 14 else HOLD if number < 18 else SELL
@@ -69,7 +75,7 @@ def long_over_a_split(positions):
     return choose
 
 
-@pytest.mark.parametrize("positions", ["long_flat", "long_short"])
+@pytest.mark.parametrize("positions", ["long_flat", "long_short", "cash"])
 def test_decides_as_the_backtest_did(positions, small):
     """Each day's account, told by its entry price as paid on the day, gives the same row."""
     market, made = small
@@ -81,7 +87,11 @@ def test_decides_as_the_backtest_did(positions, small):
         side = int(np.sign(account["shares"]))
         if side:
             opened = int(account["opened"])
-            since_then = np.prod(market.split[opened + 1 : day + 1])
+            after = slice(opened + 1, day + 1)
+            since_then = np.prod(market.split[after])
+            if positions != "cash":
+                yields = market.dividend[after] / market.close[after]
+                since_then *= np.prod(1 + np.nan_to_num(yields))
             held = {
                 "position": "long" if side > 0 else "short",
                 "entry": float(account["entry"] * since_then),
@@ -91,11 +101,12 @@ def test_decides_as_the_backtest_did(positions, small):
         assert list(document["probabilities"].values()) == lived.probabilities[0, number].tolist()
         assert document["date"] == str(market.dates[day])
         sides.add(side)
-    assert sides == ({0, 1} if positions == "long_flat" else {0, 1, -1})
+    assert sides == ({0, 1, -1} if positions == "long_short" else {0, 1})
 
 
 def test_a_split_since_the_entry_is_no_loss(small):
-    """The price paid before a 2:1 split is worth half as much a share after it."""
+    """The price paid before a 2:1 split is worth half as much a share after it; a dividend of 5%
+    that was reinvested counts as profit."""
     market, made = small
     world, policy = made["long_flat"]
     day, before, after = (str(market.dates[number]) for number in (14, 11, 12))
@@ -104,10 +115,10 @@ def test_a_split_since_the_entry_is_no_loss(small):
     wrongly = decide(policy, world, market, day, "long", paid, after)
     assert told["probabilities"] != wrongly["probabilities"]
     accounts = accounts_told(decide, policy, world, market, day, "long", paid, before)
-    assert accounts.entry[0] == paid / 2
+    assert accounts.entry[0] == pytest.approx(paid / 2 / 1.05, rel=1e-15)
     on_the_day = accounts_told(decide, policy, world, market, day, "long", paid, after)
-    assert on_the_day.entry[0] == paid
-    worth = world.simulator.cash * market.close[14, 0] * 2 / paid
+    assert on_the_day.entry[0] == pytest.approx(paid / 1.05, rel=1e-15)
+    worth = world.simulator.cash * market.close[14, 0] * 2 * 1.05 / paid
     assert accounts.equity[0] == pytest.approx(worth, rel=1e-12)
 
 

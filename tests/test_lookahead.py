@@ -189,6 +189,7 @@ MODES = {
         fill=st.sampled_from(["next_open", "next_close", "same_close"]),
         positions=st.sampled_from(["long_flat", "long_short"]),
         reward=st.sampled_from(["sharpe", "log_return"]),
+        dividends=st.sampled_from(["reinvest", "cash"]),
         lot=st.sampled_from([0.0, 1.0]),
     ),
 }

@@ -90,6 +90,7 @@ def make_backtest(days=150, seed=3, position=None):
         "end": dates[-1],
         "positions": "long_flat",
         "fill": "next_open",
+        "dividends": "reinvest",
         "anonymised": True,
         "fee_bps": 1.0,
         "slippage_bps": 2.0,
@@ -437,6 +438,34 @@ def test_cautions_name_what_flatters(tmp_path):
         "free of fees and slippage",
     ):
         assert words in text and words not in sober
+
+
+@pytest.mark.parametrize(
+    ("dividends", "told"),
+    [
+        (
+            "reinvest",
+            "reinvested at the close of their day, free of costs, for the policy, buy-and",
+        ),
+        ("cash", "idle until a position is next opened: buy-and-hold earns less"),
+        (None, "idle until a position is next opened: buy-and-hold earns less"),
+    ],
+)
+def test_what_became_of_dividends(tmp_path, dividends, told):
+    """None: of a backtest from before there was a choice."""
+    backtest = make_backtest() | {"dividends": dividends}
+    if dividends is None:
+        del backtest["dividends"]
+    text = render(tmp_path, backtest=backtest, updates=[]).text
+    assert "Dividends" in text and told in text
+
+
+def test_a_report_of_an_old_run_names_its_rule(tmp_path):
+    run = make_run(tmp_path, make_backtest())
+    values = json.loads((run / "config.json").read_text())
+    del values["simulator"]["dividends"]
+    (run / "config.json").write_text(json.dumps(values))
+    assert '"dividends": "cash"' in Page(write_report(run).read_text(encoding="utf-8")).text
 
 
 def test_standard_error_of_the_sharpe_ratio(tmp_path):

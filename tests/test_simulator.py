@@ -30,6 +30,7 @@ configs = st.builds(
     fill=st.sampled_from(FILLS),
     positions=st.sampled_from(POSITIONS),
     reward=st.sampled_from(("sharpe", "log_return")),
+    dividends=st.sampled_from(("reinvest", "cash")),
     fee_bps=st.sampled_from((0.0, 7.0, 300.0)),
     slippage_bps=st.sampled_from((0.0, 11.0)),
     lot=st.sampled_from((0.0, 1.0, 100.0)),
@@ -138,14 +139,21 @@ def test_equals_the_oracle(bars, config, seed):
     compare(bars, config, seed)
 
 
+@pytest.mark.parametrize("dividends", ["reinvest", "cash"])
 @pytest.mark.parametrize("fill,positions", MODES)
-def test_equals_the_oracle_in_every_mode(fill, positions):
+def test_equals_the_oracle_in_every_mode(fill, positions, dividends):
     fills = 0
     for case, (reward, fee, lot) in enumerate(
         itertools.product(("sharpe", "log_return"), (0.0, 25.0), (0.0, 1.0))
     ):
         config = SimulatorConfig(
-            fill=fill, positions=positions, reward=reward, fee_bps=fee, slippage_bps=fee, lot=lot
+            fill=fill,
+            positions=positions,
+            reward=reward,
+            dividends=dividends,
+            fee_bps=fee,
+            slippage_bps=fee,
+            lot=lot,
         )
         for seed in range(4):
             bars = Bars.from_columns(*oracles.random_bars(100 * case + seed, days=40))
@@ -273,15 +281,6 @@ def test_the_same_side_again_costs_nothing():
     once, _ = one(bars, config, BUY)
     often, _ = one(bars, config, BUY, BUY, BUY, BUY)
     assert once["fees"] == often["fees"] and once["shares"] == often["shares"]
-
-
-def test_dividends_are_paid_to_longs_and_by_shorts():
-    bars = bars_of([10, 10, 10], dividend=[0, 0, 0.5])
-    long, _ = one(bars, SimulatorConfig(fill="next_close", **FREE), BUY, HOLD)
-    assert long["cash"] == 5_000 and long["equity"] == 105_000
-    config = SimulatorConfig(positions="long_short", fill="next_close", **FREE)
-    short, _ = one(bars, config, SELL, SELL)
-    assert short["equity"] == 95_000
 
 
 def test_the_reward_is_the_change_of_the_sharpe_ratio():
@@ -443,11 +442,12 @@ def perturbed(columns, day, how):
     return Bars.from_columns(open_, close, split, dividend, tradable)
 
 
+@pytest.mark.parametrize("dividends", ["reinvest", "cash"])
 @pytest.mark.parametrize("how", ["scale", "missing"])
 @pytest.mark.parametrize("fill,positions", MODES)
-def test_nothing_depends_on_the_future(fill, positions, how):
-    config = SimulatorConfig(fill=fill, positions=positions, lot=1.0)
-    columns = oracles.random_bars(17, days=16, missing=0.3, split=0.2)
+def test_nothing_depends_on_the_future(fill, positions, how, dividends):
+    config = SimulatorConfig(fill=fill, positions=positions, dividends=dividends, lot=1.0)
+    columns = oracles.random_bars(17, days=16, missing=0.3, split=0.2, dividend=0.4)
     bars = Bars.from_columns(*columns)
     actions = np.random.default_rng(3).integers(0, 3, (32, 15))
     states, rewards = run(bars, config, actions)
@@ -550,7 +550,9 @@ LANES = compiled.LANES
 SIZES = [1, 7, LANES - 1, LANES + 3, 2 * LANES]
 
 
-@pytest.mark.parametrize("rules", [{}, {"reward": "log_return"}, {"lot": 10.0}], ids=str)
+@pytest.mark.parametrize(
+    "rules", [{}, {"reward": "log_return"}, {"lot": 10.0}, {"dividends": "cash"}], ids=str
+)
 @pytest.mark.parametrize("fill,positions", MODES)
 def test_a_rollout_is_a_loop_of_steps(fill, positions, rules):
     equals_its_steps(case_of(fill, positions, **rules), ruin=positions == "long_short")

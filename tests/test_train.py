@@ -177,6 +177,20 @@ def test_a_run_is_not_resumed_with_another_configuration(tiny_model, tmp_path, c
     assert read_config(tmp_path) == config
 
 
+def test_a_run_from_before_there_was_a_choice_goes_on_with_cash(tiny_model, tmp_path):
+    config = small_config(tiny_model, simulator__dividends="cash")
+    before = trained(config, tmp_path)
+    path = tmp_path / "config.json"
+    document = json.loads(path.read_text())
+    del document["simulator"]["dividends"]
+    path.write_text(json.dumps(document))
+    assert read_config(tmp_path) == config
+    with pytest.raises(InputError, match=r"another dividends \('cash', not 'reinvest'\)"):
+        trained(small_config(tiny_model), tmp_path, resume=True)
+    assert trained(config, tmp_path, resume=True) == before
+    assert json.loads(path.read_text()) == document
+
+
 def test_resume_starts_a_run_where_there_is_none(tiny_model, tmp_path):
     config = small_config(tiny_model)
     assert trained(config, tmp_path / "a", resume=True) == trained(config, tmp_path / "b")

@@ -158,6 +158,7 @@ def backtest(
         "end": str(dates[-1]),
         "positions": config.simulator.positions,
         "fill": config.simulator.fill,
+        "dividends": config.simulator.dividends,
         "anonymised": config.prompt.anonymise,
         "fee_bps": config.simulator.fee_bps,
         "slippage_bps": config.simulator.slippage_bps,

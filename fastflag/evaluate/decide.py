@@ -12,7 +12,7 @@ from fastflag.learn.batch import World
 from fastflag.learn.decision import prompts_now
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import ISO_DATE, Market
-from fastflag.market.simulator import ACTIONS
+from fastflag.market.simulator import ACTIONS, growth
 from fastflag.policy.table import Policy
 
 
@@ -30,8 +30,9 @@ def decide(
     value of the state. Reads nothing after that close.
 
     `position` is flat, long or short; one that is held was entered on the day `since` at the price
-    `entry`, in shares of that day: splits since then are accounted for. Raises InputError for a day
-    that is not in the data, and for a position that is not told whole or can't be held.
+    `entry`, in shares of that day: splits since then, and dividends where the run reinvests them,
+    are accounted for. Raises InputError for a day that is not in the data, and for a position that
+    is not told whole or can't be held.
     """
     day = _day(market, date, "--date")
     if position == "flat":
@@ -67,7 +68,7 @@ def _holding(
     if not world.bars.tradable[opened]:
         raise InputError(f"nothing traded on {since}, --since")
     side = 1 if position == "long" else -1
-    shares_of_one = float(np.prod(world.bars.split[opened + 1 : day + 1]))
+    shares_of_one = growth(world.bars, world.simulator, opened, day)
     accounts = Accounts.start(1, world.simulator.cash)
     accounts.enter(np.array([side]), np.array([entry / shares_of_one]), np.array([opened]))
     accounts.equity = accounts.cash + accounts.shares * world.bars.mark[day]

@@ -140,6 +140,14 @@ def training_facts(config: TrainConfig, updates: list[dict[str, Any]]) -> dict[s
     }
 
 
+_DIVIDENDS = {
+    "reinvest": "reinvested at the close of their day, free of costs, for the policy, buy-and-hold "
+    "and random policies alike",
+    "cash": "paid in cash, idle until a position is next opened: buy-and-hold earns less than its "
+    "total return, and a policy that trades is flattered beside it",
+}
+
+
 def backtest_facts(backtest: dict[str, Any]) -> dict[str, str]:
     """What was tested on, and by which rules."""
     split = "held-out days" if backtest["split"] == "test" else f"split {backtest['split']}"
@@ -151,4 +159,6 @@ def backtest_facts(backtest: dict[str, Any]) -> dict[str, str]:
         "Rules": f"{backtest['positions'].replace('_', ' or ')}; filled at the "
         f"{backtest['fill'].replace('_', ' ')}; fee {fee} bp, slippage {slippage} bp of the "
         "traded value",
+        # A backtest from before there was a choice paid them in cash.
+        "Dividends": _DIVIDENDS[backtest.get("dividends", "cash")],
     }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import fastflag
-from fastflag.config import TrainConfig, from_dict, to_dict
+from fastflag.config import TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, write_atomic
 from fastflag.learn.batch import World
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
@@ -36,8 +36,7 @@ def read_config(run: Path) -> TrainConfig:
     document = read_json(run / "config.json")
     if not isinstance(document, dict):
         raise InputError(f"not a run's configuration, {run / 'config.json'}")
-    document.pop("fastflag", None)
-    return from_dict(document, str(run / "config.json"))
+    return from_run(document, str(run / "config.json"))
 
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:

@@ -21,7 +21,9 @@ class Bars:
 
     `mark` is the close, or on days without a bar the last mark divided by the day's split (NaN
     before the first bar). `split` multiplies shares before the open, `dividend` is cash per
-    (post-split) share paid before the open. Raises ValueError for columns of unequal length.
+    (post-split) share paid before the open. `payable` is the dividend as it can be reinvested: that
+    of a day without a bar waits for the next bar, per share of that day. Raises ValueError for
+    columns of unequal length.
     """
 
     open: np.ndarray
@@ -31,15 +33,17 @@ class Bars:
     dividend: np.ndarray
     tradable: np.ndarray
     """bool."""
+    payable: np.ndarray = field(init=False)
     table: np.ndarray = field(init=False, repr=False)
-    """The columns side by side, [T, 6] float64, as the kernels read them."""
+    """The columns side by side, [T, 7] float64, as the kernels read them."""
 
     def __post_init__(self) -> None:
-        for name in COLUMNS:
+        for name in COLUMNS[:-1]:
             column = np.asarray(getattr(self, name), np.bool_ if name == "tradable" else np.float64)
             if column.shape != (len(self.close),):
                 raise ValueError(f"bars.{name} has shape {column.shape}, not {(len(self.close),)}")
             object.__setattr__(self, name, column)
+        object.__setattr__(self, "payable", _payable(self.split, self.dividend, self.tradable))
         table = np.column_stack([getattr(self, name) for name in COLUMNS])
         object.__setattr__(self, "table", table)
 
@@ -77,6 +81,15 @@ class Bars:
 
     def __len__(self) -> int:
         return len(self.close)
+
+
+def _payable(split: np.ndarray, dividend: np.ndarray, tradable: np.ndarray) -> np.ndarray:
+    payable, waiting = np.zeros(len(split)), 0.0
+    for day in range(len(split)):
+        waiting = waiting / split[day] + dividend[day]
+        if tradable[day]:
+            payable[day], waiting = waiting, 0.0
+    return payable
 
 
 class Arrays(NamedTuple):
@@ -130,7 +143,8 @@ class Accounts:
     shares: np.ndarray
     """Negative when short."""
     entry: np.ndarray
-    """Effective price per share (fee and slippage in it), split-adjusted; 0 when flat."""
+    """Effective price per share (fee and slippage in it), adjusted for splits and reinvested
+    dividends since: mark / entry - 1 is a long's total return. 0 when flat."""
     opened: np.ndarray
     """int32, day of the fill; -1 when flat."""
     pending: np.ndarray

@@ -17,9 +17,9 @@ _kernel = njit(cache=True, nogil=True, error_model="numpy")
 SELL, HOLD, BUY = 0, 1, 2
 HISTORY = 10
 """Past steps that an account remembers, for prompts."""
-COLUMNS = ("open", "close", "mark", "split", "dividend", "tradable")
+COLUMNS = ("open", "close", "mark", "split", "dividend", "tradable", "payable")
 """Of `Bars.table`."""
-OPEN, CLOSE, MARK, SPLIT, DIVIDEND, TRADABLE = range(len(COLUMNS))
+OPEN, CLOSE, MARK, SPLIT, DIVIDEND, TRADABLE, PAYABLE = range(len(COLUMNS))
 PROFIT_STEP = 0.005
 PROFIT_LIMIT = 40
 HELD_BUCKETS = (0, 1, 2, 3, 5, 10, 20, 40)
@@ -44,6 +44,7 @@ class Rules(NamedTuple):
     fill: int
     long_short: bool
     log_return: bool
+    reinvest: bool
     fee: float
     slippage: float
     lot: float
@@ -168,6 +169,34 @@ def _overnight_nb(position, split, dividend, mark, rules):
 
 
 @_kernel
+def _growth_nb(dividend, close):
+    """Shares held after a dividend that bought shares at `close`, for each held before."""
+    return 1.0 + dividend / close
+
+
+@_kernel
+def _reinvest_nb(position, day, dividend, close, rules):
+    """Puts the dividend that was paid in cash after the close of `day` into shares at the next
+    close, `close`, where the position is still the one of that night.
+
+    With lots the entry is divided by the growth as without, because open profit is the total
+    return, and what is too little for a lot stays in the cash.
+    """
+    if position.opened > day:
+        return position
+    growth = _growth_nb(dividend, close)
+    shares, paid = position.shares * growth, position.shares * dividend
+    cash = position.cash - paid
+    if rules.lot > 0.0:
+        whole = np.trunc(paid / close / rules.lot) * rules.lot
+        shares = position.shares + whole
+        cash = position.cash - whole * close
+        if position.shares > 0.0:
+            cash = max(cash, 0.0)
+    return _Position(cash, shares, position.entry / growth, position.opened, position.fees)
+
+
+@_kernel
 def _sharpe_nb(count, mean, m2, starting_cash):
     if count < 2:
         return 0.0
@@ -176,7 +205,7 @@ def _sharpe_nb(count, mean, m2, starting_cash):
 
 
 @_kernel
-def _night_nb(table, day):
+def _night_nb(table, day, rules):
     """What an account meets between the closes of `day` and day + 1."""
     return _Night(
         day,
@@ -187,7 +216,7 @@ def _night_nb(table, day):
         table[day + 1, CLOSE],
         table[day + 1, MARK],
         table[day + 1, SPLIT],
-        table[day + 1, DIVIDEND],
+        table[day + 1, PAYABLE if rules.reinvest else DIVIDEND],
         table[day + 1, TRADABLE] != 0.0,
     )
 
@@ -249,6 +278,8 @@ def _advance_nb(night, rules, account, action):
         price = night.next_open if rules.fill == NEXT_OPEN else night.next_close
         position = _execute_nb(position, order, price, night.day + 1, rules)
         order = np.int64(-1)
+    if rules.reinvest and night.dividend != 0.0:
+        position = _reinvest_nb(position, night.day, night.dividend, night.next_close, rules)
 
     settled, ruined = _settle_nb(account, position, order, night.next_mark, rules)
     if rules.log_return:
@@ -355,7 +386,7 @@ def step_nb(table, rules, arrays, days, actions, rewards, terminated):
         rewards[b], terminated[b] = 0.0, False
         account = _load_nb(arrays, b)
         if account.alive:
-            night = _night_nb(table, days[b])
+            night = _night_nb(table, days[b], rules)
             action = _effective_nb(rules, account.shares, night.tradable, actions[b])
             account, reward, ruined = _advance_nb(night, rules, account, action)
             _store_nb(arrays, b, account)
@@ -379,12 +410,21 @@ def codes_nb(table, arrays, days, codes):
 
 
 @_kernel
-def _mark_path_nb(table, reached, first, start, side, entry, opened):
+def _kept_entry_nb(table, rules, day, entry):
+    """The entry at the close of `day` of a position that had `entry` at the close before."""
+    entry = entry / table[day, SPLIT]
+    if rules.reinvest and table[day, PAYABLE] != 0.0:
+        entry = entry / _growth_nb(table[day, PAYABLE], table[day, CLOSE])
+    return entry
+
+
+@_kernel
+def _mark_path_nb(table, rules, reached, first, start, side, entry, opened):
     """Marks the codes of a position held from day first + start on; `entry` is that day's."""
     for place in range(start, len(reached)):
         day = first + place
         if place > start:
-            entry = entry / table[day, SPLIT]
+            entry = _kept_entry_nb(table, rules, day, entry)
         # Fills wait for a bar, so from here on there is a mark.
         reached[place, _code_nb(side, entry, opened, table[day, MARK], day)] = True
 
@@ -396,10 +436,10 @@ def _mark_entry_nb(table, rules, reached, first, place, side):
     price = table[day, OPEN if rules.fill == NEXT_OPEN else CLOSE]
     _, entry = _entry_nb(price, side, rules)
     if rules.fill != SAME_CLOSE:
-        _mark_path_nb(table, reached, first, place, side, entry, day)
+        _mark_path_nb(table, rules, reached, first, place, side, entry, day)
     elif place + 1 < len(reached):
-        entry = entry / table[day + 1, SPLIT]
-        _mark_path_nb(table, reached, first, place + 1, side, entry, day)
+        entry = _kept_entry_nb(table, rules, day + 1, entry)
+        _mark_path_nb(table, rules, reached, first, place + 1, side, entry, day)
 
 
 @_kernel
@@ -408,7 +448,7 @@ def reachable_nb(table, rules, first, arrays, reached):
     for b in range(arrays.shares.size):
         if arrays.shares[b] != 0.0:
             side, opened = np.sign(arrays.shares[b]), np.int64(arrays.opened[b])
-            _mark_path_nb(table, reached, first, 0, side, arrays.entry[b], opened)
+            _mark_path_nb(table, rules, reached, first, 0, side, arrays.entry[b], opened)
     for place in range(0 if rules.fill == SAME_CLOSE else 1, len(reached)):
         if table[first + place, TRADABLE] != 0.0:
             _mark_entry_nb(table, rules, reached, first, place, 1.0)
@@ -626,6 +666,14 @@ def _overnight_lanes_nb(size, floats, wholes, night, rules):
 
 
 @_kernel
+def _reinvest_lanes_nb(size, floats, wholes, night, rules):
+    for lane in range(size):
+        position = _position_nb(floats, wholes, lane)
+        position = _reinvest_nb(position, night.day, night.dividend, night.next_close, rules)
+        _move_nb(floats, wholes, lane, position)
+
+
+@_kernel
 def _settle_open_nb(account, position, order, mark, rules):
     """`_settle_nb`, or nothing where the account is closed."""
     settled, ruined = _settle_nb(account, position, order, mark, rules)
@@ -710,6 +758,8 @@ def _night_lanes_nb(size, floats, wholes, night, rules):
     if night.next_tradable and rules.fill != SAME_CLOSE:
         price = night.next_open if rules.fill == NEXT_OPEN else night.next_close
         _execute_lanes_nb(size, floats, wholes, price, night.day + 1, rules)
+    if rules.reinvest and night.dividend != 0.0:
+        _reinvest_lanes_nb(size, floats, wholes, night, rules)
     ruins = _settle_lanes_nb(size, floats, wholes, night.next_mark, rules)
     if rules.log_return:
         _log_return_lanes_nb(size, floats, wholes, rules)
@@ -734,7 +784,7 @@ def rollout_nb(
             streams[lane] = _stream_nb(seed, first_env + start + lane)
         for s in range(days.size):
             day, row, was_open = days[s], rows[s, here], valid[s, here]
-            night = _night_nb(table, day)
+            night = _night_nb(table, day, rules)
             if restarts[s]:
                 _restart_lanes_nb(size, floats, wholes)
                 closed = 0
@@ -775,7 +825,7 @@ def equities_nb(table, rules, starting_cash, first, seed, fixed, equity):
         equity[episode, 0] = account.equity
         for place in range(1, equity.shape[1]):
             if account.alive:
-                night = _night_nb(table, first + place - 1)
+                night = _night_nb(table, first + place - 1, rules)
                 action = np.int64(fixed)
                 if fixed < 0:
                     u = _uniform_nb(stream, place - 1)

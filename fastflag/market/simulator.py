@@ -7,8 +7,21 @@ A decision is made at the close of day t; `step` takes the account to the close 
 3. Overnight, day t + 1's split multiplies the shares and its dividend is paid (shorts pay it).
 4. `next_open` and `next_close` fill it at day t + 1's price; without a bar the order waits, because
    tomorrow's missing bar must not be known today.
-5. The account is marked at the close (without a bar: at the last one), profit = change of equity.
-6. At or below `ruin` x starting cash the account is closed for good.
+5. `reinvest`: the dividend of a position held overnight and still held goes into it at the close.
+6. The account is marked at the close (without a bar: at the last one), profit = change of equity.
+7. At or below `ruin` x starting cash the account is closed for good.
+
+With `cash` a dividend is idle until a position is next opened. With `reinvest`:
+
+- Shares are multiplied by 1 + dividend / close at the close of the ex-day, free of fee and
+  slippage, whatever the fill: the formula of `recover_splits_and_dividends`. A short sells that
+  many more, which pays what it owes. `entry` is divided by the same.
+- So from the first close that sees it, a long is worth its value there x adjusted close / adjusted
+  close there, and a short owes that. Open profit is the total return.
+- Who leaves a position on the ex-day has its dividend in cash, before the fill.
+- A dividend of a day without a bar comes with the next bar: nothing can be bought before.
+- With lots whole lots are bought, the rest stays cash (shorts pay it of theirs); `entry` is divided
+  as without lots, so that what a prompt tells does not depend on the account's size.
 
 The rules are compiled in compiled.py. Money is float64.
 """
@@ -58,6 +71,7 @@ __all__ = [
     "allowed_codes",
     "decode",
     "equities",
+    "growth",
     "reachable",
     "rollout",
     "side_of",
@@ -75,6 +89,7 @@ def _rules_of(config: SimulatorConfig) -> Rules:
         fill=_FILLS[config.fill],
         long_short=config.positions == "long_short",
         log_return=config.reward == "log_return",
+        reinvest=config.dividends == "reinvest",
         fee=config.fee_bps / 10_000.0,
         slippage=config.slippage_bps / 10_000.0,
         lot=float(config.lot),
@@ -98,6 +113,16 @@ def step(
     rewards, terminated = np.empty(len(accounts)), np.empty(len(accounts), np.bool_)
     step_nb(bars.table, _rules_of(config), accounts.views(), days, actions, rewards, terminated)
     return rewards, terminated
+
+
+def growth(bars: Bars, config: SimulatorConfig, opened: int, day: int) -> float:
+    """Shares at the close of `day` for each held since the close of `opened`, but for lots."""
+    after = slice(opened + 1, day + 1)
+    shares = np.prod(bars.split[after])
+    if config.dividends == "reinvest":
+        paid = np.flatnonzero(bars.payable[after]) + opened + 1
+        shares = shares * np.prod(1.0 + bars.payable[paid] / bars.close[paid])
+    return float(shares)
 
 
 def _check_days(bars: Bars, days: np.ndarray, following: int) -> None:
