@@ -158,7 +158,7 @@ class AlgorithmConfig(_Checked):
     anneal_lr: bool = True
     """Learning rates fall linearly to 0."""
     optimizer: Optimizer = "adamw"
-    """adamw8bit: bitsandbytes' 8-bit states (CUDA)."""
+    """adamw8bit: bitsandbytes' AdamW, which keeps its moments in 8 bits."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay of the trained layers."""
     gamma: Fraction = 0.95

@@ -157,7 +157,6 @@ def test_a_metrics_file_with_a_bad_byte_is_read_past(run, config_file):
         (["--minibatch-size=-4"], "minibatch_size must be at least 0"),
         (["--checkpoint-every", "0"], "checkpoint_every must be at least 1"),
         (["--backtest-episodes", "0"], "backtest_episodes must be at least 1"),
-        (["--optimizer", "adamw8bit", "--device", "cpu"], "8-bit AdamW needs a CUDA GPU"),
         (["--data", "bars.csv"], "unknown data source"),
         (["--data", "sample:TSLA"], "unknown sample 'TSLA'"),
         (["--data", "csv:none.csv"], "No such file or directory, none.csv"),
