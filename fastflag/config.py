@@ -172,7 +172,7 @@ class AlgorithmConfig(_Checked):
     """Samples of a gradient step; 0: the whole batch."""
     norm_adv: bool = True
     """Whiten the advantages of each minibatch."""
-    clip_coef: Annotated[float, Range(above=0)] = 0.2
+    clip_coef: Annotated[float, Range(above=0, at_most=10**9)] = 0.2
     """PPO's clip range, of the ratio and of the value."""
     clip_vloss: bool = True
     """Clip the value loss."""

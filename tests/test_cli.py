@@ -132,7 +132,7 @@ def test_what_the_terminal_can_not_show_is_escaped(encoding, bars, tmp_path, mon
     error = done.stderr.decode(encoding)
     assert (done.returncode, done.stdout) == (2, b"")
     assert error == f"fastflag: error: unknown symbol 'B' of {shown}, market csv:{path}\n"
-    code = f"from fastflag import cli\ncli._usage = lambda: {ascii('株Ü')}\ncli.main([])"
+    code = f"from fastflag import cli\ncli._usage = lambda: {'株Ü'!a}\ncli.main([])"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode(encoding) == f"{shown}\n"

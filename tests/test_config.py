@@ -108,7 +108,7 @@ def test_every_number_has_a_range(name):
         ("algorithm.gae_lambda", (0, 1), (-0.01, 1.01)),
         ("algorithm.update_epochs", (1,), (0,)),
         ("algorithm.minibatch_size", (0,), (-1,)),
-        ("algorithm.clip_coef", (0.1,), (0,)),
+        ("algorithm.clip_coef", (0.1, 1e9), (0, 1.1e9)),
         ("algorithm.target_kl", (0,), (-0.1,)),
         ("total_timesteps", (1,), (0,)),
         ("seed", (0, 2**63 - 1), (-1, 2**63)),
