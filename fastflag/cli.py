@@ -5,12 +5,13 @@ What is wrong is told in one line on stderr, with --json too: stdout is then emp
 """
 
 import dataclasses
+import errno
 import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal, TextIO
 
 import tyro
 
+from fastflag import caches
 from fastflag.config import (
     PRESETS,
     AlgorithmConfig,
@@ -48,7 +50,8 @@ class Train:
     config: str = ""
     """JSON file of settings, nested like a run's config.json: over the preset, under the flags."""
     resume: Switch = False
-    """Go on with the run in --out, where there is one."""
+    """Go on with the run in --out, where there is one. Without --preset and --config its own
+    settings hold; only --memory-budget and a larger --total-timesteps may be others."""
     settings: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
     def run(self) -> None:
@@ -80,24 +83,36 @@ class Backtest:
     """Folder of the run."""
     split: str = "test"
     """train, test, or START..END. Only test rewrites RUN/backtest.json and the report."""
+    data: str = ""
+    """Where the run's bars are now; empty: where they were. For train and test they must be those
+    that the run was trained on, up to its last training day; START..END takes any."""
+    news: str = ""
+    """News file, as in train; empty: the run's, or with --data the one beside those bars."""
+    symbol: str = ""
+    """Which symbol of a file that holds several; empty: the run's."""
+    model: str = ""
+    """Where the run's model is now; empty: where it was."""
     device: Device = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
     json: Switch = False
     """Print the whole document as JSON."""
 
     def run(self) -> None:
-        from fastflag.evaluate.backtest import backtest, write_backtest
-        from fastflag.evaluate.report import write_report
-        from fastflag.learn.run import load_policy, read_config
+        from fastflag.evaluate.backtest import backtest
+        from fastflag.learn.run import OTHER_MARKET, load_policy, read_config, trained_on
         from fastflag.market.sources import load
 
-        config = _on_device(read_config(self.run_folder), self.device)
+        config = _here(read_config(self.run_folder), self)
         market = load(config.data)
+        if ".." not in self.split and not trained_on(self.run_folder, config, market):
+            raise InputError(
+                f"{OTHER_MARKET}: name those by --data and --news, or days by --split START..END, "
+                f"{config.data.data}"
+            )
         world, policy = load_policy(self.run_folder, config, market)
         document = backtest(policy, world, market, config, self.split, _progress("backtest"))
         if self.split == "test":
-            write_backtest(self.run_folder, document)
-            write_report(self.run_folder)
+            _keep(self.run_folder, document)
         print(json.dumps(document, indent=1) if self.json else _verdict(document))
 
 
@@ -115,6 +130,8 @@ class Decide:
     """News file, as in train; empty: the run's, or with --data the one beside those bars."""
     symbol: str = ""
     """Which symbol of a file that holds several; empty: the run's."""
+    model: str = ""
+    """Where the run's model is now; empty: where it was."""
     position: Literal["flat", "long", "short"] = "flat"
     """Position held."""
     entry: float = 0.0
@@ -129,17 +146,15 @@ class Decide:
 
     def run(self) -> None:
         from fastflag.evaluate.decide import decide
-        from fastflag.learn.run import load_policy, read_config
+        from fastflag.learn.run import OTHER_MARKET, load_policy, read_config, trained_on
         from fastflag.market.sources import load
 
-        config = _on_device(read_config(self.run_folder), self.device)
-        named = {"data": self.data, "news": self.news, "symbol": self.symbol}
-        changes = {name: value for name, value in named.items() if value}
-        if self.data:
-            changes["news"] = self.news
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+        config = _here(read_config(self.run_folder), self)
         market = load(config.data)
         world, policy = load_policy(self.run_folder, config, market)
+        with suppress(InputError):  # bars of the last months decide as well as all of them
+            if not trained_on(self.run_folder, config, market):
+                print(f"fastflag: {OTHER_MARKET}, {config.data.data}", file=sys.stderr)
         document = decide(policy, world, market, self.date, self.position, self.entry, self.since)
         if self.json:
             print(json.dumps(document))
@@ -282,7 +297,11 @@ class _Stream:
         if self.error is not None:
             return
         try:
-            act(*arguments)
+            try:
+                act(*arguments)
+            except UnicodeEncodeError as error:  # of which nothing has been written
+                (text,) = arguments
+                act(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except OSError as error:
             self.error = error
             # Else Python complains once more when it flushes at its exit.
@@ -307,6 +326,8 @@ def _guard(words: list[str]) -> Any:
         _refuse(str(error))
     except OSError as error:
         _refuse(f"{error.strerror or error}, {error.filename or 'while writing'}")
+    except UnicodeEncodeError as error:
+        _refuse(f"{error.object[:80]!r} has no form in {error.encoding}, in a name or a text")
     except (MemoryError, RuntimeError) as error:
         from fastflag.policy.activations import ran_out
 
@@ -334,8 +355,17 @@ def _run(arguments: list[str]) -> Any:
         raise InputError(f"unknown command {name!r}, one of {', '.join(COMMANDS)} is expected")
     command = _parse(COMMANDS[name], f"fastflag {name}", rest)
     if command is not None:
+        command = _at_home(command)
+        caches.settle(os.environ)
         command.run()
     return command
+
+
+def _at_home(command: Any) -> Any:
+    """The command with ~ in its paths as the shell writes it; not every shell does after =."""
+    paths = {name: value for name, value in vars(command).items() if isinstance(value, Path)}
+    expanded = {name: Path(os.path.expanduser(path)) for name, path in paths.items()}
+    return dataclasses.replace(command, **expanded)
 
 
 def _usage() -> str:
@@ -368,21 +398,52 @@ def _parse(command: type, program: str, arguments: list[str]) -> Any:
 
 
 def _train_default(arguments: list[str]) -> Any:
-    """Train's defaults: the preset that the arguments name, the config file's values over it."""
+    """Train's defaults: the preset that the arguments name, the config file's values over it; a run
+    that is to go on has its own, where they name neither."""
     preset, config = _value_of("--preset", arguments) or "default", _value_of("--config", arguments)
     if preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}, one of {', '.join(PRESETS)} is expected")
     settings = PRESETS[preset]
     if config:
-        values = read_json(config)
-        of_run = isinstance(values, dict) and "fastflag" in values
-        settings = (from_run if of_run else from_dict)(values, config, settings)
+        config = os.path.expanduser(config)
+        document = read_json(config)
+        of_run = isinstance(document, dict) and "fastflag" in document
+        settings = (from_run if of_run else from_dict)(document, config, settings)
+    elif "--resume" in arguments and _value_of("--preset", arguments) is None:
+        own = Path(os.path.expanduser(_value_of("--out", arguments) or "."), "config.json")
+        document = read_json(own) if own.exists() else None
+        if isinstance(document, dict) and "fastflag" in document:
+            settings = from_run(document, str(own), settings)
     return Train(out=tyro.MISSING, settings=settings)
 
 
-def _on_device(config: TrainConfig, device: str) -> TrainConfig:
-    """A run's configuration on this machine, whichever it was trained on."""
-    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, device=device))
+def _here(config: TrainConfig, asked: Any) -> TrainConfig:
+    """A run's configuration on this machine, whichever it was trained on, with the places that are
+    `asked` for."""
+    named = {name: getattr(asked, name) for name in ("data", "news", "symbol")}
+    changes = {name: value for name, value in named.items() if value}
+    if asked.data:
+        changes["news"] = asked.news
+    policy = dataclasses.replace(
+        config.policy, device=asked.device, model=asked.model or config.policy.model
+    )
+    data = dataclasses.replace(config.data, **changes)
+    return dataclasses.replace(config, data=data, policy=policy)
+
+
+def _keep(run: Path, document: dict[str, Any]) -> None:
+    """Writes a backtest and the report of it. In a folder that is somebody else's nothing is
+    written, which is told, and the backtest is printed all the same."""
+    from fastflag.evaluate.backtest import write_backtest
+    from fastflag.evaluate.report import write_report
+
+    try:
+        write_backtest(run, document)
+        write_report(run)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"fastflag: not written: {error.strerror}, {error.filename}", file=sys.stderr)
 
 
 def _choice_line(implementation: str, reason: str, evidence: str) -> str:

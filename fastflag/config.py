@@ -171,9 +171,10 @@ class AlgorithmConfig(_Checked):
     layer_learning_rate: NotNegative = 5e-5
     """Learning rate of the trained layers (adapters, or all their weights)."""
     anneal_lr: bool = True
-    """Learning rates fall linearly to 0."""
+    """Learning rates fall linearly to 0 over the whole run; one that is lengthened goes on at the
+    rates of the longer run."""
     optimizer: Optimizer = "adamw"
-    """adamw8bit: bitsandbytes' 8-bit states (CUDA)."""
+    """adamw8bit: bitsandbytes' AdamW, which keeps its moments in 8 bits."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay of the trained layers."""
     gamma: Fraction = 0.95
@@ -186,7 +187,7 @@ class AlgorithmConfig(_Checked):
     """Samples of a gradient step; 0: the whole batch."""
     norm_adv: bool = True
     """Whiten the advantages of each minibatch."""
-    clip_coef: Annotated[float, Range(above=0)] = 0.2
+    clip_coef: Annotated[float, Range(above=0, at_most=10**9)] = 0.2
     """PPO's clip range, of the ratio and of the value."""
     clip_vloss: bool = True
     """Clip the value loss."""
@@ -230,7 +231,8 @@ class TrainConfig(_Checked):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     total_timesteps: Count = 1_000_000
-    """Environment steps in all; updates = total_timesteps // (num_envs x num_steps)."""
+    """Environment steps in all; updates = total_timesteps // (num_envs x num_steps). With --resume
+    a larger number lengthens a run."""
     seed: Annotated[int, Range(at_least=0, below=2**63)] = 0
     """Seed of sampling, start days and initial weights."""
     checkpoint_every: Count = 10
@@ -294,12 +296,12 @@ def from_dict(
 def from_run(
     document: dict[str, Any], where: str, base: TrainConfig = PRESETS["default"]
 ) -> TrainConfig:
-    """The settings in a run's config.json, as `from_dict` reads them.
+    """The settings in a run's config.json, as `from_dict` reads them, without what else it says.
 
     A run writes all its settings: one that it lacks is younger than the run, which did what was
     done before there was a choice.
     """
-    values = {key: value for key, value in document.items() if key != "fastflag"}
+    values = {key: value for key, value in document.items() if key not in ("fastflag", "market")}
     simulator = dataclasses.replace(base.simulator, dividends="cash")
     return from_dict(values, where, dataclasses.replace(base, simulator=simulator))
 
@@ -334,8 +336,17 @@ def _checked(value: Any, hint: Any, key: str, where: str) -> Any:
         value = float(value) if valid else value
         expected = "a number"
     else:
-        valid = type(value) is hint
+        valid = type(value) is hint and (hint is not str or _is_text(value))
         expected = {int: "a whole number", bool: "true or false", str: "text"}[hint]
     if not valid:
         raise InputError(f"config key {key!r} must be {expected}, not {value!r}, {where}")
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Half of a surrogate pair, which JSON can write, and NUL are in no file's name; a byte that is
+    not UTF-8 can be, and Python escapes it as half a pair of its own."""
+    try:
+        return b"\0" not in value.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False

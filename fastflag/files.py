@@ -36,13 +36,13 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The JSON document in `path`.
+    """The JSON document in `path`, with or without a byte-order mark.
 
     Raises InputError for a missing, unreadable, empty or malformed file.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{error.strerror or error}, {path}") from None
     except (ValueError, RecursionError) as error:

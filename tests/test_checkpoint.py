@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from planted import write_tiny_model
 from safetensors.torch import load_file, save_file
 from small import small_config, small_market, small_world
@@ -17,6 +19,8 @@ from small import small_config, small_market, small_world
 from fastflag.files import InputError
 from fastflag.learn.batch import start_accounts
 from fastflag.learn.checkpoint import (
+    _kept,
+    _restored,
     read_checkpoint,
     restore_accounts,
     restore_optimizer,
@@ -67,9 +71,9 @@ class Trainer:
 
     def bits(self):
         """Every kept tensor's bytes by name."""
-        state = self.optimizer.state_dict()["state"]
         tensors = {f"policy.{name}": t for name, t in self.policy.state_dict().items()}
-        tensors |= {f"{i}.{name}": t for i, values in state.items() for name, t in values.items()}
+        for number, state in enumerate(self.optimizer.state.values()):
+            tensors |= {f"{number}.{name}": torch.as_tensor(t) for name, t in state.items()}
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         for group, accounts in enumerate(self.accounts):
             arrays |= {f"{group}.{name}": array for name, array in accounts.arrays().items()}
@@ -90,8 +94,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         {"rollout__start_groups": 2},
         {"policy__adaptation": "full", "policy__head": "mlp", "policy__dtype": "bf16"},
         {"policy__head": "lm", "prompt__account": "exact"},
+        {"policy__adaptation": "full", "algorithm__optimizer": "adamw8bit"},
     ],
-    ids=["linear", "full mlp bf16", "lm exact"],
+    ids=["linear", "full mlp bf16", "lm exact", "8 bits"],
 )
 def test_a_checkpoint_brings_everything_back_bit_for_bit(tiny_model, tmp_path, changes):
     config = small_config(tiny_model, **changes)
@@ -104,6 +109,63 @@ def test_a_checkpoint_brings_everything_back_bit_for_bit(tiny_model, tmp_path, c
     assert resumed.bits() == trained.bits()
     assert trained.update(2) == resumed.update(2)
     assert resumed.bits() == trained.bits()
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+tensors_ = st.lists(st.floats(width=32, allow_nan=False), max_size=3).map(torch.tensor)
+nested = st.recursive(
+    scalars | tensors_,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+)
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+@given(nested)
+def test_any_nested_state_comes_back_from_tensors_and_json(value):
+    tensors = {}
+    kept = json.loads(json.dumps(_kept(value, "0", tensors)))
+    again = _restored(kept, tensors)
+    assert type(again) is type(value) and same(value, again)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kept: kept["dict"].pop("state1"),
+        lambda kept: kept["dict"].pop("qmap1"),
+        lambda kept: kept["dict"].update(state1={"tensor": "accounts.0.cash"}),
+        lambda kept: kept["dict"].update(state1={"tensor": "none"}),
+        lambda kept: kept["dict"].update(state1={"pickle": "gASVAA=="}),
+        lambda kept: kept["dict"].update(state1=[1, 2]),
+        lambda kept: kept.update(list=[]),
+    ],
+)
+def test_a_malformed_optimiser_is_refused(tiny_model, tmp_path, change):
+    config = small_config(tiny_model, policy__adaptation="full", algorithm__optimizer="adamw8bit")
+    trained = Trainer(config)
+    trained.update(0)
+    trained.write(tmp_path, 1)
+    path = tmp_path / "checkpoint/state.json"
+    state = json.loads(path.read_text())
+    kept = max(state["optimizer"].values(), key=lambda kept: len(json.dumps(kept)))
+    inner = kept["dict"].get("__bnb_optimizer_quant_state__", kept)
+    change(inner if "dict" in inner else kept)
+    path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match="optimiser is malformed"):
+        Trainer(config).restore(tmp_path)
 
 
 def test_the_running_statistics_are_kept(tiny_model, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from commands import FULL_DISK, NO_SPACE, ROOT, command, the_refusal, unchanged
 
@@ -42,6 +43,11 @@ def test_doctor(capsys):
     assert all(all(entry.values()) for entry in document["ops"].values())
     assert document["packages"]["torch"] == importlib.metadata.version("torch")
     assert document["machine"]["fastflag"] == fastflag.__version__
+    caches = document["caches"]
+    assert list(caches) == ["frozen activations", "numba", "triton", "torch", "hugging face hub"]
+    trunk = f"{os.environ['XDG_CACHE_HOME']}/fastflag/trunk (temporary)"
+    assert caches["frozen activations"] == trunk
+    assert all(place.endswith((" (kept)", " (temporary)")) for place in caches.values())
     cli.main(["doctor"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*document["ops"], document["packages"]["torch"]))
@@ -104,6 +110,55 @@ def test_a_closed_stdout(tmp_path):
     """As in `fastflag --version >&-`."""
     done = command("--version", cwd=tmp_path, prepare="import sys\nsys.stdout = None")
     assert the_refusal(done.returncode, "", done.stderr) == "not writable, standard output"
+
+
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_the_terminal_can_not_show_is_escaped(encoding, bars, tmp_path, monkeypatch):
+    frame = pd.read_csv(bars).assign(symbol="株Ü")
+    path = tmp_path / "bars.csv"
+    frame.to_csv(path, index=False, encoding="utf-8")
+    for name, value in (ASCII | {"PYTHONIOENCODING": encoding}).items():
+        monkeypatch.setenv(name, value)
+    shown = "株Ü".encode(encoding, "backslashreplace").decode(encoding)
+    code = (
+        "import sys\nfrom fastflag import cli\n"
+        f"cli.main(['metrics', '--data', 'csv:{path}', '--symbol', 'B'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    error = done.stderr.decode(encoding)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert error == f"fastflag: error: unknown symbol 'B' of {shown}, market csv:{path}\n"
+    code = f"from fastflag import cli\ncli._usage = lambda: {'株Ü'!a}\ncli.main([])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode(encoding) == f"{shown}\n"
+
+
+@pytest.mark.parametrize("variables", [{}, ASCII], ids=["utf-8", "ascii"])
+def test_names_that_are_not_utf_8(variables, tmp_path):
+    """Of a run, of bars, of a symbol: as bytes on the command line."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    for words in (
+        [b"report", b"\xff"],
+        [b"metrics", b"--data", b"csv:\xff.csv"],
+        [b"metrics", b"--data", b"csv:\xc3\xbc.csv"],
+        [b"metrics", b"--symbol", b"\xff"],
+        [b"train", b"--out", b"run", b"--model", b"\xff/"],
+        [b"train", b"--out", b"run", b"--config", b"\xff"],
+        [b"\xff"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastflag", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+        )
+        the_refusal(done.returncode, done.stdout.decode(), done.stderr.decode())
+    assert not [*tmp_path.iterdir()]
 
 
 def test_ctrl_c_while_the_command_line_is_imported(tmp_path):

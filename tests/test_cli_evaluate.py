@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import unchanged
+from commands import command, the_refusal, unchanged
+from planted import write_tiny_model
 from small import DATES, DAYS, TRAIN_DAYS, small_market, write_csv
 
 from fastflag import cli
@@ -50,6 +51,123 @@ def test_backtest(run, capsys):
 def test_backtest_refuses(split, told, run, refused):
     with unchanged(run):
         assert told in refused("backtest", run, "--split", split, "--json")
+
+
+def moved(bars, folder, change=lambda frame: frame):
+    """The run's bars and news under other names, the bars changed."""
+    frame = change(pd.read_csv(bars))
+    frame.to_parquet(folder / "elsewhere.parquet")
+    shutil.copy(bars.with_suffix(".news.csv"), folder / "elsewhere.news.csv")
+    return f"parquet:{folder / 'elsewhere.parquet'}"
+
+
+def longer(frame):
+    last = frame.iloc[[-1]].assign(date="2001-02-26")
+    return pd.concat([frame, last], ignore_index=True)
+
+
+def revised(day):
+    def change(frame):
+        frame.loc[day, "volume"] += 1
+        return frame
+
+    return change
+
+
+@pytest.mark.parametrize("change", [pd.DataFrame.copy, longer, revised(TRAIN_DAYS)])
+def test_a_run_whose_bars_have_moved(change, run, bars, tmp_path, capsys):
+    """Other names, formats and later days make no other market."""
+    cli.main(["backtest", str(run), "--json"])
+    stored = json.loads(capsys.readouterr().out)
+    data = moved(bars, tmp_path, change)
+    settings = json.loads((run / "config.json").read_text())
+    settings["data"]["data"] = "csv:gone.csv"
+    (run / "config.json").write_text(json.dumps(settings))
+    cli.main(["backtest", str(run), "--json", "--data", data])
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert json.loads(shown.out)["policies"] == stored["policies"]
+    assert json.loads((run / "backtest.json").read_text()) == json.loads(shown.out)
+    cli.main(["decide", str(run), "--data", data, "--date", DATES[30]])
+    assert capsys.readouterr().err == ""
+
+
+OTHER_MARKET = "the training days' bars or news are not those that the run was trained on"
+
+
+def test_bars_that_are_not_those_trained_on(run, bars, tmp_path, refused, capsys):
+    data = moved(bars, tmp_path, revised(TRAIN_DAYS - 1))
+    for words in (["--data", data], ["--data", data, "--split", "train"]):
+        with unchanged(run):
+            message = refused("backtest", run, *words)
+        assert message.startswith(OTHER_MARKET) and message.endswith(data)
+        assert "--split START..END" in message
+    news = pd.read_csv(bars.with_suffix(".news.csv")).iloc[1:]
+    news.to_csv(tmp_path / "less.csv", index=False)
+    with unchanged(run):
+        assert refused("backtest", run, "--news", tmp_path / "less.csv").startswith(OTHER_MARKET)
+        period = f"{DATES[26]}..{DATES[30]}"
+        cli.main(["backtest", str(run), "--data", data, "--split", period, "--json"])
+        assert json.loads(capsys.readouterr().out)["dates"] == DATES[26:31]
+        cli.main(["decide", str(run), "--data", data, "--date", DATES[30], "--json"])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["date"] == DATES[30]
+    assert shown.err == f"fastflag: {OTHER_MARKET}, {data}\n"
+
+
+def test_bars_of_the_last_days_alone_decide(run, bars, tmp_path, capsys, refused):
+    data = moved(bars, tmp_path, lambda frame: frame.iloc[20:])
+    cli.main(["decide", str(run), "--data", data, "--date", DATES[38]])
+    assert capsys.readouterr().err == ""
+    assert "is not inside the data" in refused("backtest", run, "--data", data)
+
+
+def test_a_run_whose_model_has_moved(run, tiny_model, tmp_path, capsys, refused):
+    cli.main(["decide", str(run), "--date", DATES[30], "--json"])
+    own = capsys.readouterr().out
+    settings = json.loads((run / "config.json").read_text())
+    settings["policy"]["model"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(settings))
+    told = refused("decide", run, "--date", DATES[30])
+    assert told == f"no such folder or file, {tmp_path / 'gone'}"
+    model = shutil.copytree(tiny_model, tmp_path / "here")
+    words = ["--model", str(model)]
+    cli.main(["decide", str(run), "--date", DATES[30], "--json", *words])
+    assert capsys.readouterr().out == own
+    cli.main(["backtest", str(run), *words])
+    tokenizer = (model / "tokenizer.json").read_text()
+    other = write_tiny_model(tmp_path / "other", tokenizer, seed=1)
+    assert "other model weights" in refused("backtest", run, "--model", other)
+
+
+# What a file's owner may do, root too.
+NO_PRIVILEGE = (
+    "import ctypes\n"
+    "header = (ctypes.c_uint32 * 2)(0x20080522, 0)\n"
+    "assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0"
+)
+
+
+def test_a_run_that_can_not_be_written(run, tmp_path):
+    run.chmod(0o555)
+    try:
+        with unchanged(run):
+            done = command("backtest", run, cwd=tmp_path, prepare=NO_PRIVILEGE)
+            assert done.returncode == 0, done.stderr
+            assert "random policies" in done.stdout
+            told = f"fastflag: not written: Permission denied, {run}/backtest.json\n"
+            assert done.stderr == told
+            done = command("report", run, cwd=tmp_path, prepare=NO_PRIVILEGE)
+            told = the_refusal(done.returncode, done.stdout, done.stderr)
+            assert told == f"Permission denied, {run}/report.html"
+    finally:
+        run.chmod(0o755)
+
+
+def test_a_tilde_is_the_home_folder(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cli.main(["report", "~/run"])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run/report.html")
 
 
 def test_decide(run, capsys):

@@ -7,15 +7,17 @@ import shutil
 
 import pandas as pd
 import pytest
+import tokenizers
 import torch
 from commands import FULL_DISK, NO_SPACE, command, the_refusal, unchanged
 from safetensors.torch import load_file
 from small import DATES, small_market, write_csv
+from tokenizers import models, pre_tokenizers
 
 import fastflag
 from fastflag import cli
 from fastflag.config import PRESETS, TrainConfig, from_dict, to_dict
-from fastflag.learn.run import claim
+from fastflag.learn.run import OTHER_MARKET, claim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,6 +27,7 @@ def test_train_leaves_a_whole_run(trained, config):
     expected = {"config.json", "metrics.jsonl", "checkpoint", "tensorboard"}
     assert names == expected | {"backtest.json", "report.html"}
     document = json.loads((trained / "config.json").read_text())
+    assert len(document.pop("market")) == 64
     assert document == to_dict(config) | {"fastflag": fastflag.__version__}
     steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").open()]
     assert steps == list(range(config.steps))
@@ -127,6 +130,88 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert "update" not in capsys.readouterr().out
 
 
+def learning_rates(run):
+    return [json.loads(line)["learning_rate"] for line in (run / "metrics.jsonl").open()]
+
+
+def test_resume_alone_goes_on_with_the_runs_own_settings(run, capsys):
+    (run / "report.html").unlink()
+    cli.main(["train", "--out", str(run), "--resume"])
+    assert "update" not in capsys.readouterr().out  # it was finished
+    assert (run / "report.html").exists()
+
+
+def test_resume_alone_where_there_is_no_run(tmp_path, monkeypatch, refused):
+    seen = []
+    monkeypatch.setattr(cli.Train, "run", lambda self: seen.append(self.settings))
+    for content in (None, "{}", "[]"):
+        if content:
+            (tmp_path / "config.json").write_text(content)
+        cli.main(["train", "--out", str(tmp_path), "--resume"])
+    assert seen == [TrainConfig()] * 3
+    (tmp_path / "config.json").write_text('{"fastflag": "0.1.0", "seeds": 1}')
+    assert "unknown config key 'seeds'" in refused("train", f"--out={tmp_path}", "--resume")
+    cli.main(["train", "--out", str(tmp_path), "--resume", "--preset", "paper"])
+    assert seen[-1] == PRESETS["paper"]
+
+
+def test_a_finished_run_goes_on_for_longer(run, config, refused):
+    """Its learning rates fall to 0 anew, over the longer run as a whole."""
+    longer = ["train", "--out", run, "--resume", "--total-timesteps", 6 * 24]
+    before = learning_rates(run)
+    with unchanged(run):
+        told = refused(*longer[:-1], 3 * 24)
+        assert (
+            told
+            == f"the run to resume was started with another total_timesteps (96, not 72), {run}"
+        )
+    cli.main(list(map(str, longer)))
+    rate = config.algorithm.learning_rate
+    expected = [rate * (1 - step / 4) for step in range(4)]
+    assert before == pytest.approx(expected)
+    expected += [rate * (1 - step / 6) for step in (4, 5)]
+    assert learning_rates(run) == pytest.approx(expected)
+    assert json.loads((run / "config.json").read_text())["total_timesteps"] == 6 * 24
+    assert json.loads((run / "checkpoint/state.json").read_text())["step"] == 6
+    cli.main(["train", "--out", str(run), "--resume"])  # 6 updates are its own now
+    assert len(learning_rates(run)) == 6
+    assert "another total_timesteps (144, not 96)" in refused(*longer[:-1], 4 * 24)
+
+
+def test_a_run_made_longer_is_one_that_was_planned_so(config_file, tmp_path):
+    """Where the learning rates don't hang on its length."""
+    words = ["--config", str(config_file), "--no-anneal-lr", "--total-timesteps"]
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    cli.main(["train", "--out", str(whole), *words, "96"])
+    cli.main(["train", "--out", str(grown), *words, "48"])
+    cli.main(["train", "--out", str(grown), "--resume", "--total-timesteps", "96"])
+    for name in ("config.json", "checkpoint/00000004.safetensors", "backtest.json"):
+        assert (whole / name).read_bytes() == (grown / name).read_bytes(), name
+
+
+def test_a_run_is_not_resumed_on_another_market(config, refused, tmp_path):
+    bars = write_csv(small_market(), tmp_path / "bars.csv")
+    file, run = tmp_path / "config.json", tmp_path / "run"
+    data = dataclasses.replace(config.data, data=f"csv:{bars}")
+    file.write_text(json.dumps(to_dict(dataclasses.replace(config, data=data))))
+    cli.main(["train", "--out", str(run), "--config", str(file)])
+    frame = pd.read_csv(bars)
+    frame.loc[3, "volume"] += 1
+    frame.to_csv(bars, index=False)
+    with unchanged(run):
+        told = refused("train", "--out", run, "--resume", "--total-timesteps", "960")
+    assert told == f"{OTHER_MARKET}, csv:{bars}"
+
+
+def test_a_config_with_a_byte_order_mark_under_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"seed": 7}', encoding="utf-8-sig")
+    seen = []
+    monkeypatch.setattr(cli.Train, "run", lambda self: seen.append(self))
+    cli.main(["train", "--out=~/run", "--config=~/config.json"])
+    assert (seen[0].out, seen[0].settings.seed) == (tmp_path / "run", 7)
+
+
 @pytest.mark.parametrize(("descriptor", "terminal"), [(1, False), (1, True), (2, True)])
 def test_a_training_does_not_end_for_its_output(
     descriptor, terminal, trained, config_file, tmp_path, monkeypatch
@@ -184,7 +269,6 @@ def test_a_metrics_file_with_a_bad_byte_is_read_past(run, config_file):
         (["--minibatch-size=-4"], "minibatch_size must be at least 0"),
         (["--checkpoint-every", "0"], "checkpoint_every must be at least 1"),
         (["--backtest-episodes", "0"], "backtest_episodes must be at least 1"),
-        (["--optimizer", "adamw8bit", "--device", "cpu"], "8-bit AdamW needs a CUDA GPU"),
         (["--data", "bars.csv"], "unknown data source"),
         (["--data", "sample:TSLA"], "unknown sample 'TSLA'"),
         (["--data", "csv:none.csv"], "No such file or directory, none.csv"),
@@ -334,11 +418,35 @@ def test_a_run_keeps_its_days_when_the_file_grows_shorter(config, refused, tmp_p
         assert "is not inside the data" in refused("backtest", tmp_path / "run")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("rate", ["1e37", "1e308"])
 @pytest.mark.parametrize("flag", ["--learning-rate", "--layer-learning-rate"])
-def test_a_policy_that_overflows_is_told_in_one_line(flag, config_file, capsys, tmp_path):
-    words = ["train", "--out", str(tmp_path / "run"), "--config", str(config_file), flag, "1e37"]
+def test_a_policy_that_overflows_is_told_in_one_line(
+    flag, rate, optimizer, config_file, capsys, tmp_path
+):
+    words = ["train", "--out", str(tmp_path / "run"), "--config", str(config_file), flag, rate]
+    words += ["--optimizer", optimizer]
     with pytest.raises(SystemExit) as stop:
         cli.main([*words, "--max-grad-norm", "0"])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1
     assert "lower the learning rates" in message
+
+
+def test_words_that_begin_alike_are_no_actions_of_an_lm_head(
+    tiny_model, config_file, refused, tmp_path, monkeypatch
+):
+    """A token a byte: each of the words begins with the space before it."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.save(str(model / "tokenizer.json"))
+    words = ["train", "--config", config_file, "--model", model, "--total-timesteps", 24]
+    told = refused(*words, "--out", tmp_path / "lm", "--head", "lm")
+    assert told == (
+        "two of the words ' sell', ' hold', ' buy' begin with the same token, which an lm head "
+        f"can't tell apart: choose another --head, {model}"
+    )
+    assert not (tmp_path / "lm").exists()
+    cli.main(list(map(str, [*words, "--out", tmp_path / "linear", "--head", "linear"])))

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -120,7 +121,7 @@ def test_every_number_has_a_range(name):
         ("algorithm.gae_lambda", (0, 1), (-0.01, 1.01)),
         ("algorithm.update_epochs", (1,), (0,)),
         ("algorithm.minibatch_size", (0,), (-1,)),
-        ("algorithm.clip_coef", (0.1,), (0,)),
+        ("algorithm.clip_coef", (0.1, 1e9), (0, 1.1e9)),
         ("algorithm.target_kl", (0,), (-0.1,)),
         ("total_timesteps", (1,), (0,)),
         ("seed", (0, 2**63 - 1), (-1, 2**63)),
@@ -163,6 +164,8 @@ def test_ranges_hold_however_a_config_is_made():
         ({"simulator": {"cash": 10**400}}, "'simulator.cash' must be a number"),
         ({"algorithm": {"norm_adv": 1}}, "'algorithm.norm_adv' must be true or false, not 1"),
         ({"data": {"symbol": 5}}, "'data.symbol' must be text, not 5"),
+        ({"data": {"data": "csv:\ud83d"}}, r"'data.data' must be text, not 'csv:\ud83d'"),
+        ({"policy": {"model": "a\0b"}}, r"'policy.model' must be text, not 'a\x00b'"),
         ({"prompt": {"layout": "ours"}}, "'prompt.layout' must be one of default, paper"),
         ({"prompt": {"layout": ["paper"]}}, "'prompt.layout' must be one of default, paper"),
         ({"prompt": {"layout": {}}}, "'prompt.layout' must be one of default, paper"),
@@ -173,6 +176,18 @@ def test_refused(values, told):
         from_dict(values, "there")
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_not_utf_8_is_a_name():
+    name = os.fsdecode(b"csv:\xff.csv")
+    assert from_dict({"data": {"data": name}}, "there").data.data == name
+
+
+def test_what_else_a_runs_file_says_is_no_setting():
+    document = to_dict(PRESETS["paper"]) | {"fastflag": "0.1.0", "market": "ab"}
+    assert from_run(document, "there") == PRESETS["paper"]
+    with pytest.raises(InputError, match="unknown config key 'market'"):
+        from_dict({"market": "ab"}, "there")
 
 
 def test_steps():

@@ -96,6 +96,8 @@ def test_read_json(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"a": [1, null, "ü"]}', encoding="utf-8")
     assert read_json(path) == {"a": [1, None, "ü"]}
+    path.write_text('{"a": "ü"}', encoding="utf-8-sig")  # as Windows' editors write it
+    assert read_json(path) == {"a": "ü"}
 
 
 @pytest.mark.parametrize(

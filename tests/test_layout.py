@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = ("files", "config", "market", "prompt", "policy", "learn", "evaluate", "cli", "__main__")
+LEVELS = (
+    "files",
+    "caches",
+    "config",
+    "market",
+    "prompt",
+    "policy",
+    "learn",
+    "evaluate",
+    "cli",
+    "__main__",
+)
 KERNELS = "fastflag.kernels"
 
 
@@ -150,11 +161,12 @@ def _loaded(code: str, unwanted: tuple[str, ...]) -> str:
 # What an import may not do: start a process, use the network, write a file, ask for a GPU, set an
 # environment variable that was not there.
 WATCHED = """
-import importlib, json, os, sys
+import importlib, json, os, re, sys
+CACHES = re.compile("__pycache__|/numba/")  # whether machine code can be kept there is tried
 done = []
 def watch(event, arguments):
     writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and (
-        "__pycache__" not in str(arguments[0]) and str(arguments[0]) != os.devnull)
+        not CACHES.search(str(arguments[0])) and str(arguments[0]) != os.devnull)
     if watching and (writes or event in ("subprocess.Popen", "os.system", "socket.connect")):
         done.append(f"{event} {arguments[0]}")
 watching = False

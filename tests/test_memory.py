@@ -130,7 +130,7 @@ def test_the_state_of_the_8_bit_optimizer(weights, adapted):
 
     config = replace(EXACT, top_layers=2, head="mlp", **adapted)
     parameters = [*Policy(weights, config, (7, 11, 13), 0).parameters()]
-    optimizer = bitsandbytes.optim.AdamW8bit(parameters)  # which steps on a GPU only
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters)
     for number, parameter in enumerate(parameters):
         optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
     states = [value for state in optimizer.state.values() for value in state.values()]

@@ -111,8 +111,9 @@ def killed_at(monkeypatch, step):
         {"prompt__account": "exact", "policy__head": "lm", "algorithm__kl_coef": 0.1},
         {"prompt__account": "exact", "rollout__num_envs": 1, "policy__dtype": "bf16"},
         {"policy__adaptation": "full", "policy__trunk_cache_mb": 0, "algorithm__update_epochs": 2},
+        {"policy__adaptation": "full", "algorithm__optimizer": "adamw8bit"},
     ],
-    ids=["groups", "lm", "exact lm", "exact alone", "full uncached"],
+    ids=["groups", "lm", "exact lm", "exact alone", "full uncached", "8 bits"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_model, tmp_path, monkeypatch, changes):
     """Its caches are cold, its optimiser and accounts come from the file: no bit may differ."""
@@ -284,7 +285,7 @@ class Program:
 
     updates = 12
 
-    def __init__(self, folder, model):
+    def __init__(self, folder, model, optimizer):
         self.folder = folder
         bars = write_csv(small_market(), folder / "bars.csv")
         config = small_config(
@@ -292,6 +293,7 @@ class Program:
             data__data=f"csv:{bars}",
             policy__dtype="bf16",
             policy__adaptation="full",
+            algorithm__optimizer=optimizer,
             total_timesteps=self.updates * 24,
         )
         (folder / "settings.json").write_text(json.dumps(to_dict(config)))
@@ -336,12 +338,13 @@ def lines(path):
 
 
 @pytest.fixture(scope="module")
-def program(tiny_model, tmp_path_factory):
-    made = Program(tmp_path_factory.mktemp("program"), tiny_model)
+def program(request, tiny_model, tmp_path_factory):
+    made = Program(tmp_path_factory.mktemp("program"), tiny_model, request.param)
     assert made.run("whole") == (0, "")
     return made
 
 
+@pytest.mark.parametrize("program", ["adamw", "adamw8bit"], indirect=True)
 def test_killed_at_random_moments_it_ends_as_if_it_were_not(program):
     random = np.random.default_rng(0)
     steps = []
@@ -356,6 +359,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_were_not(program):
     assert outcome(program.folder / "killed") == outcome(program.folder / "whole")
 
 
+@pytest.mark.parametrize("program", ["adamw"], indirect=True)
 def test_ctrl_c_and_a_full_disk_each_say_one_line_and_lose_nothing(program):
     run = program.folder / "stopped"
     status, errors = program.signal_after("stopped", 3, 0.0, signal.SIGINT)

@@ -163,8 +163,9 @@ def test_the_file_used_least_recently_goes_first(tmp_path):
 
 def test_processes_share_a_folder(tmp_path):
     """Four write the same and other entries at once; what is read is always what was written."""
+    here = Path(__file__).parent
     workers = [
-        subprocess.Popen([sys.executable, "-c", SHARING, str(tmp_path), str(seed)])
+        subprocess.Popen([sys.executable, "-c", SHARING, str(tmp_path), str(seed)], cwd=here)
         for seed in range(4)
     ]
     assert [worker.wait() for worker in workers] == [0] * 4
@@ -175,7 +176,7 @@ def test_processes_share_a_folder(tmp_path):
 
 SHARING = """
 import random, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, ".")
 from pathlib import Path
 from test_trunk_cache import filled, files, holds
 values = list(range(40))

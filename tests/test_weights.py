@@ -320,6 +320,74 @@ def test_missing_extra_misshapen_and_foreign_tensors_are_refused(broken):
         refused(broken, word, str(broken))
 
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("stored", [(HEAD,), (EMBEDDING,), (HEAD, EMBEDDING)], ids=len)
+def test_a_tied_model_may_be_stored_under_either_name(stored, prefix, tmp_path):
+    model = tiny("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    table = tensors.pop(EMBEDDING)
+    tensors |= {name: table.clone() for name in stored}
+    save_file({name.replace("model.", prefix): value for name, value in tensors.items()}, path)
+    opened = open_weights(str(tmp_path))
+    assert_same_tensors(opened, model)
+    assert torch.equal(opened.tensor(HEAD), table)
+
+
+def test_a_tied_model_with_two_tables_is_refused(tmp_path):
+    tiny("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, HEAD: tensors[EMBEDDING] + 1}, path)
+    refused(tmp_path, "tie_word_embeddings is true, but lm_head.weight is not", "config.json")
+
+
+def test_a_model_without_its_head_is_told(broken):
+    """As a base model's export: all names without their beginning, and no head."""
+    path = broken / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors.pop(HEAD)
+    save_file({k.removeprefix("model."): v for k, v in tensors.items()}, path)
+    refused(broken, "tensor lm_head.weight is missing")
+    bare = {k.removeprefix("model."): v for k, v in tensors.items()} | {HEAD: head}
+    save_file(bare, path)
+    assert_same_tensors(open_weights(str(broken)), tiny("llama", tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_an_adapter_is_refused(broken, with_model):
+    """With a model beside it, transformers would read both, and we one of them."""
+    adapter = {"base_model_name_or_path": "someone/base", "peft_type": "LORA"}
+    (broken / "adapter_config.json").write_text(json.dumps(adapter))
+    if not with_model:
+        (broken / "model.safetensors").rename(broken / "adapter_model.safetensors")
+        (broken / "config.json").unlink()
+    refused(broken, "an adapter of someone/base, not a model", "merge", str(broken))
+    (broken / "adapter_config.json").write_text("[]")
+    refused(broken, "an adapter of another model")
+
+
+@pytest.mark.parametrize("changes", [{"torch_dtype": "float16"}, {"dtype": "bfloat16"}])
+def test_the_configs_type_is_not_the_files(broken, changes):
+    edit_config(broken, **changes)
+    assert open_weights(str(broken)).tensor("model.norm.weight").dtype == torch.float32
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    tiny("llama").save_pretrained(tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(tmp_path, f"no such file, {shard}")
+
+
+def test_a_safetensors_file_needs_its_folder(folder):
+    refused(folder / "model.safetensors", "name the folder that holds it")
+
+
 def test_nan_is_refused_when_read(broken):
     path = broken / "model.safetensors"
     tensors = load_file(path)
@@ -439,6 +507,21 @@ def test_foreign_and_empty_files_are_refused(tmp_path):
     for content in (b"", b"GGU", b"PK\3\4" + bytes(100), b"GGUF", b"GGUF" + bytes(100)):
         path.write_bytes(content)
         refused(path, str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\x1f\x8b\x08" + bytes(50), "compressed, not a GGUF file: unpack it first"),
+        (b"\n<!doctype html><html>", "a web page, not a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"PK\3\4", "not a GGUF file"),
+    ],
+)
+def test_what_a_download_often_is_instead(content, told, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    refused(path, told, str(path))
 
 
 def test_gguf_truncated_within_a_tensor_is_refused_when_opened(gguf_file, tmp_path):

@@ -5,13 +5,16 @@ import os
 import platform
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastflag
+from fastflag import caches
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
+from fastflag.market import machine_code
 from fastflag.policy import graphs, memory
 from fastflag.policy.arithmetic import measured
 from fastflag.policy.ops import OPS
@@ -32,8 +35,9 @@ _MODEL_WIDTHS = 576, 1536  # of the stream and of the MLP
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """{"machine": ..., "arithmetic": ..., "packages": ..., "ops": {op: {"implementation", "reason",
-    "evidence"}}}; raises InputError for an environment that asks for kernels by no known name."""
+    """{"machine": ..., "arithmetic": ..., "packages": ..., "caches": {what: folder and whether it
+    is kept}, "ops": {op: {"implementation", "reason", "evidence"}}}; raises InputError for an
+    environment that asks for kernels by no known name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "machine": {
@@ -49,6 +53,7 @@ def examine() -> dict[str, dict[str, Any]]:
         },
         "arithmetic": _arithmetic(device),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "caches": {name: str(place) for name, place in _caches().items()},
         "ops": {op.name: asdict(op.choice(device)) for op in OPS}
         | {"graphs": asdict(graphs.choice(device))},
     }
@@ -91,6 +96,17 @@ def _arithmetic(device: torch.device) -> dict[str, str]:
     rows, inputs, outputs = speeds.shape
     return {"product": f"{rows} x {inputs} with {inputs} x {outputs}", **told} | {
         "--dtype auto": speeds.fastest
+    }
+
+
+def _caches() -> dict[str, caches.Place]:
+    libraries = caches.of_libraries()
+    return {
+        "frozen activations": caches.own("trunk"),
+        "numba": caches.numba(Path(machine_code.__file__).parent),
+        "triton": libraries["TRITON_CACHE_DIR"],
+        "torch": libraries["TORCHINDUCTOR_CACHE_DIR"],
+        "hugging face hub": libraries["HF_HOME"],
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.optim import AdamW
 
 from fastflag.files import InputError, read_json, write_atomic
 from fastflag.market.accounts import Accounts
@@ -25,7 +26,7 @@ class Checkpoint:
     step: int  # updates done
     fingerprint: str  # of the model's weights
     tensors: dict[str, Tensor]
-    optimizer: dict[str, Any]  # what of the optimiser's state is no tensor
+    optimizer: dict[str, Any]  # each parameter's state, as `_kept` writes it
 
 
 def write_checkpoint(
@@ -40,27 +41,24 @@ def write_checkpoint(
     stays."""
     state = optimizer.state_dict()
     tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
-    scalars: dict[str, dict[str, Any]] = {}
-    for parameter, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{parameter}.{name}"] = value
-            else:
-                scalars.setdefault(str(parameter), {})[name] = value
+    kept = {
+        str(parameter): _kept(values, f"optimizer.{parameter}", tensors)
+        for parameter, values in state["state"].items()
+    }
     for group, group_accounts in enumerate(accounts):
         for name, array in group_accounts.arrays().items():
             tensors[f"accounts.{group}.{name}"] = torch.from_numpy(array)
     folder = run / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     name = _tensor_file(step)
-    content = save({key: value.contiguous().cpu() for key, value in tensors.items()})
+    content = save(_apart(tensors))
     write_atomic(folder / name, content)
     document = {
         "step": step,
         "tensors": name,
         "digest": _digest(content),
         "fingerprint": fingerprint,
-        "optimizer": scalars,
+        "optimizer": kept,
     }
     write_atomic(folder / "state.json", json.dumps(document, indent=1))
     # The second pattern is what a kill in mid-write leaves.
@@ -75,7 +73,7 @@ def read_checkpoint(run: Path) -> Checkpoint:
     document = read_json(state_file)
     try:
         step, name, digest = document["step"], document["tensors"], document["digest"]
-        fingerprint, scalars = str(document["fingerprint"]), dict(document["optimizer"])
+        fingerprint, kept = str(document["fingerprint"]), dict(document["optimizer"])
         # The name tells the step too: one changed by hand would train some updates twice.
         if type(step) is not int or step < 1 or name != _tensor_file(step):
             raise ValueError
@@ -88,7 +86,7 @@ def read_checkpoint(run: Path) -> Checkpoint:
         raise InputError(f"{error.strerror}, {tensor_file}") from None
     if _digest(content) != digest:
         raise InputError(f"truncated, or not what was written, {tensor_file}")
-    return Checkpoint(step, fingerprint, load(content), scalars)
+    return Checkpoint(step, fingerprint, load(content), kept)
 
 
 def restore_policy(checkpoint: Checkpoint, policy: Policy, fingerprint: str, where: Path) -> None:
@@ -115,22 +113,71 @@ def restore_policy(checkpoint: Checkpoint, policy: Policy, fingerprint: str, whe
 def restore_optimizer(
     checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, where: Path
 ) -> None:
-    """Raises InputError where the optimiser's state is malformed."""
+    """Raises InputError where the optimiser's state is malformed, or of another optimiser."""
     try:
-        _load_optimizer(checkpoint, optimizer)
-    except (AttributeError, KeyError, TypeError, ValueError):
+        state = {
+            int(parameter): _restored(kept, checkpoint.tensors)
+            for parameter, kept in checkpoint.optimizer.items()
+        }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for parameter, values in optimizer.state.items():
+            _check_moments(optimizer, parameter, values)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         raise InputError(f"the checkpoint's optimiser is malformed, {where}") from None
 
 
-def _load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
-    state = optimizer.state_dict()
-    restored: dict[int, dict[str, Any]] = {}
-    for key, tensor in _under(checkpoint.tensors, "optimizer.").items():
-        parameter, name = key.split(".", 1)
-        restored.setdefault(int(parameter), {})[name] = tensor
-    for parameter, values in checkpoint.optimizer.items():
-        restored.setdefault(int(parameter), {}).update(values)
-    optimizer.load_state_dict({"state": restored, "param_groups": state["param_groups"]})
+def _check_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Any) -> None:
+    """Raises ValueError unless a step finds what it needs: a state that an optimiser of another
+    kind wrote, or a hand changed, would fail there in the middle of an update."""
+    names = {"exp_avg", "exp_avg_sq"} if isinstance(optimizer, AdamW) else {"state1", "state2"}
+    if state.get("state1") is not None and state["state1"].dtype == torch.uint8:
+        names |= {"qmap1", "qmap2", "absmax1", "absmax2"}
+    if not isinstance(parameter, Tensor) or state.keys() != names | {"step"}:
+        raise ValueError
+    moments = [state[name] for name in names if not name.startswith(("qmap", "absmax"))]
+    if any(moment.shape != parameter.shape for moment in moments):
+        raise ValueError
+
+
+def _kept(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """What JSON holds of a nested value. Its tensors go to `tensors`, each by its path; a dict, a
+    list and a tuple say which of them they are."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"dict": {name: _kept(v, f"{path}.{name}", tensors) for name, v in value.items()}}
+    if isinstance(value, list | tuple):
+        parts = [_kept(part, f"{path}.{index}", tensors) for index, part in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": parts}
+    return value
+
+
+def _restored(kept: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value of which `_kept` made `kept`. Raises KeyError, TypeError, ValueError or
+    AttributeError where it is of another shape."""
+    if not isinstance(kept, dict):
+        return kept
+    ((kind, content),) = kept.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {name: _restored(value, tensors) for name, value in content.items()}
+    return {"list": list, "tuple": tuple}[kind](_restored(part, tensors) for part in content)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, whole, and each in memory of its own, as safetensors wants them:
+    bitsandbytes' parameters share their maps."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous().cpu()
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def restore_accounts(checkpoint: Checkpoint, groups: int, where: Path) -> list[Accounts]:

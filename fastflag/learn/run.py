@@ -16,13 +16,16 @@ from fastflag.config import TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, write_atomic
 from fastflag.learn.batch import World
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
-from fastflag.market.bars import Market, split_days
+from fastflag.market.bars import Market, parse_period, split_days
+from fastflag.market.fingerprint import fingerprint
 from fastflag.policy.arithmetic import resolved
 from fastflag.policy.model_config import ModelConfig
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights, open_weights
 from fastflag.prompt.template import Prompter
 from fastflag.prompt.tokens import Tokenizer
+
+OTHER_MARKET = "the training days' bars or news are not those that the run was trained on"
 
 # What a training puts into its folder.
 _WRITTEN = ("config.json", "metrics.jsonl", "checkpoint", "backtest.json", "report.html")
@@ -41,7 +44,7 @@ def read_config(run: Path) -> TrainConfig:
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
     """Raises InputError for a run in the way, files that are nobody's run, or, with `resume`, a run
-    of another configuration.
+    of another configuration; more time steps make it no other.
 
     A run that failed before its first checkpoint has nothing to lose and is in nobody's way.
     """
@@ -57,25 +60,51 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
     stored, asked = to_dict(read_config(run)), to_dict(config)
     # It bears on rounding alone, and what was out of memory may need another one to go on.
     stored["policy"]["memory_budget"] = asked["policy"]["memory_budget"]
+    stored["total_timesteps"] = max(stored["total_timesteps"], asked["total_timesteps"])
     difference = _first_difference(stored, asked)
     if difference:
         raise InputError(f"the run to resume was started with another {difference}, {run}")
 
 
 @contextmanager
-def claim(run: Path, config: TrainConfig, resume: bool) -> Iterator[bool]:
+def claim(run: Path, config: TrainConfig, resume: bool, market: str = "") -> Iterator[bool]:
     """Makes RUN/ this configuration's for as long as the context lasts; True where it has a
-    checkpoint to go on from. Raises InputError as `check_claim` does, and where another training
-    holds the folder."""
+    checkpoint to go on from. `market` is the fingerprint of what is trained on. Raises InputError
+    as `check_claim` does, where that is not what the run was trained on, and where another
+    training holds the folder."""
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
         # What was free when training was asked for need not be now.
         check_claim(run, config, resume)
         resumes = _has_checkpoint(run)
         if not resumes:
-            document = to_dict(config) | {"fastflag": fastflag.__version__}
+            document = to_dict(config) | {"fastflag": fastflag.__version__, "market": market}
             write_atomic(run / "config.json", json.dumps(document, indent=1))
+        else:
+            if not _is_of(run, market):
+                raise InputError(f"{OTHER_MARKET}, {config.data.data}")
+            _extend(run, config.total_timesteps)
         yield resumes
+
+
+def _extend(run: Path, total_timesteps: int) -> None:
+    """A longer run says so before it goes on, else a resumed one would end where it first did."""
+    document = read_json(run / "config.json")
+    if document["total_timesteps"] != total_timesteps:
+        document["total_timesteps"] = total_timesteps
+        write_atomic(run / "config.json", json.dumps(document, indent=1))
+
+
+def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
+    """Whether `market` holds the bars and news that the run was trained on. Raises InputError where
+    it does not reach over the training days, or has another symbol."""
+    days = market.days(*parse_period(config.data.train))
+    return _is_of(run, fingerprint(market, config.data.symbol, days))
+
+
+def _is_of(run: Path, market: str) -> bool:
+    """A run that does not say, of an earlier version, counts as one."""
+    return read_json(run / "config.json").get("market") in (None, "", market)
 
 
 @contextmanager
@@ -138,6 +167,12 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
         )
     prompter = Prompter(config.prompt, market, symbol, config.simulator, tokenizer)
     action_tokens = [int(tokenizer.encode(word)[0]) for word in prompter.action_words]
+    if config.policy.head == "lm" and len({*action_tokens}) < len(action_tokens):
+        words = ", ".join(repr(word) for word in prompter.action_words)
+        raise InputError(
+            f"two of the words {words} begin with the same token, which an lm head can't tell "
+            f"apart: choose another --head, {weights.source}"
+        )
     policy = Policy(weights, config.policy, action_tokens, config.seed)
     return World(prompter.bars, config.simulator, prompter, _world_seed(config.seed)), policy
 

@@ -25,6 +25,7 @@ from fastflag.learn.run import build, check_claim, claim, with_dtype, with_perio
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
+from fastflag.market.fingerprint import fingerprint
 from fastflag.market.metrics import annual_days
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights
@@ -52,7 +53,8 @@ def train(
     accounts = start_accounts(config.rollout, config.simulator.cash)
     annual = annual_days(market.calendar)
     phase = PhaseTimer()
-    with claim(run, config, resume) as resumes:
+    market_print = fingerprint(market, config.data.symbol, days)
+    with claim(run, config, resume, market_print) as resumes:
         start = 0
         if resumes:
             checkpoint = read_checkpoint(run)

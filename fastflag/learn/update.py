@@ -14,6 +14,7 @@ from fastflag.files import InputError
 from fastflag.learn.advantage import explained_variance
 from fastflag.learn.lesson import Lesson
 from fastflag.learn.objective import Samples, loss_of
+from fastflag.policy.bnb import bitsandbytes
 from fastflag.policy.table import Policy, Table
 from fastflag.prompt.tokens import PromptSet
 
@@ -35,7 +36,8 @@ STATISTICS = (
 def make_optimizer(policy: Policy, config: AlgorithmConfig) -> torch.optim.Optimizer:
     """AdamW with epsilon 1e-5 (CleanRL's); the heads' weights are not decayed.
 
-    Raises InputError where bitsandbytes' 8-bit optimiser is asked for without a GPU.
+    bitsandbytes' keeps the moments of tensors of 4096 numbers and more in 8 bits, those of smaller
+    ones in fp32.
     """
     layers, heads = policy.parameter_groups()
     groups = [
@@ -45,11 +47,7 @@ def make_optimizer(policy: Policy, config: AlgorithmConfig) -> torch.optim.Optim
     if config.optimizer == "adamw":
         # Fused, all parameters are stepped in two launches.
         return torch.optim.AdamW(groups, eps=1e-5, fused=policy.device.type == "cuda")
-    if policy.device.type != "cuda":
-        raise InputError("bitsandbytes' 8-bit AdamW needs a CUDA GPU, --optimizer adamw8bit")
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(groups, eps=1e-5)
+    return bitsandbytes().optim.AdamW8bit(groups, eps=1e-5)
 
 
 def set_learning_rates(
@@ -156,5 +154,10 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float
     norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf).item()
     if not math.isfinite(norm):
         raise InputError("the gradient is not finite: lower the learning rates, training")
-    optimizer.step()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise InputError("a step overflows fp32: lower the learning rates, training") from None
     return norm

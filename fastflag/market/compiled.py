@@ -10,10 +10,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from fastflag.market.machine_code import kernel
 
 # Without the NumPy error model each division is checked: a quarter slower.
-_kernel = njit(cache=True, nogil=True, error_model="numpy")
+_kernel = kernel(nogil=True, error_model="numpy")
 SELL, HOLD, BUY = 0, 1, 2
 HISTORY = 10
 """Past steps that an account remembers, for prompts."""
@@ -263,7 +264,7 @@ def _log_return_nb(account, before, rules):
 
 
 # LLVM leaves this one a call, which costs a seventh of the throughput.
-@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@kernel(nogil=True, error_model="numpy", inline="always")
 def _advance_nb(night, rules, account, action):
     """One account from one close to the next: (account, reward, terminated)."""
     position = _Position(account.cash, account.shares, account.entry, account.opened, account.fees)

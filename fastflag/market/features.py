@@ -3,7 +3,8 @@
 import math
 
 import numpy as np
-from numba import njit
+
+from fastflag.market.machine_code import kernel
 
 RETURN_BARS = (1, 5, 20)
 VOLATILITY_BARS = 20
@@ -52,7 +53,7 @@ def indicators(close: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
 # which NumPy's blocked sums don't promise.
 
 
-@njit(cache=True)
+@kernel()
 def _returns_nb(close, bars):
     result = np.full(close.size, np.nan)
     for t in range(bars, close.size):
@@ -60,7 +61,7 @@ def _returns_nb(close, bars):
     return result
 
 
-@njit(cache=True)
+@kernel()
 def _volatility_nb(close, bars):
     result = np.full(close.size, np.nan)
     for t in range(bars, close.size):
@@ -72,7 +73,7 @@ def _volatility_nb(close, bars):
     return result
 
 
-@njit(cache=True)
+@kernel()
 def _rsi_nb(close, bars):
     result = np.full(close.size, np.nan)
     weight = 1.0 / bars
@@ -88,7 +89,7 @@ def _rsi_nb(close, bars):
     return result
 
 
-@njit(cache=True)
+@kernel()
 def _drawdown_nb(close, high, bars):
     result = np.full(close.size, np.nan)
     for t in range(bars - 1, close.size):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from fastflag import caches
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.policy import graphs, memory, ops
@@ -45,7 +46,7 @@ from fastflag.policy.lora import (
 from fastflag.policy.quant import NF4Weight
 from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
 from fastflag.policy.stage import Stage, content_of, reference_of, round_up, side_index
-from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles, cache_folder
+from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
 
@@ -491,7 +492,7 @@ class Policy(nn.Module):
         )
         name = hashlib.blake2b(repr(made_by).encode(), digest_size=8).hexdigest()
         budget = self.config.trunk_disk_mb * 2**20
-        return TrunkFiles(cache_folder(), name, budget, self.device)
+        return TrunkFiles(caches.own("trunk").folder, name, budget, self.device)
 
     def _block(self, weights: Weights, index: int, make_linear: LinearFactory) -> Block:
         return Block(weights, index, self.dtype, self.device, make_linear)

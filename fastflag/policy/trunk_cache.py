@@ -190,12 +190,6 @@ class TrunkFiles:
             total -= size
 
 
-def cache_folder() -> Path:
-    """Where the user's caches lie (XDG Base Directory specification)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "fastflag" / "trunk"
-
-
 def _checksum(tensor: Tensor) -> str:
     data = tensor.reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=16).hexdigest()

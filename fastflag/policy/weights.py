@@ -55,8 +55,8 @@ class Weights:
         Linear weights are [out, in]. Raises InputError for an unreadable tensor or one that holds
         NaN or infinity in `dtype`, and KeyError for a name that `names` lacks.
         """
-        if name == "lm_head.weight" and self.config.tied_embeddings:
-            name = "model.embed_tokens.weight"
+        if name == _HEAD and self.config.tied_embeddings:
+            name = _EMBEDDING
         if name not in self._names:
             raise KeyError(name)
         values = self._storage.read(name)
@@ -93,7 +93,8 @@ def open_weights(model: str) -> Weights:
     """
     path = _located(model, ["*.safetensors", "*.json", "tokenizer*"])
     if path.is_dir():
-        return Weights(_folder_config(path), _Safetensors(path), path, model)
+        config = _folder_config(path)
+        return Weights(config, _Safetensors(path, config.tied_embeddings), path, model)
     file = GGUFFile(path)
     return Weights(file.config, file, path, model)
 
@@ -133,7 +134,11 @@ def _located(model: str, hub_files: list[str]) -> Path:
     if model.startswith("package:"):
         return _packaged(model)
     path = Path(os.path.expanduser(model))
-    if path.is_dir() or path.is_file():
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            raise InputError(f"name the folder that holds it and its config.json, {model}")
         return path
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         return _snapshot(model, hub_files)
@@ -179,7 +184,17 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 # Safetensors
 
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
 def _folder_config(folder: Path) -> ModelConfig:
+    if (folder / "adapter_config.json").exists():
+        document = read_json(folder / "adapter_config.json")
+        base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
+        raise InputError(
+            f"an adapter of {base or 'another model'}, not a model: give that one, or save the two "
+            f"merged (PEFT's merge_and_unload), {folder}"
+        )
     values = read_json(folder / "config.json")
     if not isinstance(values, dict):
         raise InputError(f"must be a JSON object, {folder / 'config.json'}")
@@ -187,11 +202,12 @@ def _folder_config(folder: Path) -> ModelConfig:
 
 
 class _Safetensors:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, tied: bool):
+        """`tied`: the head is the embedding, and either may stand for both."""
         from safetensors import SafetensorError, safe_open
 
         self._errors = (SafetensorError, OSError, ValueError)
-        self._handles: dict[str, Any] = {}
+        self._stored: dict[str, tuple[Any, str]] = {}  # file and name in it
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.files = _safetensors_files(folder)
         for path in self.files:
@@ -206,15 +222,31 @@ class _Safetensors:
                     raise InputError(
                         f"tensor {name!r} is {part.get_dtype()}, not supported, {path}"
                     )
-                if name in self.shapes:
-                    raise InputError(f"tensor {name!r} is there twice, {path}")
-                self._handles[name] = handle
-                self.shapes[name] = tuple(part.get_shape())
+                # A model saved without its head has names without their beginning.
+                bare = name.startswith(("embed_tokens.", "layers.", "norm."))
+                known = f"model.{name}" if bare else name
+                if known in self.shapes:
+                    raise InputError(f"tensor {known!r} is there twice, {path}")
+                self._stored[known] = (handle, name)
+                self.shapes[known] = tuple(part.get_shape())
+        if tied and _HEAD in self.shapes:
+            self._tie(folder)
+
+    def _tie(self, folder: Path) -> None:
+        if _EMBEDDING not in self.shapes:
+            self._stored[_EMBEDDING] = self._stored[_HEAD]
+            self.shapes[_EMBEDDING] = self.shapes[_HEAD]
+        elif not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
+            raise InputError(
+                f"tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}: which one is meant "
+                f"is not known, {folder / 'config.json'}"
+            )
 
     def read(self, name: str) -> torch.Tensor:
         try:
+            handle, stored = self._stored[name]
             # A copy: the handle's tensor is a view of the mapped file.
-            return self._handles[name].get_tensor(name).clone()
+            return handle.get_tensor(stored).clone()
         except self._errors as error:
             raise InputError(
                 f"can't read tensor {name} ({_line(error)}), {self.files[0].parent}"

@@ -46,8 +46,9 @@ class GGUFHeader:
         self.end = 0
         try:
             with open(path, "rb") as file:
-                if file.read(4) != b"GGUF":
-                    raise InputError(f"not a GGUF file, {path}")
+                start = file.read(16)
+                if not start.startswith(b"GGUF"):
+                    raise InputError(f"{_what(start)}, {path}")
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._parse()
         except OSError as error:
@@ -101,6 +102,17 @@ class GGUFHeader:
         if item != _STRING:
             raise InputError(f"broken GGUF file: array of type {item}, {self.path}")
         return [self._string() for _ in range(count)]
+
+
+def _what(start: bytes) -> str:
+    """What a file is that begins so and is no GGUF file, where downloads often are that."""
+    if start.startswith(b"\x1f\x8b"):
+        return "compressed, not a GGUF file: unpack it first (gunzip)"
+    if start.lstrip().startswith(b"<"):
+        return "a web page, not a GGUF file: download the file that the page links to"
+    if start.startswith(b"version https:/"):
+        return "a pointer of Git LFS, not a GGUF file: fetch the file itself (git lfs pull)"
+    return "not a GGUF file"
 
 
 def read_gguf_metadata(path: Path, prefix: str) -> dict[str, Any]:

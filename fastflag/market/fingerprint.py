@@ -1,0 +1,31 @@
+"""What a run was trained on, in a few characters: so that a file that moved is known again."""
+
+import hashlib
+
+import numpy as np
+
+from fastflag.market.bars import Market
+
+_COLUMNS = ("open", "high", "low", "close", "volume", "split", "dividend")
+
+
+def fingerprint(market: Market, symbol: str, days: range) -> str:
+    """sha256, in hex, of all that training on `days` could read of `symbol` (empty: the only one):
+    its bars, splits and dividends up to the last of them, and the news available by its close.
+
+    Files' names and formats, later days and other symbols' bars leave it as it is. Raises
+    InputError for an unknown symbol.
+    """
+    column = market.column(symbol)
+    values = np.stack([getattr(market, name)[: days.stop, column] for name in _COLUMNS])
+    # Days of other symbols alone have no bar here.
+    rows = ~np.isnan(values[:4]).all(0) | (values[5] != 1) | (values[6] != 0)
+    values = np.where(np.isnan(values), np.nan, values)[:, rows]  # NaN has many bit patterns
+    dates = market.dates[: days.stop][rows].astype("datetime64[D]").astype(np.int64)
+    digest = hashlib.sha256(dates.tobytes() + np.ascontiguousarray(values).tobytes())
+    known = ("", market.symbols[column])
+    for item in market.news:
+        if item.symbol in known and item.available <= market.closes[days[-1]]:
+            told = (str(item.published), str(item.available), item.text)
+            digest.update(repr(told).encode())
+    return digest.hexdigest()
