@@ -8,7 +8,22 @@ from typing import Any
 
 
 class InputError(Exception):
-    """What the user gave is wrong. Its text is one line, `WHAT, WHERE`; commands exit with 2."""
+    """What the user gave is wrong. Its text is one line, `WHAT, WHERE`; commands exit with 2.
+
+    It may quote what the user gave: what can't be printed is written as an escape.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """`text` with what no terminal prints (line ends, control characters, halves of characters) as
+    escapes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
