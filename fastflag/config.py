@@ -60,7 +60,8 @@ class DataConfig:
     """News file (CSV or Parquet: published, available, symbol, text); empty: NAME.news.csv or
     NAME.news.parquet beside the bars, where there is one."""
     symbol: str = ""
-    """Which symbol of a file that holds several; empty: the only one."""
+    """Which symbol of a file that holds several; of a file without a column symbol, its bars' name,
+    as the news writes it; empty: the only one, or the file's name."""
     train: str = ""
     """Training days, START..END, both inclusive; empty: the first 80% of all days."""
     test: str = ""

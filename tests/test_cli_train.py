@@ -34,6 +34,33 @@ def test_train_leaves_a_whole_run(trained, config):
     assert (trained / "report.html").stat().st_size > 1e6
 
 
+def test_training_says_what_news_it_reads(bars, config, tiny_model, tmp_path, capsys):
+    """Two headlines a day of every symbol; in a second file half of them are of another one."""
+    path = tmp_path / "config.json"
+    settings = dataclasses.replace(config, total_timesteps=24, backtest_episodes=1)
+    news = pd.read_csv(bars.with_suffix(".news.csv"))
+    news["symbol"] = ["BARS", "OTHER"] * (len(news) // 2)
+    news.to_csv(tmp_path / "half.csv", index=False)
+    told = []
+    for name, file in enumerate(("", str(tmp_path / "half.csv"))):
+        data = dataclasses.replace(settings.data, news=file, timezone="Asia/Tokyo")
+        path.write_text(json.dumps(to_dict(dataclasses.replace(settings, data=data))))
+        words = ["--config", str(path), "--close-time", "15:30"]
+        cli.main(["train", "--out", str(tmp_path / str(name)), *words])
+        told.append(capsys.readouterr().out.splitlines()[0])
+        kept = json.loads((tmp_path / str(name) / "config.json").read_text())["data"]
+        assert (kept["calendar"], kept["close_time"], kept["timezone"]) == (
+            "auto",
+            "15:30",
+            "Asia/Tokyo",
+        )
+    assert told[0] == "news: 48 headlines on 24 of 24 training days, 48 in their day's prompt"
+    assert told[1] == (
+        "news: 24 headlines on 24 of 24 training days, 24 in their day's prompt; "
+        "40 of other symbols than BARS"
+    )
+
+
 def test_flags_go_over_the_config_over_the_preset(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"algorithm": {"gamma": 0.5, "gae_lambda": 0.6}, "seed": 4}))

@@ -386,6 +386,12 @@ def test_symbol_refused(file, symbol, message):
     assert message in refusal(data="csv:" + file("bars.csv", TWO_SYMBOLS), symbol=symbol)
 
 
+def test_a_symbol_without_a_bar_is_refused_itself_alone(file):
+    path = file("bars.csv", TWO_SYMBOLS + "C,2024-01-04,,,,\n")
+    assert refusal(data=f"csv:{path}", symbol="C") == f"not a single bar of C, csv:{path}"
+    assert load(DataConfig(data=f"csv:{path}", symbol="A")).others[0][0] == "B"
+
+
 def test_symbol_without_a_name(file):
     text = TWO_SYMBOLS.replace("B,2024-01-03", ",2024-01-03")
     assert "symbol '' is empty" in refusal(data="csv:" + file("bars.csv", text), symbol="A")

@@ -48,7 +48,6 @@ def train(
     days, test_days = split_days(market, config.data.train, config.data.test)
     world, policy = build(config, market, weights)
     policy.check_length(world.prompter.longest([*days, *test_days]))
-    print(f"news: {world.prompter.training_news(days)}", flush=True)
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
     annual = annual_days(market.calendar)
@@ -61,6 +60,7 @@ def train(
             restore_optimizer(checkpoint, optimizer, run)
             accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
             start = checkpoint.step
+        print(f"news: {world.prompter.training_news(days)}", flush=True)
         with Log(run, start, config.steps) as log:
             for step in range(start, config.steps):
                 began = time.perf_counter()

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from fastflag.files import InputError
-from fastflag.market.metrics import Calendar, calendar_of
+from fastflag.market.metrics import SATURDAY, Calendar, calendar_of, weekday
 
 ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _PRICES = ("open", "high", "low", "close")
@@ -126,10 +126,15 @@ class Market:
         """The market of one symbol: its bars on the days on which it has a row, be it an empty one.
 
         So a file's other symbols bear on no day, closing time, period or figure. All news stays,
-        and the others' names with their first bars. Raises InputError as `column` does.
+        and the others' names with their first bars. Saturdays are no days where not one has a bar,
+        split or dividend, nor are Sundays: files may be filled up to every date. Raises InputError
+        as `column` does.
         """
         n = self.column(symbol)
         days = np.ones(len(self.dates), bool) if self.rows is None else self.rows[:, n]
+        day_of_week = weekday(self.dates)
+        told = np.isfinite(self.close[:, n]) | (self.split[:, n] != 1) | (self.dividend[:, n] > 0)
+        days = days & (np.isin(day_of_week, day_of_week[told]) | (day_of_week < SATURDAY))
         own = self.symbols[n]
         return replace(
             self,

@@ -10,6 +10,8 @@ from fastflag.files import InputError
 
 Calendar = Literal["stock", "crypto"]
 
+SATURDAY, SUNDAY = 5, 6
+
 
 @dataclass(frozen=True)
 class _Convention:
@@ -49,16 +51,13 @@ def calendar_of(dates: np.ndarray) -> Calendar:
     if not len(dates):
         return "stock"
     every_day = np.arange(dates[0], dates[-1] + 1)
-    traded, passed = (np.bincount(_weekday(days), minlength=7) for days in (dates, every_day))
-    on_weekends = traded[_SATURDAY] and traded[_SUNDAY]
+    traded, passed = (np.bincount(weekday(days), minlength=7) for days in (dates, every_day))
+    on_weekends = traded[SATURDAY] and traded[SUNDAY]
     return "crypto" if on_weekends and (2 * traded >= passed).all() else "stock"
 
 
-_SATURDAY, _SUNDAY = 5, 6
-
-
-def _weekday(dates: np.ndarray) -> np.ndarray:
-    """0 (Monday) to 6 (Sunday) of each of the dates."""
+def weekday(dates: np.ndarray) -> np.ndarray:
+    """0 (Monday) to 6 (Sunday) of each of `dates`."""
     return (dates.astype("datetime64[D]").astype(int) + 3) % 7  # 1970 began on a Thursday
 
 

@@ -48,13 +48,13 @@ def load(data: DataConfig) -> Market:
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
     hours, zone = hours_of(data), zone_of(data)
     market = _READERS[kind](name, data)
-    if not np.isfinite(market.close).any(0).all():
-        raise InputError(f"a symbol without a single bar, {data.data}")
     symbols = market.symbols
     try:
         market = dataclasses.replace(market.of(data.symbol), hours=hours)
     except InputError as error:
         raise InputError(f"{error} {data.data}") from None
+    if not np.isfinite(market.close).any():
+        raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
     refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
     path = Path(data.news) if data.news else news_beside(kind, name)
     if path is None:

@@ -22,13 +22,18 @@ _MOMENT = (
     r"(?P<date>\d{4}-\d{2}-\d{2})(?:[T ](?P<time>\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?))?"
     r"(?P<zone> ?(?:Z|UTC|GMT|[+-]\d{2}:?\d{2}))?"
 )
-_COUNT = re.compile(r"(-?\d{1,19})(?:\.0*)?")
+_COUNT = re.compile(r"-?\d{1,19}(?:\.0*)?")
 _UNITS = (1, 10**3, 10**6, 10**9)  # a second's
 _EARLIEST, _LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in seconds
 _END_OF_DATE = np.timedelta64(24 * 3600 - 1, "s")
 _CLOSE_TIME = re.compile(r"(?:[01]\d|2[0-3]):[0-5]\d(?::[0-5]\d)?")
 _GIVE_ZONE = "give the exchange's, as in --timezone America/New_York"
-_MOSTLY = {7: "weekly ", 28: "monthly ", 89: "quarterly ", 364: "yearly "}
+_LONGER = {
+    "weekly ": range(7, 8),
+    "monthly ": range(28, 32),
+    "quarterly ": range(89, 93),
+    "yearly ": range(364, 367),
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def refuse_longer_than_days(dates: np.ndarray, where: str) -> None:
     if len(gaps) < 3 or np.median(gaps) < 5:
         return
     gap = int(np.median(gaps))
-    kind = next((kind for days, kind in _MOSTLY.items() if days <= gap <= days + 3), "")
+    kind = next((kind for kind, days in _LONGER.items() if gap in days), "")
     raise InputError(f"{kind}bars (a bar every {gap} days): FastFLAG trades daily bars, {where}")
 
 
@@ -131,10 +136,9 @@ def _read(column: pd.Series, where: str) -> _Written:
 
 def _counted(cells: np.ndarray) -> _Written | None:
     """Whole numbers as times since 1970; None where the cells are anything else."""
-    found = [_COUNT.fullmatch(cell) for cell in cells]
-    if not all(found):
+    if not all(map(_COUNT.fullmatch, cells)):
         return None
-    numbers = [int(match[1]) for match in found]
+    numbers = [int(cell.partition(".")[0]) for cell in cells]
     latest, earliest = max(numbers), min(numbers)
     for unit in _UNITS:
         if _EARLIEST * unit <= latest < _LATEST * unit and earliest > -_LATEST * unit:
