@@ -18,10 +18,14 @@ class InputError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` with what no terminal prints (line ends, control characters, halves of characters) as
-    escapes."""
+    """`text` in one line: line ends and tabs as spaces, other control characters and halves of
+    characters, which no terminal prints, as escapes."""
     return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        " "
+        if letter.isspace()
+        else letter
+        if letter.isprintable()
+        else letter.encode("unicode_escape").decode()
         for letter in text
     )
 
