@@ -27,6 +27,16 @@ def texts(column: pd.Series, where: str) -> np.ndarray:
         raise InputError(f"{column.name} is not text ({error}), {where}") from None
 
 
+def ratios(column: pd.Series, where: str) -> np.ndarray:
+    """A column as float64, as `numbers` reads it, "4:1" and "4/1" as 4."""
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        return numbers(column, where)
+    cells = pd.Series(texts(column, where), column.index, dtype=object, name=column.name)
+    parts = cells.astype(str).str.extract(r"^(\d+(?:\.\d+)?)\s*[:/]\s*(\d+(?:\.\d+)?)$")
+    found = (parts[0].astype(float) / parts[1].astype(float)).where(parts[0].notna())
+    return np.where(found.notna(), found, numbers(cells.where(found.isna(), ""), where))
+
+
 def numbers(column: pd.Series, where: str) -> np.ndarray:
     """A column as float64, `MISSING` cells as NaN. A currency's sign before a number is left out;
     thousands that are separated (1,100) are refused, because elsewhere they are decimals."""

@@ -23,7 +23,6 @@ _CLEAR_MOVES, _CLEAR = 8.0, 0.1
 _OFF = 0.4
 # Log-likelihood ratio from which small events, taken together, are told: 150 to 1.
 _TOLD = 5.0
-_ADVICE = "give adj_close, or take the column out"
 _LOG = logging.getLogger(__name__)
 
 
@@ -90,8 +89,8 @@ def events(
         row = int(np.argmax((declared != 1) | (paid > 0)))
         what = "split" if declared[row] != 1 else "dividend"
         raise InputError(
-            f"prices don't show whether they are adjusted for the {what} already: {_ADVICE} "
-            f"{what}, {rows.at(row)}"
+            f"prices don't show whether they are adjusted for the {what} already: give "
+            f"adj_close, or take the column {what} out, {rows.at(row)}"
         )
     return (declared, paid) if raw else (ones, zeros)
 

@@ -25,7 +25,7 @@ from fastflag.market.wide import long_rows
 
 SAMPLES = ("AAPL", "FB", "GOOG", "IBM", "MSFT")
 
-_NUMBERS = (*PRICES, "volume", "adj_close", "split", "dividend")
+_NUMBERS = (*PRICES, "volume", "adj_close", "dividend")
 _NOT_BEFORE = "is not before the one above it, where the newest row is first"
 
 
@@ -141,9 +141,11 @@ def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None 
     R rows. Those of a symbol follow one another in time, or all of them go back in it.
     """
     frame = bar_columns(long_rows(frame, where), where)
-    frame = refuse_mixed_decimals(frame, _NUMBERS, where)
+    frame = refuse_mixed_decimals(frame, (*_NUMBERS, "split"), where)
     dates = bar_dates(frame["date"], where, zone)
     numbers = {name: cells.numbers(frame[name], where) for name in _NUMBERS if name in frame}
+    if "split" in frame:
+        numbers["split"] = cells.ratios(frame["split"], where)
     owners = np.full(len(frame), symbol, object)
     if "symbol" in frame:
         owners = cells.texts(frame["symbol"], where)

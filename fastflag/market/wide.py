@@ -79,6 +79,8 @@ def _joined(names: Sequence[str]) -> list[tuple[str, str]] | None:
 
 
 def _parted(name: str) -> tuple[str, str]:
+    if canonical(name):  # adj_open is no open of ADJ
+        return "", ""
     if pair := _PAIR.fullmatch(name):
         sides = [(pair[1], pair[2])]
     else:
