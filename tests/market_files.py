@@ -13,9 +13,9 @@ def raw_bars(days: int = 160, seed: int = 0) -> pd.DataFrame:
     random = np.random.default_rng(seed)
     night, day = random.normal(0, 0.006, days), random.normal(0, 0.01, days)
     split, paid = np.ones(days), np.zeros(days)
-    split[SPLIT_DAY] = SPLIT
+    split[SPLIT_DAY : SPLIT_DAY + 1] = SPLIT
     for at, cash in DIVIDENDS.items():
-        paid[at] = cash
+        paid[at : at + 1] = cash
     opened, close, last = np.empty(days), np.empty(days), 400.0
     for t in range(days):
         opened[t] = (last / split[t] - paid[t]) * np.exp(night[t])

@@ -44,10 +44,13 @@ NAMES: dict[str, str] = {
     "adj_volume": "adjvolume adjustedvolume volumeadj volumeadjusted adjvol",
 }
 # Where there is no column of the names above.
-_SECOND: dict[str, str] = {
-    "date": " index unnamed0 indexlevel0 indexlevel1",
-    "close": "price last lastprice settle settlement",
-    "symbol": "name code instrument stock asset pair security indexlevel0 indexlevel1",
+_SECOND: dict[str, tuple[str, ...]] = {
+    "date": ("", "index", "unnamed0", "indexlevel0", "indexlevel1"),
+    "close": ("price", "last", "lastprice", "settle", "settlement"),
+    "symbol": (
+        *("name", "code", "instrument", "stock", "asset", "pair", "security"),
+        *("indexlevel0", "indexlevel1"),
+    ),
 }
 # Raw prices beside adjusted ones: nothing that is needed.
 _UNADJUSTED = re.compile(r"(close|open|high|low|volume)unadj(usted)?|(unadj(usted)?|raw)\w*")
@@ -116,7 +119,7 @@ def _found(frame: pd.DataFrame, where: str) -> dict[str, int]:
     for name, known in NAMES.items():
         at = [i for i, each in enumerate(keys) if each in known.split()]
         if not at:
-            at = [i for i, each in enumerate(keys) if each in _SECOND.get(name, "").split(" ")]
+            at = [i for i, each in enumerate(keys) if each in _SECOND.get(name, ())]
             at = [i for i in at if i not in found.values()]
         if name in ("date", "symbol") and len(at) > 1:
             at = [i for i in at if not _is_counter(frame.iloc[:, i])]
