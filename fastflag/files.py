@@ -8,7 +8,26 @@ from typing import Any
 
 
 class InputError(Exception):
-    """What the user gave is wrong. Its text is one line, `WHAT, WHERE`; commands exit with 2."""
+    """What the user gave is wrong. Its text is one line, `WHAT, WHERE`; commands exit with 2.
+
+    It may quote what the user gave: what can't be printed is written as an escape.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """`text` in one line: line ends and tabs as spaces, other control characters and halves of
+    characters, which no terminal prints, as escapes."""
+    return "".join(
+        " "
+        if letter.isspace()
+        else letter
+        if letter.isprintable()
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:

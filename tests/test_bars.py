@@ -183,3 +183,16 @@ def test_split_days():
 def test_split_refused(train, test, message):
     with pytest.raises(InputError, match=message):
         split_days(market(), train, test)
+
+
+@pytest.mark.parametrize(("name", "days"), [("training", slice(0, 7)), ("test", slice(8, 9))])
+def test_a_period_has_two_bars(name, days):
+    """Eight days to train on and two to test on, with one bar each: nothing can be bought there
+    and seen to change."""
+    close = market(symbols=("A",)).close.copy()
+    close[days] = np.nan
+    found = {"training": "2024-01-01..2024-01-10", "test": "2024-01-11..2024-01-12"}[name]
+    with pytest.raises(InputError, match=rf"fewer than 2 bars of A, {name} period {found}"):
+        split_days(market(symbols=("A",), close=close), "", "")
+    close[6] = close[8] = 10.0
+    assert split_days(market(symbols=("A",), close=close), "", "") == (range(8), range(8, 10))

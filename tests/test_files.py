@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastflag.files import InputError, read_json, write_atomic
+from fastflag.files import InputError, printable, read_json, write_atomic
 
 
 def test_written_whole_over_the_old_one(tmp_path):
@@ -117,3 +117,10 @@ def test_unreadable_json(tmp_path):
         read_json(tmp_path / "none.json")
     with pytest.raises(InputError, match="Is a directory"):
         read_json(tmp_path)
+
+
+def test_an_error_can_always_be_printed():
+    said = str(InputError("date '\ud800' and \x1b[31m\x00, of\r\nthis £ file"))
+    assert said == "date '\\ud800' and \\x1b[31m\\x00, of  this £ file"
+    assert all(printable(chr(code)).isprintable() for code in range(0x11000))
+    assert printable("Börse 東証 €") == "Börse 東証 €"

@@ -12,7 +12,8 @@ from pyarrow import parquet
 
 from fastflag.config import DataConfig
 from fastflag.files import InputError
-from fastflag.market.sources import SAMPLES, load, recover_splits_and_dividends
+from fastflag.market.events import recover_splits_and_dividends
+from fastflag.market.sources import SAMPLES, load
 
 BARS = """Date,Open,High,Low,Close,Adj Close,Volume
 2024-01-02,10,11,9,10.5,5.25,100
@@ -351,7 +352,7 @@ def test_news_file_refused(file, tmp_path):
         ("2024-01-03", "20240103", "date '20240103' is not a date (YYYY-MM-DD)", " line 3"),
         ("2024-01-03", "", "date '' is not a date (YYYY-MM-DD)", " line 3"),
         ("2024-01-03", "2024-01-03 09:31", "has a time of day: daily bars only", " line 3"),
-        ("Date", "day", "no column date", ""),
+        ("Date", "when", "no column date (bars need date,", ""),
         ("Adj Close", "close", "more than one column 'close'", ""),
     ],
 )
@@ -430,7 +431,8 @@ def test_source_refused(spec, message):
         ('{"2024-01-02": {"prices": 1, "news": "text"}}', "'news' is not a list of texts"),
         ('{"2024-01-02": {"prices": 1}, "2024-01-02": {"prices": 1}}', "repeated key '2024-01-02'"),
         (
-            '{"2024-01-02": {"prices": 1}, "2024-01-01": {"prices": 1}}',
+            '{"2024-01-02": {"prices": 1}, "2024-01-01": {"prices": 1}, '
+            '"2024-01-03": {"prices": 1}}',
             "is not after the one before",
         ),
         ('{"2 January": {"prices": 1}}', "date '2 January' is not a date"),

@@ -186,8 +186,8 @@ def parse_period(text: str) -> tuple[str, str]:
 def split_days(market: Market, train: str, test: str) -> tuple[range, range]:
     """Indices of the training days and of the held-out days; `train`, `test` as in DataConfig.
 
-    Raises InputError where a period has fewer than the two days of one decision, and where testing
-    begins before training has ended.
+    Raises InputError where a period has fewer than the two days of one decision or than two bars,
+    and where testing begins before training has ended.
     """
     total = len(market.dates)
     train_days = market.days(*parse_period(train)) if train else range(total * 4 // 5)
@@ -200,6 +200,14 @@ def split_days(market: Market, train: str, test: str) -> tuple[range, range]:
             f"test begins on {market.dates[test_days[0]]}, before training ends on "
             f"{market.dates[train_days[-1]]}"
         )
+    prices = [getattr(market, name) for name in _PRICES]
+    tradable = np.logical_and.reduce([np.isfinite(price) for price in prices]).any(1)
+    for name, days in (("training", train_days), ("test", test_days)):
+        if np.count_nonzero(tradable[days.start : days.stop]) < 2:
+            period = f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
+            raise InputError(
+                f"fewer than 2 bars of {', '.join(market.symbols)}, {name} period {period}"
+            )
     return train_days, test_days
 
 

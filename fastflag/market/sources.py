@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
-from collections.abc import Callable
-from fractions import Fraction
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -17,17 +13,20 @@ import pandas as pd
 
 from fastflag.config import DataConfig
 from fastflag.files import InputError
+from fastflag.market import cells
 from fastflag.market.bars import Market, News
-from fastflag.market.cells import one_line as _one_line
-from fastflag.market.cells import refuse as _refuse
-from fastflag.market.cells import require as _require
-from fastflag.market.cells import texts as _texts
+from fastflag.market.columns import PRICES, bar_columns, refuse_mixed_decimals
+from fastflag.market.events import Rows, events
+from fastflag.market.frames import named, path_of, read_json, read_table, stem_of
+from fastflag.market.mend import mended
 from fastflag.market.news import assigned, news_beside, news_of, with_news
 from fastflag.market.times import bar_dates, hours_of, refuse_longer_than_days, zone_of
+from fastflag.market.wide import long_rows
 
 SAMPLES = ("AAPL", "FB", "GOOG", "IBM", "MSFT")
 
-_PRICES = ("open", "high", "low", "close")
+_NUMBERS = (*PRICES, "volume", "adj_close", "dividend")
+_NOT_BEFORE = "is not before the one above it, where the newest row is first"
 
 
 def load(data: DataConfig) -> Market:
@@ -56,76 +55,12 @@ def load(data: DataConfig) -> Market:
     if not np.isfinite(market.close).any():
         raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
     refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
-    path = Path(data.news) if data.news else news_beside(kind, name)
+    path = path_of(data.news) if data.news else news_beside(kind, str(path_of(name)))
     if path is None:
         return market
-    frame = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    news = news_of(frame, str(path), zone)
+    news = news_of(named(read_table(path), path), str(path), zone)
     own = assigned(news, market.symbols[0], symbols, str(path))
     return with_news(market, [*market.news, *own])
-
-
-def recover_splits_and_dividends(
-    close: np.ndarray, adjusted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits [T] and dividends [T] that turn raw closes [T] into adjusted closes [T] (NaN: no bar).
-
-    With gain = (adjusted / close)[t] / (adjusted / close)[last event], a day's event is
-
-        gain = split * (1 + dividend / close[t])
-
-    which is how Quandl's WIKI prices were adjusted: a dividend buys shares at the close of its day.
-    Reinvested so, the stream gives the adjusted total return whoever made the prices; with another
-    maker's formula (1 - dividend / close[t-1]) the dividend differs from the declared one by the
-    day's price move. Only rows up to t are used for row t.
-
-    One number can't tell a split from a dividend. A gain of 1 to 1.2 is a dividend. Any other is
-    the nearest p:q with q <= 5 and a dividend of at most 2%, or else a split of just that gain
-    (spin-offs).
-
-    Gains smaller than the rounding of `adjusted` are no events; its decimals are counted as they
-    are seen. Gains are taken from the last event, so rounding never adds up. Measured on the 95
-    events of the sample data: splits exact, dividends within 1e-11 dollars of whole cents, adjusted
-    total returns within 1e-13; with `adjusted` rounded to cents the same 95 events, dividends
-    within a cent.
-    """
-    split, dividend = np.ones(len(close)), np.zeros(len(close))
-    event_factor = event_adjusted = None
-    decimals = 2
-    for t in np.flatnonzero(np.isfinite(close) & np.isfinite(adjusted)):
-        factor = adjusted[t] / close[t]
-        decimals = max(decimals, _decimals(adjusted[t]))
-        if event_factor is None:
-            event_factor, event_adjusted = factor, adjusted[t]
-            continue
-        rounding = 0.5 * 10.0**-decimals * (1 / adjusted[t] + 1 / event_adjusted)
-        # Files made from float32 prices carry some 1e-7 of noise in every digit they print.
-        noise = max(1.01 * rounding, 1e-6)
-        gain = factor / event_factor
-        if abs(gain - 1) > noise:
-            split[t], dividend_yield = _split_and_yield(gain, noise)
-            dividend[t] = close[t] * dividend_yield
-            event_factor, event_adjusted = factor, adjusted[t]
-    return split, dividend
-
-
-def _split_and_yield(gain: float, noise: float) -> tuple[float, float]:
-    if 1 < gain < 1.2:
-        return 1.0, gain - 1
-    if not 1e-3 <= gain <= 1e3:
-        return gain, 0.0
-    if gain > 1:
-        ratio = float(Fraction(gain).limit_denominator(5))
-    else:
-        ratio = float(1 / Fraction(1 / gain).limit_denominator(5))
-    remainder = gain / ratio - 1
-    if not -noise <= remainder <= 0.02:
-        return gain, 0.0
-    return ratio, remainder if remainder > noise else 0.0
-
-
-def _decimals(value: float) -> int:
-    return len(np.format_float_positional(value, trim="-").partition(".")[2])
 
 
 # Readers: (what follows the colon, all that is asked for) -> Market
@@ -141,13 +76,17 @@ def _sample(name: str, _data: DataConfig) -> Market:
 
 
 def _csv(name: str, data: DataConfig) -> Market:
-    symbol = data.symbol or Path(name).stem.upper()
-    return _market(_read_csv(Path(name)), name, symbol, zone_of(data))
+    return _bars("csv", name, data)
 
 
 def _parquet(name: str, data: DataConfig) -> Market:
-    symbol = data.symbol or Path(name).stem.upper()
-    return _market(_read_parquet(Path(name)), name, symbol, zone_of(data))
+    return _bars("parquet", name, data)
+
+
+def _bars(kind: str, name: str, data: DataConfig) -> Market:
+    path = path_of(name)
+    symbol = data.symbol or stem_of(path).upper()
+    return _market(read_table(path, kind), str(path), symbol, zone_of(data))
 
 
 def _investorbench(name: str, data: DataConfig) -> Market:
@@ -155,27 +94,34 @@ def _investorbench(name: str, data: DataConfig) -> Market:
 
     The one price stands for open, high, low and close; a date's news is available at its close.
     """
-    days = _read_json(Path(name))
+    path = path_of(name)
+    days = read_json(path)
     if not isinstance(days, dict) or not days:
-        raise InputError(f"not a JSON object of dates, {name}")
+        raise InputError(f"not a JSON object of dates, {path}")
     for date, day in days.items():
         if not isinstance(day, dict) or type(day.get("prices")) is not float:
-            raise InputError(f"no number 'prices', {name} entry {date!r}")
+            raise InputError(f"no number 'prices', {path} entry {date!r}")
         texts = day.get("news", [])
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"'news' is not a list of texts, {name} entry {date!r}")
+            raise InputError(f"'news' is not a list of texts, {path} entry {date!r}")
     prices = [day["prices"] for day in days.values()]
-    frame = pd.DataFrame({"date": list(days), **dict.fromkeys(_PRICES, prices)})
+    frame = pd.DataFrame({"date": list(days), **dict.fromkeys(PRICES, prices)})
     frame.index = pd.RangeIndex(1, len(frame) + 1, name="entry")
-    ticker = Path(name).stem.upper()
-    market = _market(frame, name, ticker, zone_of(data))
+    ticker = stem_of(path).upper()
+    market = _market(frame, str(path), ticker, zone_of(data))
     market = dataclasses.replace(market, hours=hours_of(data))
     news = [
         News(close, close, ticker, text)
-        for close, day in zip(market.closes, days.values(), strict=True)
+        for close, day in zip(market.closes, _oldest_first(days), strict=True)
         for text in day.get("news", [])
     ]
     return with_news(market, news)
+
+
+def _oldest_first(days: dict[str, Any]) -> list[Any]:
+    """The entries of dates that are in order, one way or the other."""
+    entries = list(days.values())
+    return entries if list(days) <= list(days)[::-1] else entries[::-1]
 
 
 _READERS: dict[str, Callable[[str, DataConfig], Market]] = {
@@ -186,135 +132,95 @@ _READERS: dict[str, Callable[[str, DataConfig], Market]] = {
 }
 
 
-# Files -> frames. A frame's index numbers the file's lines or rows and is named "line" or "row".
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Every cell as text. A short row is refused, not padded: so does a truncated file look."""
-    text = io.TextIOWrapper(io.BytesIO(_read_bytes(path)), encoding="utf-8-sig", newline="")
-    csv.field_size_limit(2**31 - 1)  # news may be long
-    reader = csv.reader(text, strict=True)
-    try:
-        rows = [(reader.line_num, row) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"not CSV text ({error}), {path} line {reader.line_num + 1}") from None
-    if len(rows) < 2:
-        raise InputError(f"no rows, {path}")
-    header = rows.pop(0)[1]
-    for line, row in rows:
-        if len(row) != len(header):
-            raise InputError(f"{len(row)} cells under {len(header)} names, {path} line {line}")
-    lines = pd.Index([line for line, _ in rows], name="line")
-    return _named(pd.DataFrame([row for _, row in rows], lines, header, dtype=object), path)
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise InputError(f"Parquet needs the package pyarrow, {path}") from None
-    content = pyarrow.BufferReader(_read_bytes(path))
-    try:
-        table = parquet.ParquetFile(content).read()
-        table.validate(full=True)  # reading does not look whether texts are UTF-8
-        # An unknown time zone is a LookupError.
-        # Without the metadata a date that pandas had as its index is a column like any other.
-        frame = table.to_pandas(ignore_metadata=True)
-    except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
-        raise InputError(f"not Parquet ({_one_line(error)}), {path}") from None
-    if frame.empty:
-        raise InputError(f"no rows, {path}")
-    frame.index = pd.RangeIndex(1, len(frame) + 1, name="row")
-    return _named(frame, path)
-
-
-def _read_json(path: Path) -> Any:
-    """JSON with all numbers as floats; repeated keys, which `json` would drop, are refused."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"repeated key {next(key for key in keys if keys.count(key) > 1)!r}")
-        return dict(pairs)
-
-    try:
-        return json.loads(_read_bytes(path), parse_int=float, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON ({_one_line(error)}), {path}") from None
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{getattr(error, 'strerror', None) or error}, {path}") from None
-    if not content:
-        raise InputError(f"empty file, {path}")
-    return content
-
-
-def _named(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
-    names = [str(name).strip().lower().replace(" ", "_") for name in frame.columns]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"more than one column {name!r}, {path}")
-    return frame.set_axis(names, axis=1)
-
-
 # Frames -> Market
 
 
 def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None = None) -> Market:
-    """The Market of a frame of bars; `symbol` names them where there is no symbol column."""
-    _require(frame, ("date", *_PRICES), where)
+    """The Market of a frame of bars; `symbol` names them where there is no symbol column.
+
+    R rows. Those of a symbol follow one another in time, or all of them go back in it.
+    """
+    frame = bar_columns(long_rows(frame, where), where)
+    frame = refuse_mixed_decimals(frame, (*_NUMBERS, "split"), where)
     dates = bar_dates(frame["date"], where, zone)
-    numbers = {
-        name: _numbers(frame[name], where)
-        for name in (*_PRICES, "volume", "adj_close")
-        if name in frame
-    }
+    numbers = {name: cells.numbers(frame[name], where) for name in _NUMBERS if name in frame}
+    if "split" in frame:
+        numbers["split"] = cells.ratios(frame["split"], where)
     owners = np.full(len(frame), symbol, object)
     if "symbol" in frame:
-        owners = _texts(frame["symbol"], where)
-    _refuse(frame, owners == "", "is empty", "symbol", where)
-    symbols = tuple(dict.fromkeys(owners))
+        owners = cells.texts(frame["symbol"], where)
+    cells.refuse(frame, owners == "", "is empty", "symbol", where)
+    owner, symbols = pd.factorize(owners)
+    if "adj_close" in numbers:
+        wrong = (numbers["adj_close"] <= 0) | np.isinf(numbers["adj_close"])
+        cells.refuse(frame, wrong, "is not a finite price above 0", "adj_close", where)
+    order = _in_time(frame, dates, owner, where)
+    dates, owner = dates[order], owner[order]
+    numbers = {name: column[order] for name, column in numbers.items()}
+    numbers = mended(numbers, dates, owner, symbols, where)
     calendar = np.unique(dates)
+    place = (np.searchsorted(calendar, dates), owner)
     shape = (len(calendar), len(symbols))
-    arrays = {name: np.full(shape, np.nan) for name in (*_PRICES, "volume")}
-    split, dividend = np.ones(shape), np.zeros(shape)
-    present = np.zeros(shape, bool)
-    for column, owner in enumerate(symbols):
-        rows = np.flatnonzero(owners == owner)
-        follows = np.zeros(len(frame), bool)
-        follows[rows[1:]] = np.diff(dates[rows]) <= np.timedelta64(0, "D")
-        _refuse(frame, follows, "is not after the one before", "date", where)
-        days = np.searchsorted(calendar, dates[rows])
-        present[days, column] = True
-        for name in arrays.keys() & numbers.keys():
-            arrays[name][days, column] = numbers[name][rows]
-        if "adj_close" in numbers:
-            adjusted = numbers["adj_close"]
-            wrong = (adjusted <= 0) | np.isinf(adjusted)
-            _refuse(frame, wrong, "is not a finite price above 0", "adj_close", where)
-            split[days, column], dividend[days, column] = recover_splits_and_dividends(
-                np.where(numbers["close"] > 0, numbers["close"], np.nan)[rows], adjusted[rows]
-            )
+
+    def aligned(column: np.ndarray, fill: float) -> np.ndarray:
+        array = np.full(shape, fill, column.dtype)
+        array[place] = column
+        return array
+
+    split, dividend = _events(frame, numbers, dates, owner, symbols, where)
+    unknown = np.full(len(dates), np.nan)
     try:
-        return Market(calendar, symbols, **arrays, split=split, dividend=dividend, rows=present)
+        return Market(
+            calendar,
+            tuple(symbols),
+            **{name: aligned(numbers.get(name, unknown), np.nan) for name in (*PRICES, "volume")},
+            split=aligned(split, 1.0),
+            dividend=aligned(dividend, 0.0),
+            rows=aligned(np.ones(len(dates), bool), False),
+        )
     except InputError as error:
         raise InputError(f"{error}, {where}") from None
 
 
-# Columns -> arrays
+def _in_time(frame: pd.DataFrame, dates: np.ndarray, owner: np.ndarray, where: str) -> np.ndarray:
+    """[R] order of the rows in which a symbol's are together and oldest first.
+
+    Raises InputError, with the line, for a symbol's row that leaves its rows' order.
+    """
+    order = np.argsort(owner, kind="stable")
+    step = np.diff(dates[order]).astype(int)
+    same = np.diff(owner[order]) == 0
+    symbol = owner[order][1:]
+    count = owner.max() + 1
+    forwards = np.bincount(symbol[same & (step > 0)], minlength=count)
+    backwards = np.bincount(symbol[same & (step < 0)], minlength=count)
+    newest_first = backwards > forwards
+    for descending, what in ((False, "is not after the one before"), (True, _NOT_BEFORE)):
+        wrong = np.zeros(len(dates), bool)
+        odd = (step >= 0) if descending else (step <= 0)
+        wrong[order[1:]] = same & odd & (newest_first[symbol] == descending)
+        cells.refuse(frame, wrong, what, "date", where)
+    rank = np.where(newest_first[owner], -np.arange(len(dates)), np.arange(len(dates)))
+    return np.lexsort((rank, owner))
 
 
-def _numbers(column: pd.Series, where: str) -> np.ndarray:
-    """A column as float64, empty cells and "nan" as NaN."""
-    if pd.api.types.is_numeric_dtype(column.dtype):
-        return column.to_numpy(np.float64, na_value=np.nan)
-    texts = pd.Series(_texts(column, where), column.index, dtype=object)
-    numbers = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64)
-    wrong = np.isnan(numbers) & ~texts.str.lower().isin(["", "nan"]).to_numpy()
-    _refuse(column.to_frame(), wrong, "is not a number", column.name, where)
-    return numbers
+def _events(
+    frame: pd.DataFrame,
+    numbers: dict[str, np.ndarray],
+    dates: np.ndarray,
+    owner: np.ndarray,
+    symbols: Sequence[str],
+    where: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits and dividends [R]."""
+    none = np.ones(len(dates)), np.zeros(len(dates))
+    columns = [numbers.get(name) for name in ("adj_close", "split", "dividend")]
+    if frame.attrs["adjusted"] or all(column is None for column in columns):
+        return none
+    ends = np.searchsorted(owner, np.arange(len(symbols) + 1))
+    spans = [slice(*each) for each in pairwise(ends.tolist())]
+    prices = (numbers["open"], numbers["close"])
+    if any((price > 0).sum() != np.isfinite(price).sum() for price in prices):
+        return none  # the Market refuses it
+    rows = Rows(symbols, spans, dates, *prices, where)
+    return events(rows, *columns, frame.attrs["yfinance"])
