@@ -224,3 +224,12 @@ def test_a_refusal_on_the_command_line(tmp_path):
     done = command("decide", "none", "--date", "2001-01-01", "--json", cwd=tmp_path)
     told = the_refusal(done.returncode, done.stdout, done.stderr)
     assert told == "No such file or directory, none/config.json"
+
+
+def test_the_settings_of_a_run_from_before_there_was_a_choice_keep_dividends_in_cash(tmp_path):
+    """As --config of another training; settings that a user wrote are as they are now."""
+    path = tmp_path / "config.json"
+    for document, dividends in (({"fastflag": "0.1.0"}, "cash"), ({}, "reinvest")):
+        path.write_text(json.dumps({**document, "simulator": {"fill": "next_close"}}))
+        simulator = cli._train_default(["--config", str(path)]).settings.simulator
+        assert (simulator.fill, simulator.dividends) == ("next_close", dividends)

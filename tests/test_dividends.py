@@ -215,6 +215,14 @@ def test_whole_lots_are_bought_and_the_rest_stays_cash():
     assert account["equity"] == pytest.approx(1005 - 37)
 
 
+def test_lots_that_take_the_whole_dividend_leave_no_debt_of_rounding():
+    """5 x 70.47 is 352.35, and in float64 more than 100 x 3.5235."""
+    bars = bars_of([10, 10, 70.47], dividend=[0, 0, 3.5235])
+    config = SimulatorConfig(fill="next_close", lot=1.0, cash=1000.0, **FREE)
+    account, _ = one(bars, config, BUY, HOLD)
+    assert (account["shares"], account["cash"]) == (105.0, 0.0)
+
+
 def test_a_dividend_of_a_day_without_a_bar_comes_with_the_next_bar():
     """Of 10,000 shares a dividend of 1, a 2:1 split after it, and another dividend of 0.25: they
     come to 0.75 for each of 20,000 shares, at a close of 5."""

@@ -447,8 +447,8 @@ def test_cautions_name_what_flatters(tmp_path):
             "reinvest",
             "reinvested at the close of their day, free of costs, for the policy, buy-and",
         ),
-        ("cash", "idle until a position is next opened: buy-and-hold earns less"),
-        (None, "idle until a position is next opened: buy-and-hold earns less"),
+        ("cash", "idle until a position is next opened: where prices rise, buy-and-hold"),
+        (None, "idle until a position is next opened: where prices rise, buy-and-hold"),
     ],
 )
 def test_what_became_of_dividends(tmp_path, dividends, told):

@@ -143,8 +143,8 @@ def training_facts(config: TrainConfig, updates: list[dict[str, Any]]) -> dict[s
 _DIVIDENDS = {
     "reinvest": "reinvested at the close of their day, free of costs, for the policy, buy-and-hold "
     "and random policies alike",
-    "cash": "paid in cash, idle until a position is next opened: buy-and-hold earns less than its "
-    "total return, and a policy that trades is flattered beside it",
+    "cash": "paid in cash, idle until a position is next opened: where prices rise, buy-and-hold "
+    "earns less than its total return, and a policy that trades is flattered beside it",
 }
 
 
