@@ -168,7 +168,7 @@ def test_stepped_and_exact_accounts_live_alike_under_the_untrained_policy(tiny_m
 
 @pytest.mark.parametrize("account", ["stepped", "exact"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_table_made_day_by_day_is_that_of_one_evaluation(tiny_model, account, groups):
+def test_a_table_made_in_parts_is_that_of_one_evaluation(tiny_model, account, groups):
     """Values and gradients: rows, days and statistics are those of one pass over all prompts."""
     config = small_config(tiny_model, prompt__account=account, rollout__start_groups=groups)
     world, policy, days = small_world(config, small_market())
@@ -189,7 +189,7 @@ def test_a_table_made_day_by_day_is_that_of_one_evaluation(tiny_model, account, 
 
 
 @pytest.mark.parametrize("positions", ["long_flat", "long_short"])
-def test_prompts_listed_before_or_met_day_by_day_give_the_same_steps(
+def test_prompts_listed_before_or_found_by_guessing_give_the_same_steps(
     tiny_model, positions, monkeypatch
 ):
     done = []
@@ -210,6 +210,35 @@ def test_prompts_listed_before_or_met_day_by_day_give_the_same_steps(
         for batch, table in ((lived, one), (listed, other)):
             told = table.log_probabilities.numpy()[batch.row, batch.action]
             np.testing.assert_array_equal(batch.log_probability, told)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "all-actions"])
+def test_guesses_find_what_is_visited_in_a_few_batches(tiny_model, estimator, monkeypatch):
+    """In steps of one day at most; and of rows that nobody visits there are few."""
+    config = small_config(
+        tiny_model,
+        algorithm__estimator=estimator,
+        rollout__num_envs=24,
+        rollout__num_steps=18,
+        rollout__start_groups=2,
+    )
+    world, policy, days = small_world(config, small_market())
+    make_opinionated(policy)
+    batches = []
+    evaluate = policy.evaluate
+    monkeypatch.setattr(
+        policy, "evaluate", lambda *given, **named: batches.append(0) or evaluate(*given, **named)
+    )
+    accounts = start_accounts(config.rollout, config.simulator.cash)
+    table, batch = only_batch(policy, world, days, accounts, config, 0)
+    assert 2 <= len(batches) <= 6
+    visited = np.union1d(batch.row, batch.next_row)
+    if batch.branches:
+        visited = np.union1d(visited, batch.branches.next_row)
+    reference = batch.prompts.reference
+    unread = np.setdiff1d(np.arange(len(batch.prompts.pairs)), np.union1d(visited, reference))
+    assert len(unread) <= 0.25 * len(visited)
+    assert len(table.value) == len(batch.prompts.pairs)
 
 
 def test_environments_act_as_often_as_the_table_says(tiny_model):
