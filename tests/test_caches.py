@@ -139,9 +139,8 @@ def open_to_all(path):
     not all(open_to_all(Path(module.__file__).parent) for module in (os, numba, caches)),
     reason="another user can't read Python or the package",
 )
-@pytest.mark.parametrize("home", [None, "/nonexistent"])
-def test_an_unknown_user_of_a_read_only_installation(home):
-    """In a process of its own, which can't write where this one can."""
+def test_an_unknown_user_of_a_read_only_installation():
+    """In processes of its own, which can't write where this one can."""
     code = (
         "import os\n"
         "from fastflag.cli import main\n"
@@ -153,16 +152,24 @@ def test_an_unknown_user_of_a_read_only_installation(home):
         "main(['doctor'])\n"
     )
     environment = {name: v for name, v in os.environ.items() if name not in VARIABLES.split()}
-    environment |= {"PYTHONPATH": str(ROOT)} | ({"HOME": home} if home else {})
-    with tempfile.TemporaryDirectory() as cwd:
-        os.chmod(cwd, 0o755)
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
-        )
-        assert os.listdir(cwd) == []
-    assert (done.returncode, done.stderr) == (0, "")
-    folder = f"{tempfile.gettempdir()}/fastflag-54321"
-    told = done.stdout.splitlines()
-    assert told[1] == f"{folder}/torch"
-    assert f"  {'frozen activations':<24}{folder}/trunk (temporary)" in told
-    assert f"  {'numba':<24}{folder}/numba (temporary)" in told
+    with tempfile.TemporaryDirectory() as place:
+        cwd, temporary = Path(place, "cwd"), Path(place, "temporary")
+        cwd.mkdir(), temporary.mkdir()
+        os.chmod(place, 0o755), cwd.chmod(0o755), temporary.chmod(0o1777)
+        folder = temporary / "fastflag-54321"
+        environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
+        for home in ({}, {"HOME": "/nonexistent"}):
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=cwd,
+                env=environment | home,
+                capture_output=True,
+                text=True,
+            )
+            assert (done.returncode, done.stderr) == (0, "")
+            told = done.stdout.splitlines()
+            assert told[1] == f"{folder}/torch"
+            assert f"  {'frozen activations':<24}{folder}/trunk (temporary)" in told
+            assert f"  {'numba':<24}{folder}/numba (temporary)" in told
+            assert os.listdir(cwd) == []
+        assert list(folder.rglob("*.nbi"))
