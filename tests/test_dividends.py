@@ -36,6 +36,7 @@ rules = {
     "fill": st.sampled_from(FILLS),
     "fee_bps": st.sampled_from((0.0, 30.0)),
     "slippage_bps": st.sampled_from((0.0, 20.0)),
+    "ruin": st.just(1e-9),  # a reverse split that no price follows is a loss of 90%
 }
 
 
@@ -100,11 +101,12 @@ def test_holding_earns_what_the_adjusted_closes_of_a_file_say(columns):
     open_, close, split, dividend, tradable = (column[columns[4]] for column in columns)
     if len(close) < 3:
         return
+    dividend = 0.02 * dividend * close  # above the 1e-6 that pass for rounding
     adjusted = adjusted_closes((open_, close, split, dividend, tradable))
     stream = recover_splits_and_dividends(close, adjusted)
     bars = Bars.from_columns(open_, close, *stream, tradable)
     for fill in FILLS:
-        config = SimulatorConfig(fill=fill, **FREE)
+        config = SimulatorConfig(fill=fill, ruin=1e-9, **FREE)
         equity = fixed_action_equity(bars, config, range(len(bars)), BUY)
         np.testing.assert_allclose(equity[1:] / equity[1], adjusted[1:] / adjusted[1], rtol=1e-11)
 
