@@ -47,7 +47,7 @@ def load(data: DataConfig) -> Market:
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
     hours, zone = hours_of(data), zone_of(data)
     market = _READERS[kind](name, data)
-    symbols = market.symbols
+    symbols = (*market.symbols, *(name for name, _ in market.others))
     try:
         market = dataclasses.replace(market.of(data.symbol), hours=hours)
     except InputError as error:
@@ -86,7 +86,7 @@ def _parquet(name: str, data: DataConfig) -> Market:
 def _bars(kind: str, name: str, data: DataConfig) -> Market:
     path = path_of(name)
     symbol = data.symbol or stem_of(path).upper()
-    return _market(read_table(path, kind), str(path), symbol, zone_of(data))
+    return _market(read_table(path, kind), str(path), symbol, zone_of(data), data.symbol)
 
 
 def _investorbench(name: str, data: DataConfig) -> Market:
@@ -135,8 +135,15 @@ _READERS: dict[str, Callable[[str, DataConfig], Market]] = {
 # Frames -> Market
 
 
-def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None = None) -> Market:
-    """The Market of a frame of bars; `symbol` names them where there is no symbol column.
+def _market(
+    frame: pd.DataFrame,
+    where: str,
+    symbol: str,
+    zone: ZoneInfo | None = None,
+    wanted: str = "",
+) -> Market:
+    """The Market of a frame of bars; `symbol` names them where there is no symbol column. Of
+    several symbols `wanted` alone, where it is one of them.
 
     R rows. Those of a symbol follow one another in time, or all of them go back in it.
     """
@@ -157,6 +164,15 @@ def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None 
     order = _in_time(frame, dates, owner, where)
     dates, owner = dates[order], owner[order]
     numbers = {name: column[order] for name, column in numbers.items()}
+    others: tuple[tuple[str, np.datetime64], ...] = ()
+    if wanted in symbols and len(symbols) > 1:
+        # What is wrong with other symbols' prices is nobody's business here.
+        own = owner == symbols.tolist().index(wanted)
+        bars = np.isfinite(numbers["close"]) & ~own
+        found, first = np.unique(owner[bars], return_index=True)
+        others = tuple(zip(symbols[found].tolist(), dates[bars][first], strict=True))
+        numbers = {name: column[own] for name, column in numbers.items()}
+        dates, owner, symbols = dates[own], np.zeros(own.sum(), int), np.array([wanted], object)
     numbers = mended(numbers, dates, owner, symbols, where)
     calendar = np.unique(dates)
     place = (np.searchsorted(calendar, dates), owner)
@@ -177,6 +193,7 @@ def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None 
             split=aligned(split, 1.0),
             dividend=aligned(dividend, 0.0),
             rows=aligned(np.ones(len(dates), bool), False),
+            others=others,
         )
     except InputError as error:
         raise InputError(f"{error}, {where}") from None
