@@ -260,7 +260,10 @@ def zstd(content: bytes) -> bytes:
 )
 def test_compressed(suffix, pack, read, refusal, tmp_path):
     packed = pack(TEXT.encode())
-    is_of(read(packed, name=f"A.csv{suffix}"), BARS)
+    (tmp_path / "A.news.csv").write_text(f"published,available,symbol,text\n{DAY},{DAY},A,Up\n")
+    market = read(packed, name=f"A.csv{suffix}")
+    is_of(market, BARS)
+    assert [item.text for item in market.news] == ["Up"]
     line = refusal(packed[: len(packed) // 2], name=f"A.csv{suffix}")
     assert line.startswith("compressed, but damaged (") and line.endswith(f"A.csv{suffix}")
     days = {str(day)[:10]: {"prices": 1.5} for day in BARS["date"]}

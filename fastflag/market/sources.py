@@ -33,9 +33,15 @@ def load(data: DataConfig) -> Market:
     """The market of the symbol that `data` names, on the days on which its file has a row of it.
 
     Bars (csv:, parquet:) have columns date, open, high, low, close and, where there are, volume,
-    adj_close and symbol, in any case and order; an empty cell is NaN. Without a symbol column the
-    symbol is `data.symbol`, or else the file's name. News of a file is added to the source's own;
-    `names_of` says which of its names are the symbol's.
+    adj_close, split, dividend and symbol, in any order, under the names of columns.py; files are
+    compressed or not (gzip, bzip2, xz, zstd). Cells of CSV are separated by commas, or by ; tab or
+    |, and then decimals may be commas. A cell without a value (cells.MISSING) is NaN. A symbol's
+    rows are oldest or newest first. yfinance's tables of several tickers are taken apart (wide.py).
+    Prices are raw or adjusted: events.py says how that is told. Bars that can't be are missing, or
+    where they are many refused (mend.py). What is not used is told in one line on the log.
+
+    Without a symbol column the symbol is `data.symbol`, or else the file's name. News of a file is
+    added to the source's own; `names_of` says which of its names are the symbol's.
 
     Raises InputError, with the file and where possible its line, for whatever is wrong in a file.
     """
@@ -55,7 +61,9 @@ def load(data: DataConfig) -> Market:
     if not np.isfinite(market.close).any():
         raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
     refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
-    path = path_of(data.news) if data.news else news_beside(kind, str(path_of(name)))
+    bars = path_of(name)
+    bars = bars.with_name(f"{stem_of(bars)}.csv")  # of bars.csv.gz it is bars.news.csv too
+    path = path_of(data.news) if data.news else news_beside(kind, str(bars))
     if path is None:
         return market
     news = news_of(named(read_table(path), path), str(path), zone)
