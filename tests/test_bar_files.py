@@ -260,7 +260,10 @@ def zstd(content: bytes) -> bytes:
 )
 def test_compressed(suffix, pack, read, refusal, tmp_path):
     packed = pack(TEXT.encode())
-    is_of(read(packed, name=f"A.csv{suffix}"), BARS)
+    (tmp_path / "A.news.csv").write_text(f"published,available,symbol,text\n{DAY},{DAY},A,Up\n")
+    market = read(packed, name=f"A.csv{suffix}")
+    is_of(market, BARS)
+    assert [item.text for item in market.news] == ["Up"]
     line = refusal(packed[: len(packed) // 2], name=f"A.csv{suffix}")
     assert line.startswith("compressed, but damaged (") and line.endswith(f"A.csv{suffix}")
     days = {str(day)[:10]: {"prices": 1.5} for day in BARS["date"]}
@@ -373,6 +376,17 @@ def test_a_few_bars_that_cannot_be_are_missing(name, value, read, refusal, caplo
     assert "A 2019-01-15, and 2 of 1" in line and "bars are like it, " in line
 
 
+def test_other_symbols_prices_stop_nobody(read, refusal, caplog):
+    wrong = OTHER.assign(symbol="B", open=-1.0, split=3.0)
+    text = pd.concat([wrong, BARS.assign(symbol="A")]).to_csv(index=False)
+    market = read(text, symbol="A")
+    is_of(market, BARS)
+    assert market.others == (("B", np.datetime64("2019-01-02")),) and not caplog.records
+    assert "open is not above 0, B 2019-01-02, and 40 of 40 bars are like it" in refusal(
+        text, symbol="B"
+    )
+
+
 # Whatever a file holds
 
 
@@ -429,16 +443,17 @@ def originals(folder: Path) -> dict[str, bytes]:
 )
 def test_mutated_files_are_read_or_refused_in_one_line(kind, tmp_path):
     content, path = originals(tmp_path)[kind], tmp_path / f"A.{kind}"
+    symbol = "A" if kind == "wide.csv" else ""
     spec = {"json": "investorbench", "parquet": "parquet"}.get(kind, "csv")
     read = 0
     for seed in range(150):
         path.write_bytes(mutated(content, random.Random(seed)))
         try:
-            read += isinstance(load(DataConfig(data=f"{spec}:{path}")), Market)
+            read += isinstance(load(DataConfig(data=f"{spec}:{path}", symbol=symbol)), Market)
         except InputError as error:
             line = str(error)
             assert line.isprintable() and str(path) in line, (seed, line)
-    assert read < 150
+    assert 0 < read < 150
 
 
 # Bars in the shapes of public exports

@@ -18,10 +18,8 @@ def fingerprint(market: Market, symbol: str, days: range) -> str:
     """
     column = market.column(symbol)
     values = np.stack([getattr(market, name)[: days.stop, column] for name in _COLUMNS])
-    # Days of other symbols alone have no bar here.
-    rows = ~np.isnan(values[:4]).all(0) | (values[5] != 1) | (values[6] != 0)
-    values = np.where(np.isnan(values), np.nan, values)[:, rows]  # NaN has many bit patterns
-    dates = market.dates[: days.stop][rows].astype("datetime64[D]").astype(np.int64)
+    values = np.where(np.isnan(values), np.nan, values)  # NaN has many bit patterns
+    dates = market.dates[: days.stop].astype("datetime64[D]").astype(np.int64)
     digest = hashlib.sha256(dates.tobytes() + np.ascontiguousarray(values).tobytes())
     known = ("", market.symbols[column])
     for item in market.news:

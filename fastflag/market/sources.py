@@ -33,9 +33,15 @@ def load(data: DataConfig) -> Market:
     """The market of the symbol that `data` names, on the days on which its file has a row of it.
 
     Bars (csv:, parquet:) have columns date, open, high, low, close and, where there are, volume,
-    adj_close and symbol, in any case and order; an empty cell is NaN. Without a symbol column the
-    symbol is `data.symbol`, or else the file's name. News of a file is added to the source's own;
-    `names_of` says which of its names are the symbol's.
+    adj_close, split, dividend and symbol, in any order, under the names of columns.py; files are
+    compressed or not (gzip, bzip2, xz, zstd). Cells of CSV are separated by commas, or by ; tab or
+    |, and then decimals may be commas. A cell without a value (cells.MISSING) is NaN. A symbol's
+    rows are oldest or newest first. yfinance's tables of several tickers are taken apart (wide.py).
+    Prices are raw or adjusted: events.py says how that is told. Bars that can't be are missing, or
+    where they are many refused (mend.py). What is not used is told in one line on the log.
+
+    Without a symbol column the symbol is `data.symbol`, or else the file's name. News of a file is
+    added to the source's own; `names_of` says which of its names are the symbol's.
 
     Raises InputError, with the file and where possible its line, for whatever is wrong in a file.
     """
@@ -47,7 +53,7 @@ def load(data: DataConfig) -> Market:
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
     hours, zone = hours_of(data), zone_of(data)
     market = _READERS[kind](name, data)
-    symbols = market.symbols
+    symbols = (*market.symbols, *(name for name, _ in market.others))
     try:
         market = dataclasses.replace(market.of(data.symbol), hours=hours)
     except InputError as error:
@@ -55,7 +61,9 @@ def load(data: DataConfig) -> Market:
     if not np.isfinite(market.close).any():
         raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
     refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
-    path = path_of(data.news) if data.news else news_beside(kind, str(path_of(name)))
+    bars = path_of(name)
+    bars = bars.with_name(f"{stem_of(bars)}.csv")  # of bars.csv.gz it is bars.news.csv too
+    path = path_of(data.news) if data.news else news_beside(kind, str(bars))
     if path is None:
         return market
     news = news_of(named(read_table(path), path), str(path), zone)
@@ -86,7 +94,7 @@ def _parquet(name: str, data: DataConfig) -> Market:
 def _bars(kind: str, name: str, data: DataConfig) -> Market:
     path = path_of(name)
     symbol = data.symbol or stem_of(path).upper()
-    return _market(read_table(path, kind), str(path), symbol, zone_of(data))
+    return _market(read_table(path, kind), str(path), symbol, zone_of(data), data.symbol)
 
 
 def _investorbench(name: str, data: DataConfig) -> Market:
@@ -135,8 +143,15 @@ _READERS: dict[str, Callable[[str, DataConfig], Market]] = {
 # Frames -> Market
 
 
-def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None = None) -> Market:
-    """The Market of a frame of bars; `symbol` names them where there is no symbol column.
+def _market(
+    frame: pd.DataFrame,
+    where: str,
+    symbol: str,
+    zone: ZoneInfo | None = None,
+    wanted: str = "",
+) -> Market:
+    """The Market of a frame of bars; `symbol` names them where there is no symbol column. Of
+    several symbols `wanted` alone, where it is one of them.
 
     R rows. Those of a symbol follow one another in time, or all of them go back in it.
     """
@@ -157,6 +172,15 @@ def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None 
     order = _in_time(frame, dates, owner, where)
     dates, owner = dates[order], owner[order]
     numbers = {name: column[order] for name, column in numbers.items()}
+    others: tuple[tuple[str, np.datetime64], ...] = ()
+    if wanted in symbols and len(symbols) > 1:
+        # What is wrong with other symbols' prices is nobody's business here.
+        own = owner == symbols.tolist().index(wanted)
+        bars = np.isfinite(numbers["close"]) & ~own
+        found, first = np.unique(owner[bars], return_index=True)
+        others = tuple(zip(symbols[found].tolist(), dates[bars][first], strict=True))
+        numbers = {name: column[own] for name, column in numbers.items()}
+        dates, owner, symbols = dates[own], np.zeros(own.sum(), int), np.array([wanted], object)
     numbers = mended(numbers, dates, owner, symbols, where)
     calendar = np.unique(dates)
     place = (np.searchsorted(calendar, dates), owner)
@@ -177,6 +201,7 @@ def _market(frame: pd.DataFrame, where: str, symbol: str, zone: ZoneInfo | None 
             split=aligned(split, 1.0),
             dividend=aligned(dividend, 0.0),
             rows=aligned(np.ones(len(dates), bool), False),
+            others=others,
         )
     except InputError as error:
         raise InputError(f"{error}, {where}") from None
