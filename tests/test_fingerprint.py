@@ -79,6 +79,7 @@ def test_days_and_bars_of_another_symbol_do_not_count():
     )
     days = range(DAYS.start + 1, DAYS.stop + 1)
     alone = dataclasses.replace(market, news=())
-    assert fingerprint(both, "PLANTED", days) == of(alone)
+    days = range(days.start, days.stop - 1)  # those of the symbol alone
+    assert fingerprint(both.of("PLANTED"), "PLANTED", days) == of(alone)
     with pytest.raises(InputError, match="unknown symbol"):
         fingerprint(both, "B", days)
