@@ -119,6 +119,11 @@ def test_a_company_s_name_beside_its_symbol(read, caplog):
     assert "columns that are not used: Name, " in caplog.text
 
 
+def test_short_names_beside_full_ones(read, caplog):
+    is_of(read(BARS.assign(day=3, t=1, c="x", index=0).to_csv(index=False)), BARS)
+    assert "columns that are not used: day, t, c, index, " in caplog.text
+
+
 def test_a_counter_beside_the_date(read):
     is_of(read(BARS.to_csv()), BARS)
 

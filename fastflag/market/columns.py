@@ -23,19 +23,19 @@ PRICES = ("open", "high", "low", "close")
 # (Close/Last), Stooq and MetaStock (<VOL>), Polygon and Alpaca (o, h, l, c, v, t), Binance (Open
 # time), Databento (ts_event), Tushare (ts_code, vol), Compustat (datadate), FinRL (tic, adjcp).
 NAMES: dict[str, str] = {
-    "date": "date datetime timestamp time tradedate tradingdate tradingday day dt ts t datadate "
+    "date": "date datetime timestamp time tradedate tradingdate tradingday datadate "
     "datestamp opentime tsevent formatteddate",
-    "open": "open o openprice openingprice priceopen",
-    "high": "high h highprice pricehigh dayhigh",
-    "low": "low l lowprice pricelow daylow",
-    "close": "close c closeprice closingprice priceclose closelast",
-    "volume": "volume vol v totalvolume tradevolume tradingvolume sharevolume volumetraded",
+    "open": "open openprice openingprice priceopen",
+    "high": "high highprice pricehigh dayhigh",
+    "low": "low lowprice pricelow daylow",
+    "close": "close closeprice closingprice priceclose closelast",
+    "volume": "volume vol totalvolume tradevolume tradingvolume sharevolume volumetraded",
     "adj_close": "adjclose adjustedclose closeadj closeadjusted adjcloseprice adjustedcloseprice "
     "adjclosingprice adjustedclosingprice adjusted adjprice adjustedprice adjcp adjlast "
     "dividendadjustedclose closeadjprice",
     "symbol": "symbol ticker tickers symbols tic sym tickersymbol stocksymbol stockcode tscode",
     "split": "split splits stocksplit stocksplits splitfactor splitratio splitcoefficient "
-    "sharesplit splitadjustmentfactor",
+    "sharesplit",
     "dividend": "dividend dividends div divcash cashdividend cashdividends dividendamount "
     "exdividend dividendcash dividendpershare",
     "adj_open": "adjopen adjustedopen openadj openadjusted",
@@ -45,8 +45,12 @@ NAMES: dict[str, str] = {
 }
 # Where there is no column of the names above.
 _SECOND: dict[str, tuple[str, ...]] = {
-    "date": ("", "index", "unnamed0", "indexlevel0", "indexlevel1"),
-    "close": ("price", "last", "lastprice", "settle", "settlement"),
+    "date": ("day", "dt", "ts", "t", "", "index", "unnamed0", "indexlevel0", "indexlevel1"),
+    "open": ("o",),
+    "high": ("h",),
+    "low": ("l",),
+    "volume": ("v",),
+    "close": ("c", "price", "last", "lastprice", "settle", "settlement"),
     "symbol": (
         *("name", "code", "instrument", "stock", "asset", "pair", "security"),
         *("indexlevel0", "indexlevel1"),
