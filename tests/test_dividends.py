@@ -17,8 +17,9 @@ from fastflag import cli
 from fastflag.config import DataConfig, SimulatorConfig
 from fastflag.market import simulator
 from fastflag.market.accounts import Bars
+from fastflag.market.events import recover_splits_and_dividends
 from fastflag.market.simulator import BUY, HOLD, SELL
-from fastflag.market.sources import SAMPLES, load, recover_splits_and_dividends
+from fastflag.market.sources import SAMPLES, load
 from fastflag.market.tasks import fixed_action_equity
 
 LONG_SHORT = {"positions": "long_short", **FREE}
