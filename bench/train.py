@@ -153,8 +153,10 @@ class Baseline:
             dtype: partial(PlainPolicy, trainer.policy, trainer.weights, DTYPES[dtype])
             for dtype in ([fastest.dtype] if fastest else DTYPES)
         }
-        self.fastest = fastest or self._fastest(made)
-        self.plain = made[self.fastest.dtype]()
+        if fastest:
+            self.fastest, self.plain = fastest, made[fastest.dtype]()
+        else:
+            self.fastest = self._fastest(made)
 
     def _fastest(self, made: dict[str, Callable[[], PlainPolicy]]) -> Fastest:
         """The dtype that rolls a few prompts out in the least time, and with it batch sizes."""

@@ -36,12 +36,12 @@ def small_market(**changes: Any) -> Market:
 DATES = [str(date) for date in small_market().dates]
 
 
-def holey_market():
-    """Two missing bars, a split and a dividend within the training days."""
+def holey_market(missing=(7, 15)):
+    """Missing bars, a split and a dividend within the training days."""
     market = small_market()
     columns = {name: getattr(market, name).copy() for name in ("open", "high", "low", "close")}
     for column in columns.values():
-        column[[7, 15]] = np.nan
+        column[list(missing)] = np.nan
         column[11:] /= 2
     split, dividend = market.split.copy(), market.dividend.copy()
     split[11], dividend[13] = 2.0, 0.3

@@ -52,8 +52,15 @@ def test_the_least_of_several_rounds_counts(monkeypatch):
     monkeypatch.setattr(arithmetic, "_seconds", lambda _, x, weight: float(next(times[x.dtype])))
     speeds = measured(CPU, 576, 1536)
     assert speeds == Speeds((256, 576, 1536), {"bf16": 2.0, "fp32": 3.0})
-    assert speeds.fastest == "bf16"
+    assert speeds.best == "bf16"
     assert speeds.gigaflops("fp32") == pytest.approx(2 * 256 * 576 * 1536 / 3e9)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp32", "best"), [(1.2, 1.0, "bf16"), (1.3, 1.0, "fp32"), (0.5, 1.0, "bf16")]
+)
+def test_fp32_is_taken_where_it_is_clearly_faster(bf16, fp32, best):
+    assert Speeds((1, 1, 1), {"bf16": bf16, "fp32": fp32}).best == best
 
 
 def test_a_large_model_is_measured_on_a_part_of_its_shape():

@@ -188,17 +188,23 @@ def test_a_table_made_in_parts_is_that_of_one_evaluation(tiny_model, account, gr
     assert np.ptp(table.probabilities, axis=0).max() > 0.05
 
 
+@pytest.mark.parametrize("missing", [(7, 15), (5, 6, 7, 8)], ids=["days apart", "equal days"])
 @pytest.mark.parametrize("positions", ["long_flat", "long_short"])
 def test_prompts_listed_before_or_found_by_guessing_give_the_same_steps(
-    tiny_model, positions, monkeypatch
+    tiny_model, positions, missing, monkeypatch
 ):
+    """Days without a bar, one after another, read alike: their prompts are the same rows."""
     done = []
     for all_at_once in (False, True):
         monkeypatch.setattr(rollout_module, "_MANY_STEPS", 1 if all_at_once else 10**9)
         settings = {"simulator__positions": positions, "rollout__start_groups": 2}
-        done.append(roll(tiny_model, holey_market(), **settings)[2])
+        config, world, rolled = roll(tiny_model, holey_market(missing), **settings)
+        for batch, _, b, h, _, account, day in replay(config, world, range(24), rolled):
+            assert decoded(world, batch, batch.row[b, h]) == text(world, account, day)
+        done.append(rolled)
     for (one, lived), (other, listed) in zip(*done, strict=True):
         assert len(lived.prompts.pairs) < len(listed.prompts.pairs)
+        assert len(lived.prompts.pairs) == len(one.value)
         for name in ("action", "reward", "terminated", "truncated", "valid"):
             np.testing.assert_array_equal(getattr(lived, name), getattr(listed, name))
         for name in ("row", "next_row"):

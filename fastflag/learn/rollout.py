@@ -11,7 +11,7 @@ from torch import Tensor
 from fastflag.config import TrainConfig
 from fastflag.learn.batch import Batch, Branches, Group, Phase, World, start_groups
 from fastflag.learn.day_by_day import live_day_by_day
-from fastflag.learn.speculation import reference_codes, visited_prompts
+from fastflag.learn.speculation import distinct_prompts, reference_codes, visited_prompts
 from fastflag.learn.stepping import step_through
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
@@ -95,9 +95,7 @@ def _reachable_prompts(world: World, groups: list[Group]) -> tuple[PromptSet, np
     days = sorted(reached)
     present = np.stack([reached[day] for day in days])
     row_of = np.full((len(world.bars), simulator.CODES), -1, np.int32)
-    prompts, row_of[days] = world.prompter.stepped_prompts(
-        days, present, reference_codes(world, days)
-    )
+    prompts, row_of[days] = distinct_prompts(world, days, present, reference_codes(world, days))
     return prompts, row_of
 
 

@@ -18,7 +18,7 @@ from fastflag.learn.visited import Visited
 from fastflag.market import simulator
 from fastflag.market.simulator import ACTIONS, CODES
 from fastflag.policy.table import Policy, Table
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.tokens import PromptSet, merge
 
 _SIDE_OF_CODE = simulator.side_of(np.arange(CODES))
 
@@ -40,7 +40,7 @@ def visited_prompts(
     where there is none. The groups' accounts stay where they are."""
     days = days_of(world, groups)
     centring = reference_codes(world, days)
-    prompts, row_of = world.prompter.stepped_prompts(days, centring, centring)
+    prompts, row_of = distinct_prompts(world, days, centring, centring)
     with policy.unpacked():
         visited = Visited(policy, prompts)
         while True:
@@ -48,22 +48,31 @@ def visited_prompts(
             new = met & (row_of < 0)
             if not new.any():
                 break
-            prompts, places = world.prompter.stepped_prompts(days, new)
+            prompts, places = distinct_prompts(world, days, new)
             row_of[new] = visited.rows(prompts)[places[new]]
     of_market = np.full((len(world.bars), CODES), -1, np.int32)
     of_market[days] = row_of
     return *visited.table(), of_market
 
 
+def distinct_prompts(
+    world: World, days: list[int], present: np.ndarray, reference: np.ndarray | None = None
+) -> tuple[PromptSet, np.ndarray]:
+    """`Prompter.stepped_prompts` of days [D], those that read alike made one: two without a bar."""
+    prompts, row_of = world.prompter.stepped_prompts(days, present, reference)
+    prompts, (place,) = merge([prompts])
+    return prompts, np.where(row_of >= 0, place[row_of], -1)
+
+
 def _guessed(probabilities: np.ndarray, row_of: np.ndarray) -> np.ndarray:
     """Probabilities of each day and code, [D, CODES, A]: where row_of [D, CODES] knows a row its
     own, else the mean of its day and side, or of its side on any day."""
-    known = row_of >= 0
+    known = row_of >= 0  # of the others, -1, the last row is read and taken out
     told = np.where(known[..., None], probabilities[row_of], 0.0)
     for side in np.unique(_SIDE_OF_CODE):
         codes = side == _SIDE_OF_CODE
         of_day, count = told[:, codes].sum(1), known[:, codes].sum(1)[:, None]
-        anywhere = of_day.sum(0) / count.sum() if count.any() else np.full(len(ACTIONS), 1.0)
+        anywhere = of_day.sum(0) / count.sum() if count.any() else 1 / len(ACTIONS)
         mean = np.where(count > 0, of_day / np.maximum(count, 1), anywhere)
         told[:, codes] = np.where(known[:, codes, None], told[:, codes], mean[:, None])
     return told

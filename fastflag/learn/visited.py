@@ -13,19 +13,23 @@ class Visited:
     """A table that grows: one pass over the days' prefixes, then prompts as they are met."""
 
     def __init__(self, policy: Policy, reference: PromptSet):
-        """`reference` has every day that is to come; its prompts centre the features."""
+        """`reference` has every day that is to come; its prompts centre the features. Raises
+        ValueError where two of them are the same."""
         self._policy = policy
         self._days = policy.read(reference.prefixes)
         self._sets = [reference]
         self._tables = [policy.evaluate(reference, days=self._days)]
         self._row_of = {key: row for row, key in enumerate(reference.keys())}
+        if len(self._row_of) < len(reference.pairs):
+            raise ValueError("a prompt is named twice")
         self.probabilities = self._tables[0].probabilities
         """[U, A] of the rows so far, as in `Table`."""
         self.log_probabilities = self._tables[0].detached
         """[U, A] fp32, likewise."""
 
     def rows(self, prompts: PromptSet) -> np.ndarray:
-        """The rows [U] of `prompts` in the table to come; those not met before are evaluated."""
+        """The rows [U] of `prompts`, which are distinct, in the table to come; those not met before
+        are evaluated."""
         keys = prompts.keys()
         new = [number for number, key in enumerate(keys) if key not in self._row_of]
         if new:

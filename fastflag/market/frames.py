@@ -119,7 +119,7 @@ def _separator(text: str) -> tuple[str, int]:
     """What separates cells, and how many lines say so before the names (Excel's `sep=;`)."""
     lines = (line for line in re.split(r"[\r\n]+", text[:100_000]) if line)
     first = next(lines, "")
-    if told := re.fullmatch(r'"?sep=(.)"?', first.strip(" ")):
+    if told := re.fullmatch(rf'"?sep=([{re.escape(_SEPARATORS)}])"?', first.strip(" ")):
         return told[1], 1
     bare = re.sub(r'"[^"]*"', "", first)
     return max(_SEPARATORS, key=bare.count), 0

@@ -168,6 +168,8 @@ def _market(
     owner, symbols = pd.factorize(owners)
     if "adj_close" in numbers:
         wrong = (numbers["adj_close"] <= 0) | np.isinf(numbers["adj_close"])
+        if wanted in symbols:
+            wrong &= owners == wanted
         cells.refuse(frame, wrong, "is not a finite price above 0", "adj_close", where)
     order = _in_time(frame, dates, owner, where)
     dates, owner = dates[order], owner[order]
