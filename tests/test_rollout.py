@@ -193,11 +193,15 @@ def test_a_table_made_in_parts_is_that_of_one_evaluation(tiny_model, account, gr
 def test_prompts_listed_before_or_found_by_guessing_give_the_same_steps(
     tiny_model, positions, missing, monkeypatch
 ):
-    """Days without a bar, one after another, read alike: their prompts are the same rows."""
+    """Days without a bar or news, one after another, read alike: their prompts are one row."""
     done = []
     for all_at_once in (False, True):
         monkeypatch.setattr(rollout_module, "_MANY_STEPS", 1 if all_at_once else 10**9)
-        settings = {"simulator__positions": positions, "rollout__start_groups": 2}
+        settings = {
+            "simulator__positions": positions,
+            "rollout__start_groups": 2,
+            "prompt__news_tokens": 0,
+        }
         config, world, rolled = roll(tiny_model, holey_market(missing), **settings)
         for batch, _, b, h, _, account, day in replay(config, world, range(24), rolled):
             assert decoded(world, batch, batch.row[b, h]) == text(world, account, day)
