@@ -73,10 +73,12 @@ def test_an_elementwise_op_costs_its_bytes():
     inputs = case.inputs(Memory("cpu"))
     outputs = tensors(case.reference(**inputs))
     rows, columns = inputs["x"].shape
-    one, weight = 2 * rows * columns, 2 * columns
-    assert cost_of(case, inputs, outputs, False) == Cost(0, 2 * one + weight)
+    # The stream is fp32, the norm bf16.
+    stream, normed, weight = 4 * rows * columns, 2 * rows * columns, 2 * columns
+    assert cost_of(case, inputs, outputs, False) == Cost(0, stream + normed + weight)
     # Backward reads x, the weight and dy, and writes dx.
-    assert cost_of(case, inputs, outputs, True) == Cost(0, 5 * one + 2 * weight)
+    both = 3 * stream + 2 * normed + 2 * weight
+    assert cost_of(case, inputs, outputs, True) == Cost(0, both)
 
 
 def named(name: str, *trained: str) -> Case:

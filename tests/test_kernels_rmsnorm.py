@@ -135,9 +135,22 @@ def test_of_no_rows():
 
 def test_nothing_is_broadcast():
     x, weight = random(3, 8), random(8)
-    for residual in (random(1, 8), random(3, 8).half()):
-        with pytest.raises(ValueError, match="one shape and type"):
-            add_rms_norm(x, residual, weight, EPSILON)
+    with pytest.raises(ValueError, match="one shape are needed"):
+        add_rms_norm(x, random(1, 8), weight, EPSILON)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_a_stream_of_its_own_type(shape):
+    """A stream in fp32 beside a branch and a weight in fp16: rounded nowhere but in the norm."""
+    branch, weight = random(*shape, dtype=torch.float16), random(shape[-1], dtype=torch.float16)
+    residual, dtotal = random(*shape, seed=1), random(*shape, seed=2)
+    dnormed = random(*shape, dtype=torch.float16, seed=3)
+    check_sum(branch, residual, weight, dtotal, dnormed)
+    check_norm(residual, weight, dnormed)
+    total, normed = add_rms_norm(branch, residual, weight, EPSILON)
+    assert (total.dtype, normed.dtype) == (torch.float32, torch.float16)
+    assert torch.equal(total, branch.float() + residual)
+    assert torch.equal(normed, rms_norm(total, weight, EPSILON))
 
 
 def test_they_are_well_formed_operators():
