@@ -165,7 +165,7 @@ def test_a_run_that_is_there_is_not_trained_over(tiny_model, tmp_path):
     [
         ({"seed": 1}, r"seed \(0, not 1\)"),
         ({"algorithm__gamma": 0.9}, r"gamma \(0.95, not 0.9\)"),
-        ({"total_timesteps": 240}, r"total_timesteps \(96, not 240\)"),
+        ({"total_timesteps": 48}, r"total_timesteps \(96, not 48\)"),
         ({"policy__head": "mlp"}, r"head \('linear', not 'mlp'\)"),
     ],
 )
