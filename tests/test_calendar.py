@@ -3,7 +3,6 @@ holds; and they are as they are told where they are told."""
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,6 @@ from fastflag.prompt.template import Prompter
 from fastflag.prompt.tokens import Tokenizer
 
 ARRAYS = ("dates", "open", "high", "low", "close", "volume", "split", "dividend")
-
-
-@pytest.fixture
-def cases() -> Path:
-    """Files as users have them; without their folder the tests that need it are skipped."""
-    beside = Path(__file__).resolve().parents[1] / "../shared/data/cases"
-    folder = Path(os.environ.get("FASTFLAG_CASES", beside))
-    if not (folder / "tel_aviv.csv").is_file():
-        pytest.skip(f"no files in {folder}: set FASTFLAG_CASES to their folder")
-    return folder
 
 
 @pytest.fixture
