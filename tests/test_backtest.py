@@ -9,12 +9,10 @@ from fastflag.evaluate.backtest import (
     _SAMPLED,
     _percentile,
     backtest,
-    greedy,
     period_days,
-    run_episodes,
-    sampler,
     write_backtest,
 )
+from fastflag.evaluate.episodes import greedy, run_episodes, sampler
 from fastflag.files import InputError
 from fastflag.learn.train import train
 from fastflag.market import simulator
@@ -123,6 +121,19 @@ def test_episodes_are_the_decisions_of_the_running_statistics(tiny_model, accoun
             assert lived.action[b, number] == np.searchsorted(cumulative, uniform, side="right")
             simulator.step(world.bars, world.simulator, one, day, lived.action[b, number])
         assert lived.equity[b, -1] == one.equity[0]
+
+
+def test_many_decisions_are_answered_in_a_few_batches(tiny_model):
+    _, world, policy = opinionated(tiny_model)
+    sizes, evaluate = [], policy.evaluate
+
+    def counted(prompts, *others):
+        sizes.append(len(prompts.pairs))
+        return evaluate(prompts, *others)
+
+    policy.evaluate = counted
+    run_episodes(policy, world, TEST_DAYS, 9, sampler(1, 9))
+    assert len(TEST_DAYS) - 1 > 3 * len(sizes)
 
 
 def prompts_of(world, account, day):

@@ -311,6 +311,14 @@ def test_a_truncated_state_is_refused(run, part):
     refused(folder, config, "not valid JSON.*state.json")
 
 
+def test_a_state_of_tensors_alone_as_an_earlier_version_wrote_it_is_refused(run, tiny_model):
+    path = run / "checkpoint/state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"optimizer": {}}))
+    with pytest.raises(InputError, match="optimiser is malformed"):
+        Trainer(small_config(tiny_model)).restore(run)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -9,7 +9,7 @@ import pytest
 from small import make_opinionated, small_config, small_market, small_world
 
 from fastflag.config import PromptConfig, SimulatorConfig
-from fastflag.evaluate import backtest
+from fastflag.evaluate import episodes
 from fastflag.evaluate.decide import decide
 from fastflag.files import InputError
 from fastflag.market import simulator
@@ -51,15 +51,16 @@ def small(tiny_model):
 
 def lived_through(world, policy, choose):
     """The episode, and the account as it was at each decision."""
-    accounts = []
+    accounts = {}
     real = simulator.step
 
     def step(bars, rules, account, day, action):
-        accounts.append({name: array[0] for name, array in account.arrays().items()})
+        """A day is lived through in guesses first: the last time counts."""
+        accounts[day] = {name: array[0] for name, array in account.arrays().items()}
         return real(bars, rules, account, day, action)
 
     with mock.patch.object(simulator, "step", step):
-        return backtest.run_episodes(policy, world, DAYS, 1, choose), accounts
+        return episodes.run_episodes(policy, world, DAYS, 1, choose), list(accounts.values())
 
 
 def long_over_a_split(positions):

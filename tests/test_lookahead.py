@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from small import make_opinionated
 
 from fastflag.config import DataConfig, PolicyConfig, PromptConfig, SimulatorConfig
-from fastflag.evaluate import backtest
+from fastflag.evaluate import episodes
 from fastflag.evaluate.decide import decide
 from fastflag.learn.batch import World
+from fastflag.learn.decision import prompts_now
 from fastflag.market import simulator
 from fastflag.market.accounts import Bars
 from fastflag.market.bars import Market, News
@@ -131,38 +132,31 @@ def change_future(market: Market, day: int, scale: float, holes: int, text: str)
 
 def live(stack: Stack, world: World, days: range) -> list[dict[str, np.ndarray]]:
     """What a backtest shows and does, one dictionary of bytes a day: known at its close."""
-    record: list[dict[str, np.ndarray]] = []
-    real_prompts, real_step = backtest.prompts_now, simulator.step
-
-    def recorded_prompts(prompter, bars, accounts, day):
-        prompts, row = real_prompts(prompter, bars, accounts, day)
-        record.append({f"account {name}": a.copy() for name, a in accounts.arrays().items()})
-        told = [prompts.tokens(at) for at in row]
-        record[-1] |= {f"prompt {b}": tokens for b, tokens in enumerate(told)}
-        record[-1]["mask"] = prompts.allowed[row]
-        record[-1]["prefix"] = prompter.prefix(day)
-        return prompts, row
+    decisions: dict[int, dict[str, np.ndarray]] = {}
+    steps: dict[int, dict[str, np.ndarray]] = {}
+    real_step = simulator.step
 
     def recorded_step(bars, rules, accounts, day, action):
-        record[-1]["action"] = action.copy()
+        """A day is lived through in guesses first: the last time counts."""
+        shown = {f"account {name}": array.copy() for name, array in accounts.arrays().items()}
+        prompts, row = prompts_now(world.prompter, bars, accounts, day)
+        shown |= {f"prompt {b}": prompts.tokens(at) for b, at in enumerate(row)}
+        shown |= {"mask": prompts.allowed[row], "prefix": world.prompter.prefix(day)}
+        decisions[day] = shown | {"action": action.copy()}
         reward, terminated = real_step(bars, rules, accounts, day, action)
-        record.append({"reward": reward, "terminated": terminated})
+        steps[day] = {"reward": reward, "terminated": terminated}
         return reward, terminated
 
-    with (
-        mock.patch.object(backtest, "prompts_now", recorded_prompts),
-        mock.patch.object(simulator, "step", recorded_step),
-    ):
-        choose = backtest.sampler(world.seed, EPISODES)
-        lived = backtest.run_episodes(stack.policy, world, days, EPISODES, choose)
-    # A decision's record is followed by that of the step it led to, known at the next close.
-    decisions, steps = record[0::2], record[1::2]
-    for number, decision in enumerate(decisions):
-        decision["probabilities"] = lived.probabilities[:, number]
-        decision["equity"], decision["shares"] = lived.equity[:, number], lived.shares[:, number]
-        if number:
-            decision |= steps[number - 1]
-    return decisions
+    with mock.patch.object(simulator, "step", recorded_step):
+        choose = episodes.sampler(world.seed, EPISODES)
+        lived = episodes.run_episodes(stack.policy, world, days, EPISODES, choose)
+    for number, day in enumerate(days[:-1]):
+        decisions[day]["probabilities"] = lived.probabilities[:, number]
+        decisions[day]["equity"] = lived.equity[:, number]
+        decisions[day]["shares"] = lived.shares[:, number]
+        if number:  # what the decision before led to is known at this close
+            decisions[day] |= steps[day - 1]
+    return list(decisions.values())
 
 
 def differences(before: list[dict], after: list[dict], day: int) -> list[str]:

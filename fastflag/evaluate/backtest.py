@@ -1,24 +1,20 @@
 """A trained policy on held-out days, beside buy-and-hold and random policies.
 
-Shapes: B episodes, n days (n - 1 decisions), A actions.
+Shapes: B episodes, n days (n - 1 decisions).
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastflag.config import TrainConfig
+from fastflag.evaluate.episodes import Chooser, Episodes, greedy, run_episodes, sampler
 from fastflag.files import InputError, write_atomic
 from fastflag.learn.batch import World
-from fastflag.learn.decision import choose, prompts_now
-from fastflag.market import simulator
-from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, parse_period, split_days
 from fastflag.market.metrics import CONVENTIONS, metrics
 from fastflag.market.simulator import ACTIONS, BUY
@@ -28,23 +24,6 @@ from fastflag.policy.table import Policy
 RANDOM_EPISODES = 1000
 # Told apart from the seed of training, whose environments draw the first numbers of its streams.
 _SAMPLED = 0x5A3B_1E00_0000
-
-# (probabilities [B, A], index of the decision) -> actions [B]
-Chooser = Callable[[np.ndarray, int], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """What B accounts did over n days."""
-
-    equity: np.ndarray  # [B, n], marked at each close
-    shares: np.ndarray  # [B, n], held at each close
-    alive: np.ndarray  # [B, n] bool, False from ruin on
-    action: np.ndarray  # [B, n - 1] int8
-    probabilities: np.ndarray  # [B, n - 1, A]
-
-    def part(self, episodes: slice) -> "Episodes":
-        return Episodes(**{name: array[episodes] for name, array in vars(self).items()})
 
 
 def period_days(market: Market, config: TrainConfig, split: str) -> range:
@@ -64,64 +43,11 @@ def period_days(market: Market, config: TrainConfig, split: str) -> range:
     return days
 
 
-@torch.no_grad()
-def run_episodes(
-    policy: Policy,
-    world: World,
-    days: range,
-    episodes: int,
-    choose_actions: Chooser,
-    track: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> Episodes:
-    """Lives through `days` one by one with `episodes` accounts. Decisions read the running
-    statistics, so that nothing of a later day bears on an earlier one. `track` wraps the days, for
-    a progress bar."""
-    accounts = Accounts.start(episodes, world.simulator.cash)
-    count = len(days)
-    lived = Episodes(
-        np.full((episodes, count), world.simulator.cash),
-        np.zeros((episodes, count)),
-        np.ones((episodes, count), bool),
-        np.zeros((episodes, count - 1), np.int8),
-        np.zeros((episodes, count - 1, len(ACTIONS))),
-    )
-    read = policy.read(world.prompter.prefix(day) for day in days[:-1])
-    with policy.unpacked():
-        for number in track(range(count - 1)):
-            day = days[number]
-            prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
-            table = policy.evaluate(prompts, policy.running.current(), read)
-            probabilities = table.probabilities[row]
-            action = choose_actions(probabilities, number)
-            simulator.step(world.bars, world.simulator, accounts, day, action)
-            lived.probabilities[:, number] = probabilities
-            lived.action[:, number] = action
-            lived.equity[:, number + 1] = accounts.equity
-            lived.shares[:, number + 1] = accounts.shares
-            lived.alive[:, number + 1] = accounts.alive
-    policy.cache.flush()
-    return lived
-
-
-def greedy(probabilities: np.ndarray, _: int) -> np.ndarray:
-    """The most probable action of each row; of equals, Hold before Sell before Buy."""
-    order = [simulator.HOLD, simulator.SELL, simulator.BUY]
-    return np.array(order, dtype=np.int8)[probabilities[:, order].argmax(1)]
-
-
 def _first_greedy(others: Chooser) -> Chooser:
     """The first episode greedily and the others by `others`, in one pass: each day's prompts are
     then one batch."""
     return lambda probabilities, number: np.concatenate(
         [greedy(probabilities[:1], number), others(probabilities[1:], number)]
-    )
-
-
-def sampler(seed: int, episodes: int) -> Chooser:
-    """Samples, each episode from a stream of its own."""
-    environments = np.arange(episodes)
-    return lambda probabilities, number: choose(
-        probabilities, simulator.uniform(seed, environments, number)
     )
 
 

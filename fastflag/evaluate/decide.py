@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastflag.evaluate.backtest import greedy
+from fastflag.evaluate.episodes import greedy
 from fastflag.files import InputError
 from fastflag.learn.batch import World
 from fastflag.learn.decision import prompts_now

@@ -121,7 +121,7 @@ def restore_optimizer(
         }
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if not state:  # an earlier version kept it in another form
+        if not state and _under(checkpoint.tensors, "optimizer."):  # an earlier version's form
             raise ValueError
         for parameter, values in optimizer.state.items():
             _check_moments(optimizer, parameter, values)

@@ -44,7 +44,7 @@ def visited_prompts(
     with policy.unpacked():
         visited = Visited(policy, prompts)
         while True:
-            met = _met(world, groups, days, _guessed(visited.probabilities, row_of), branches)
+            met = _met(world, groups, days, guessed(visited.probabilities, row_of), branches)
             new = met & (row_of < 0)
             if not new.any():
                 break
@@ -64,7 +64,7 @@ def distinct_prompts(
     return prompts, np.where(row_of >= 0, place[row_of], -1)
 
 
-def _guessed(probabilities: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+def guessed(probabilities: np.ndarray, row_of: np.ndarray) -> np.ndarray:
     """Probabilities of each day and code, [D, CODES, A]: where row_of [D, CODES] knows a row its
     own, else the mean of its day and side, or of its side on any day."""
     known = row_of >= 0  # of the others, -1, the last row is read and taken out

@@ -29,7 +29,8 @@ def by_prefix(
     layout: SuffixLayout,
 ) -> Tensor:
     """All queries of a prefix in one product with its keys, of which no copy is made. Scores and
-    softmax in fp32, probabilities rounded to the values' dtype, as flash attention's."""
+    softmax in fp32, probabilities rounded to the values' dtype, as flash attention's. What else
+    follows a prefix changes no bit of a suffix."""
     groups, queries = own_key.shape[1], query.shape[2]
     hidden = ~_visible(first, queries, own_key.shape[2])
     query = query.unflatten(1, (groups, -1)).flatten(2, 3).float() * query.shape[-1] ** -0.5
@@ -39,21 +40,24 @@ def by_prefix(
     split = (tensor.split(list(layout.counts)) for tensor in (query, own, own_value))
     for (key, value), some, scores, values in zip(prefixes.days, *split, strict=True):
         shared = _by_group(some) @ key.float().transpose(-1, -2)
-        scores = torch.cat((_by_suffix(shared, len(some)), scores), dim=-1)
+        scores = torch.cat((_by_suffix(shared, some.shape), scores), dim=-1)
         weights = scores.softmax(-1).to(value.dtype)
         shared, alone = weights.split((key.shape[1], values.shape[2]), dim=-1)
-        attended.append(_by_suffix(_by_group(shared) @ value, len(some)) + alone @ values)
+        attended.append(_by_suffix(_by_group(shared) @ value, some.shape) + alone @ values)
     return torch.cat(attended).unflatten(2, (-1, queries)).flatten(1, 2)
 
 
 def _by_group(x: Tensor) -> Tensor:
-    """[n, G, R, X] -> [G, n R, X]"""
-    return x.transpose(0, 1).flatten(1, 2)
+    """[n, G, R, X] -> [G, n R, X], with rows of zeros up to 4: products of fewer rows than that are
+    computed in another order (measured, CPU fp32)."""
+    x = x.transpose(0, 1).flatten(1, 2)
+    return functional.pad(x, (0, 0, 0, max(4 - x.shape[1], 0)))
 
 
-def _by_suffix(x: Tensor, count: int) -> Tensor:
-    """[G, n R, X] -> [n, G, R, X]"""
-    return x.unflatten(1, (count, -1)).transpose(0, 1)
+def _by_suffix(x: Tensor, shape: torch.Size) -> Tensor:
+    """[G, n R or more, X] -> [n, G, R, X], n and R as in `shape` [n, G, R, _]"""
+    count, _, rows, _ = shape
+    return x[:, : count * rows].unflatten(1, (count, rows)).transpose(0, 1)
 
 
 def padded(

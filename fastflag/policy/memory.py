@@ -12,6 +12,7 @@ from fastflag.policy.bnb import BLOCKSIZE
 from fastflag.policy.heads import ACTIONS, MLP_WIDTH, SIDES
 from fastflag.policy.llama import LINEARS
 from fastflag.policy.model_config import ModelConfig
+from fastflag.policy.shared_prefix import ROW_MULTIPLE, round_up
 from fastflag.policy.weights import layer_shapes
 
 _FP32 = 4
@@ -133,10 +134,14 @@ class _Kept:
     fused: bool
 
     def evaluation(self, batch: PlanConfig) -> int:
-        prompts = batch.days * batch.texts
-        of_prefixes = self.passed(batch.days, batch.prefix_tokens, 0)
-        of_suffixes = self.passed(prompts, batch.suffix_tokens, batch.prefix_tokens)
-        return of_prefixes + of_suffixes + self._read_out(batch)
+        prompts, prefix, suffix = (
+            round_up(number, ROW_MULTIPLE)
+            for number in (batch.days * batch.texts, batch.prefix_tokens, batch.suffix_tokens)
+        )
+        of_prefixes = self.passed(batch.days, prefix, 0)
+        of_suffixes = self.passed(prompts, suffix, prefix)
+        reference = batch.days * min(batch.texts, SIDES)
+        return of_prefixes + of_suffixes + self._read_out(prompts, reference)
 
     def passed(self, rows: int, tokens: int, prefix: int) -> int:
         """Of `rows` texts through the top layers, suffixes after `prefix` tokens or, after none,
@@ -207,10 +212,9 @@ class _Kept:
         mask = rows * queries * keys if masked else 0
         return (copies * asked * head + shared + mask) * self._dtype + asked * _FP32
 
-    def _read_out(self, batch: PlanConfig) -> int:
+    def _read_out(self, prompts: int, reference: int) -> int:
         """The final norm; then in fp32, of all rows and of the reference (one a day and side) what
         they are from their means, all rows centred, an MLP's numbers, the log-probabilities."""
-        prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
         inner = MLP_WIDTH if self.policy.head == "mlp" else 0
         numbers = (2 * prompts + reference) * self.model.width + prompts * (inner + ACTIONS)
         return self._norm(prompts, self.model.width) + _FP32 * numbers

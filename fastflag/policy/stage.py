@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from fastflag.policy.heads import Reference
-from fastflag.policy.shared_prefix import SuffixLayout
+from fastflag.policy.shared_prefix import SuffixLayout, padded_up, round_up
 from fastflag.prompt.tokens import PromptSet
 
 # Most windows of a market then share a shape: of 1,500 prompts 4% are padding at most.
@@ -52,7 +51,7 @@ class Stage:
             pad_sequence(prefixes, batch_first=True),
             pad_sequence([suffixes[row] for row in order], batch_first=True),
         )
-        blocks = tuple(_padded(block, 1, _TOKENS) for block in blocks)
+        blocks = tuple(padded_up(block, 1, _TOKENS) for block in blocks)
 
         def moved(numbers: np.ndarray) -> Tensor:
             return torch.from_numpy(numbers).to(device)
@@ -63,7 +62,7 @@ class Stage:
 
         return Stage(
             prefixes=blocks[0],
-            suffixes=_padded(blocks[1], 0, _PROMPTS),
+            suffixes=padded_up(blocks[1], 0, _PROMPTS),
             layout=SuffixLayout.build(
                 counts.tolist(),
                 [len(prefix) for prefix in prefixes],
@@ -129,13 +128,3 @@ def _parts(prompts: PromptSet) -> Iterator[np.ndarray]:
     yield from prompts.prefixes
     yield from prompts.suffixes
     yield from (prompts.pairs, prompts.side, prompts.allowed, prompts.reference)
-
-
-def _padded(block: Tensor, axis: int, multiple: int) -> Tensor:
-    """Zeros after the last place of `axis`."""
-    missing = round_up(block.shape[axis], multiple) - block.shape[axis]
-    return functional.pad(block, [0, 0] * (block.dim() - 1 - axis) + [0, missing])
-
-
-def round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

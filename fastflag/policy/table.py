@@ -44,8 +44,8 @@ from fastflag.policy.lora import (
     unpacked,
 )
 from fastflag.policy.quant import NF4Weight
-from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
-from fastflag.policy.stage import Stage, content_of, reference_of, round_up, side_index
+from fastflag.policy.shared_prefix import ROW_MULTIPLE, Prefixes, SuffixLayout, padded_up, round_up
+from fastflag.policy.stage import Stage, content_of, reference_of, side_index
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
@@ -58,9 +58,6 @@ _TRUNK_CHUNK = 256
 # Days that go through the trunk together. Keys and values of 64 days of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _TRUNK_DAYS = 64
-# Suffixes are padded to 8 tokens: products of 8 rows or more have the same bits in every batch
-# (measured, CPU fp32 and bf16), products of fewer do not.
-_SUFFIX_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -191,8 +188,8 @@ class Policy(nn.Module):
         longest, fused = max(map(len, hidden)), self.device.type == "cuda"
 
         def some(part: slice) -> list[Prefixes]:
-            padded, lengths = pad_sequence(hidden[part], batch_first=True), map(len, hidden[part])
-            return prefix_pass(self.top, padded, list(lengths), keys_values_only=True)[1]
+            lengths = [*map(len, hidden[part])]
+            return prefix_pass(self.top, _padded(hidden[part]), lengths, keys_values_only=True)[1]
 
         def cost(rows: int) -> int:
             return memory.prefix_bytes(self.model, self.config, rows, longest, fused)
@@ -210,8 +207,8 @@ class Policy(nn.Module):
 
         `statistics` centre the features; None takes those of `prompts.reference`, with gradient.
         `days` holds every prefix, where they have been read. Which other prompts are in the set
-        never changes a row. Raises ValueError where there are neither statistics nor a reference,
-        InputError for a prompt that the model can't read.
+        never changes a row, on a CPU not in its last bit. Raises ValueError where there are neither
+        statistics nor a reference, InputError for a prompt that the model can't read.
         """
         whole = days is None and statistics is None and torch.is_grad_enabled()
         if self.graphs and whole:
@@ -222,9 +219,13 @@ class Policy(nn.Module):
         features = self._features(prompts, days or self.read(prompts.prefixes))
         if statistics is None:
             statistics = Statistics.of(features, reference_of(prompts, self.device))
-        side = torch.from_numpy(side_index(prompts)).to(self.device)
-        allowed = torch.from_numpy(prompts.allowed).to(self.device)
-        return self._read_out(features, side, allowed, statistics)
+        count = len(features)
+        rows = _eights(np.arange(count))
+        side = torch.from_numpy(side_index(prompts)[rows]).to(self.device)
+        allowed = torch.from_numpy(prompts.allowed[rows]).to(self.device)
+        features = torch.cat((features, features[-1:].expand(len(rows) - count, -1)))
+        table = self._read_out(features, side, allowed, statistics)
+        return Table(table.log_probabilities[:count], table.value[:count], statistics)
 
     def _normed(self, last: Tensor) -> Tensor:
         """Last-token states [U, C] -> features [U, C] fp32"""
@@ -301,19 +302,24 @@ class Policy(nn.Module):
         return Table(log_probabilities[:count], value[:count], statistics)
 
     def _features(self, prompts: PromptSet, days: Days) -> Tensor:
-        """Last-token states under the final norm, [U, C] fp32."""
-        sizes = self._check_lengths(prompts)
+        """Last-token states under the final norm, [U, C] fp32.
+
+        Texts of one padded length go together: a softmax over another number of keys, though the
+        others are masked, has other last bits.
+        """
+        longest = int(self._check_lengths(prompts)[0].max())
         places = np.array([days.place[_digest(tokens)] for tokens in prompts.prefixes])
         of_row = places[prompts.pairs[:, 0]]
-        order = np.argsort(of_row, kind="stable")
         states = self._suffix_states(prompts)
+        size = np.array([round_up(len(state), ROW_MULTIPLE) for state in states])
         fused = self._fused_suffixes()
 
-        def some(part: slice) -> Tensor:
-            rows = order[part]
+        def some(chosen: np.ndarray) -> Tensor:
+            """Of rows of one size, sorted by day."""
+            rows = _eights(chosen)
             present, counts = np.unique(of_row[rows], return_counts=True)
             prefixes = [layer.select(present.tolist()) for layer in days.layers]
-            suffixes = pad_sequence([states[row] for row in rows], batch_first=True)
+            suffixes = _padded([states[row] for row in rows])
             layout = SuffixLayout.build(
                 counts.tolist(),
                 prefixes[0].lengths,
@@ -321,14 +327,20 @@ class Policy(nn.Module):
                 suffixes.shape[1],
             )
             last = suffix_pass(self.top, suffixes, prefixes, layout, last_only=True)
-            return self._normed(last)
+            return self._normed(last)[: len(chosen)]
 
-        def cost(rows: int) -> int:
-            longest = int(sizes[0].max()), max(map(len, states))
-            return memory.suffix_bytes(self.model, self.config, rows, *longest[::-1], fused)
+        def alike(rows: np.ndarray) -> list[Tensor]:
+            def cost(count: int) -> int:
+                tokens = int(size[rows[0]])
+                return memory.suffix_bytes(self.model, self.config, count, tokens, longest, fused)
 
-        features = torch.cat(self.activations.run(some, len(order), cost))
-        return features.index_select(0, torch.from_numpy(np.argsort(order)).to(self.device))
+            return self.activations.run(lambda part: some(rows[part]), len(rows), cost)
+
+        order = np.lexsort((of_row, size))
+        of_size = np.split(order, np.flatnonzero(np.diff(size[order])) + 1)
+        features = [part for rows in of_size for part in alike(rows)]
+        places = torch.from_numpy(np.argsort(order)).to(self.device)
+        return torch.cat(features).index_select(0, places)
 
     def _check_lengths(self, prompts: PromptSet) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of each prefix and each suffix."""
@@ -420,7 +432,7 @@ class Policy(nn.Module):
         """The suffixes of `rows`, sorted by day, in parts of one padded length each."""
         by_size: dict[int, list[int]] = {}
         for row in rows:
-            size = round_up(len(prompts.suffixes[prompts.pairs[row, 1]]), _SUFFIX_MULTIPLE)
+            size = round_up(len(prompts.suffixes[prompts.pairs[row, 1]]), ROW_MULTIPLE)
             by_size.setdefault(size, []).append(row)
         work = []
         for size, alike in by_size.items():
@@ -434,7 +446,7 @@ class Policy(nn.Module):
                     _lengths(texts, self.device),
                     size,
                 )
-                hidden = self._embed(texts, _SUFFIX_MULTIPLE)
+                hidden = self._embed(texts, ROW_MULTIPLE)
                 work.append(_SuffixWork(some, of_days, hidden, layout))
         return work
 
@@ -558,6 +570,16 @@ def _keys(prompts: PromptSet) -> list[bytes]:
     prefixes = [_digest(tokens) for tokens in prompts.prefixes]
     suffixes = [_digest(tokens) for tokens in prompts.suffixes]
     return [b"suffix" + prefixes[day] + suffixes[text] for day, text in prompts.pairs.tolist()]
+
+
+def _eights(rows: np.ndarray) -> np.ndarray:
+    """`rows`, the last of them repeated up to a multiple of 8."""
+    return np.append(rows, np.repeat(rows[-1:], -len(rows) % ROW_MULTIPLE))
+
+
+def _padded(states: list[Tensor]) -> Tensor:
+    """N texts' states [T, C] -> [N, T, C], T the longest's up to a multiple of 8."""
+    return padded_up(pad_sequence(states, batch_first=True), 1, ROW_MULTIPLE)
 
 
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:

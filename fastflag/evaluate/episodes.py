@@ -1,0 +1,156 @@
+"""Accounts that live through held-out days under a trained policy.
+
+Shapes: B accounts, n days (n - 1 decisions), W decisions of a window, U prompts, A actions.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastflag.learn.batch import World
+from fastflag.learn.decision import choose, prompts_now
+from fastflag.learn.speculation import distinct_prompts, guessed, reference_codes
+from fastflag.market import simulator
+from fastflag.market.accounts import Accounts
+from fastflag.market.simulator import ACTIONS, CODES
+from fastflag.policy.table import Policy
+
+# Decisions whose prompts are guessed together: about 100 prompts in a batch, where one decision has
+# few, and a batch of few takes longer than its products.
+_WINDOW = 32
+
+# (probabilities [B, A], index of the decision) -> actions [B]
+Chooser = Callable[[np.ndarray, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """What B accounts did over n days."""
+
+    equity: np.ndarray  # [B, n], marked at each close
+    shares: np.ndarray  # [B, n], held at each close
+    alive: np.ndarray  # [B, n] bool, False from ruin on
+    action: np.ndarray  # [B, n - 1] int8
+    probabilities: np.ndarray  # [B, n - 1, A]
+
+    def part(self, episodes: slice) -> "Episodes":
+        return Episodes(**{name: array[episodes] for name, array in vars(self).items()})
+
+
+@torch.no_grad()
+def run_episodes(
+    policy: Policy,
+    world: World,
+    days: range,
+    episodes: int,
+    choose_actions: Chooser,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Episodes:
+    """Lives through `days` one by one with `episodes` accounts. Decisions read the running
+    statistics, so that nothing of a later day bears on an earlier one. `track` wraps the decisions,
+    for a progress bar."""
+    accounts = Accounts.start(episodes, world.simulator.cash)
+    count = len(days)
+    lived = Episodes(
+        np.full((episodes, count), world.simulator.cash),
+        np.zeros((episodes, count)),
+        np.ones((episodes, count), bool),
+        np.zeros((episodes, count - 1), np.int8),
+        np.zeros((episodes, count - 1, len(ACTIONS))),
+    )
+    stepped = world.prompter.config.account == "stepped"
+    told = np.empty(0)
+    with policy.unpacked():
+        for number in track(range(count - 1)):
+            day, in_window = days[number], number % _WINDOW
+            if stepped and not in_window:
+                window = days[number : min(number + _WINDOW, count - 1)]
+                told = _told(policy, world, window, accounts, choose_actions, number)
+            if stepped:
+                probabilities = told[in_window, _codes(world, accounts, day)]
+            else:
+                probabilities = _asked(policy, world, accounts, day)
+            action = choose_actions(probabilities, number)
+            simulator.step(world.bars, world.simulator, accounts, day, action)
+            lived.probabilities[:, number] = probabilities
+            lived.action[:, number] = action
+            lived.equity[:, number + 1] = accounts.equity
+            lived.shares[:, number + 1] = accounts.shares
+            lived.alive[:, number + 1] = accounts.alive
+    policy.cache.flush()
+    return lived
+
+
+def _asked(policy: Policy, world: World, accounts: Accounts, day: int) -> np.ndarray:
+    """The policy's answers to `accounts` at the close of `day`, [B, A]."""
+    prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
+    return policy.evaluate(prompts, policy.running.current()).probabilities[row]
+
+
+def _told(
+    policy: Policy,
+    world: World,
+    days: range,
+    accounts: Accounts,
+    choose_actions: Chooser,
+    first: int,
+) -> np.ndarray:
+    """The policy's answers at the closes of `days` [W], [W, CODES, A]: its own for every code that
+    `accounts` come to, from decision `first` on.
+
+    They are found as a rollout's are (learn/speculation.py): live through guesses, evaluate at once
+    what was met, until nothing new is met. `accounts` stay where they are.
+    """
+    read = policy.read(world.prompter.prefix(day) for day in days)
+    statistics = policy.running.current()
+    row_of = np.full((len(days), CODES), -1)
+    new = reference_codes(world, list(days))
+    tables = []
+    while new.any():
+        prompts, places = distinct_prompts(world, list(days), new)
+        row_of[new] = sum(map(len, tables)) + places[new]
+        tables.append(policy.evaluate(prompts, statistics, read).probabilities)
+        told = guessed(np.concatenate(tables), row_of)
+        new = (row_of < 0) & _met(world, days, accounts, told, choose_actions, first)
+    return told
+
+
+def _met(
+    world: World,
+    days: range,
+    accounts: Accounts,
+    told: np.ndarray,
+    choose_actions: Chooser,
+    first: int,
+) -> np.ndarray:
+    """The codes that `accounts` come to on `days` where they are answered by `told` [W, CODES, A]:
+    [W, CODES] bool."""
+    accounts = accounts.take(np.arange(len(accounts)))
+    met = np.zeros(told.shape[:2], bool)
+    for number, day in enumerate(days):
+        codes = _codes(world, accounts, day)
+        met[number, codes] = True
+        action = choose_actions(told[number, codes], first + number)
+        simulator.step(world.bars, world.simulator, accounts, day, action)
+    return met
+
+
+def _codes(world: World, accounts: Accounts, day: int) -> np.ndarray:
+    """What each account is told as at the close of `day`, [B]."""
+    return simulator.account_code(world.bars, accounts, np.full(len(accounts), day))
+
+
+def greedy(probabilities: np.ndarray, _: int) -> np.ndarray:
+    """The most probable action of each row; of equals, Hold before Sell before Buy."""
+    order = [simulator.HOLD, simulator.SELL, simulator.BUY]
+    return np.array(order, dtype=np.int8)[probabilities[:, order].argmax(1)]
+
+
+def sampler(seed: int, episodes: int) -> Chooser:
+    """Samples, each episode from a stream of its own."""
+    environments = np.arange(episodes)
+    return lambda probabilities, number: choose(
+        probabilities, simulator.uniform(seed, environments, number)
+    )
