@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/fastflag train --preset demo --out runs/demo --resume
 
 test: setup
-	$(BIN)/python -m pytest -rs -m "not slow"
+	$(BIN)/python -m pytest -rs -m "not slow" -n auto --dist worksteal
 
 slow: setup
 	$(BIN)/python -m pytest -rs -m slow

@@ -51,6 +51,7 @@ setup(
         "flash": ["flash-attn>=2.8"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.12",
             "build>=1.2",

@@ -12,6 +12,11 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 pytest_plugins = ["commands"]
 
+# Tests run on every core (pytest-xdist), each with its share of them: PyTorch's threads would
+# otherwise wait for one another.
+_THREADS = max((os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1)
+torch.set_num_threads(_THREADS)
+
 settings.register_profile("fastflag", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("fastflag")
 
@@ -68,7 +73,7 @@ def tiny_model(smollm, tmp_path_factory) -> Path:
 def all_threads():
     """For a real model, in a module whose other tests want one thread."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(_THREADS)
     yield
     torch.set_num_threads(threads)
 
