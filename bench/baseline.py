@@ -38,8 +38,9 @@ class PlainPolicy:
         for number, block in enumerate(policy.trunk):
             for short, name in LINEARS.items():
                 frozen: FrozenLinear = getattr(block, short)
-                with frozen.unpacked(policy.dtype), torch.no_grad():
-                    model.layers[number].get_submodule(name).weight.copy_(frozen._matrix)
+                with torch.no_grad():
+                    matrix = frozen.matrix(policy.dtype)
+                    model.layers[number].get_submodule(name).weight.copy_(matrix)
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,

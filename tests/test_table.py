@@ -192,7 +192,7 @@ def test_a_text_goes_through_the_trunk_once(weights, monkeypatch):
     rows_of(policy, another)
     # The new day's prefix, then the kept and the new day's texts by padded length.
     assert [x.shape[:2] for x in seen] == [
-        (1, 4),
+        (1, 8),
         (1, 8),
         (1, 16),
         (1, 24),

@@ -1,7 +1,7 @@
 """Linear layers of the model: frozen, trained in full, or frozen with a low-rank adapter."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,42 +19,45 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = bias
-        self._matrix: Tensor | None = None
+        self._ready: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, the matrix lies ready in `dtype`; else each forward makes it anew."""
-        before = self._matrix
-        self._matrix = self._in(dtype)
+        """Inside, the matrix lies ready in `dtype`; else each forward makes it anew. No gradient
+        comes through it there."""
+        before = self._ready
+        self._ready = before or ops.frozen_linear(self.matrix(dtype), self.bias)
         try:
             yield
         finally:
-            self._matrix = before
+            self._ready = before
 
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.weight.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W, [O, I]"""
         stored = self.weight
-        if self._matrix is None and isinstance(stored, NF4Weight):
+        return stored.dequantise(dtype) if isinstance(stored, NF4Weight) else stored.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._ready is not None:
+            return self._ready(x)
+        stored = self.weight
+        if isinstance(stored, NF4Weight):
             y = ops.nf4_linear(x, stored.packed, stored.absmax, stored.shape[0])
             return y if self.bias is None else y + self.bias
-        return functional.linear(x, self._in(x.dtype), self.bias)
+        return functional.linear(x, stored.to(x.dtype), self.bias)
 
     def adapted(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """forward(x) + scale (x a^T) b^T, with a [R, I] and b [O, R]."""
         stored = self.weight
-        packed = self._matrix is None and isinstance(stored, NF4Weight)
-        weight, absmax = (stored.packed, stored.absmax) if packed else (self._in(x.dtype), None)
-        y = ops.lora_linear(x, weight, absmax, a, b, scale)
+        if isinstance(stored, NF4Weight):
+            y = ops.lora_linear(x, stored.packed, stored.absmax, a, b, scale)
+        else:
+            y = ops.lora_linear(x, stored.to(x.dtype), None, a, b, scale)
         return y if self.bias is None else y + self.bias
-
-    def _in(self, dtype: torch.dtype) -> Tensor:
-        if self._matrix is not None:
-            return self._matrix
-        stored = self.weight
-        return stored.dequantise(dtype) if isinstance(stored, NF4Weight) else stored.to(dtype)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.policy import graphs, memory, ops
 from fastflag.policy.activations import Activations
-from fastflag.policy.arithmetic import DTYPES, device_of
+from fastflag.policy.arithmetic import DTYPES, device_of, keep_freed_memory
 from fastflag.policy.graphs import Graphs
 from fastflag.policy.heads import (
     RunningStatistics,
@@ -161,6 +161,8 @@ class Policy(nn.Module):
         split = self.model.trunk_layers(config.top_layers, weights.source)
         self.dtype = DTYPES[config.dtype]
         self.device = device_of(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         generator = torch.Generator().manual_seed(seed)
         self.embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
         self.trunk = [self._block(weights, index, self._frozen) for index in range(split)]
@@ -447,10 +449,7 @@ class Policy(nn.Module):
             if not day.layers:
                 by_size.setdefault(round_up(len(day.tokens), ROW_MULTIPLE), []).append(day)
         parts = (some for alike in by_size.values() for some in _chunks(alike, _TRUNK_PREFIXES))
-        return [
-            _PrefixWork(some, self._embed([day.tokens for day in some]))
-            for some in parts
-        ]
+        return [_PrefixWork(some, self._embed([day.tokens for day in some])) for some in parts]
 
     def _suffix_work(
         self, prompts: PromptSet, rows: list[int], days: dict[int, _Day]
