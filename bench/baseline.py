@@ -35,7 +35,7 @@ class PlainPolicy:
         split = weights.config.layers - config.top_layers
         self.device = policy.device
         model = _llama(weights).to(policy.dtype)
-        for number, block in enumerate(policy.trunk):
+        for number, block in enumerate(policy.trunk.blocks):
             for short, name in LINEARS.items():
                 frozen: FrozenLinear = getattr(block, short)
                 with torch.no_grad():

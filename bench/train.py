@@ -46,7 +46,8 @@ from fastflag.policy.arithmetic import DTYPES, resolved
 from fastflag.policy.heads import Reference, Statistics
 from fastflag.policy.llama import prefix_pass, suffix_pass
 from fastflag.policy.shared_prefix import SuffixLayout
-from fastflag.policy.table import Policy, Table, _digest
+from fastflag.policy.table import Policy, Table
+from fastflag.policy.trunk import digest_of
 from fastflag.policy.weights import open_weights
 from fastflag.prompt.tokens import PromptSet
 
@@ -359,11 +360,11 @@ def _uncached(trainer: Trainer) -> Policy:
 
 def _evaluate_all_tokens(policy: Policy, prompts: PromptSet) -> Table:
     """As Policy.evaluate, but the last layer computes every token of prefixes and suffixes."""
-    hidden = policy._prefix_states({_digest(prefix): prefix for prefix in prompts.prefixes})
+    hidden = policy.trunk.prefix_states({digest_of(prefix): prefix for prefix in prompts.prefixes})
     padded = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
     whole, keys_values = prefix_pass(policy.top, padded, [len(states) for states in hidden])
     order = np.argsort(prompts.pairs[:, 0], kind="stable")
-    states = policy._suffix_states(prompts)
+    states = policy.trunk.suffix_states(prompts)
     lengths = torch.tensor([len(states[row]) for row in order])
     suffixes = torch.nn.utils.rnn.pad_sequence([states[row] for row in order], batch_first=True)
     counts = np.bincount(prompts.pairs[:, 0]).tolist()

@@ -16,6 +16,7 @@ from fastflag.policy.activations import Activations
 from fastflag.policy.model_config import Settings, json_config
 from fastflag.policy.stage import content_of
 from fastflag.policy.table import Policy
+from fastflag.policy.trunk import Trunk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,8 +154,8 @@ def test_the_first_shapes_that_come_back_are_captured_once(policies):
 
 def test_a_stage_is_made_once_for_prompts_of_equal_content(policies, monkeypatch):
     staged, made = policies[1], []
-    right = Policy._suffix_states
-    monkeypatch.setattr(Policy, "_suffix_states", lambda *a: made.append(0) or right(*a))
+    right = Trunk.suffix_states
+    monkeypatch.setattr(Trunk, "suffix_states", lambda *a: made.append(0) or right(*a))
     for seed in (0, 0, 1, 0):
         staged.evaluate(random_prompts(seed))
     assert len(made) == 3

@@ -78,7 +78,7 @@ def frozen(block) -> list[Tensor]:
 def held_by(policy: Policy) -> dict[str, list[Tensor]]:
     heads = [*policy.parameter_groups()[1], *policy.running.buffers()]
     return {
-        "trunk": [tensor for block in policy.trunk for tensor in frozen(block)],
+        "trunk": [tensor for block in policy.trunk.blocks for tensor in frozen(block)],
         "embedding": [policy.embedding, policy.final_norm],
         "top_frozen": [tensor for block in policy.top for tensor in frozen(block)],
         "trained": [*policy.top.parameters()],
@@ -92,7 +92,7 @@ def kept_by_autograd(policy: Policy, prompts) -> int:
     policy.evaluate(prompts)  # fills the cache
     kept: dict[int, Tensor] = {}
     held = [tensor for part in held_by(policy).values() for tensor in part]
-    held += [tensor for entry in policy.cache._entries.values() for tensor in entry]
+    held += [tensor for entry in policy.trunk.cache._entries.values() for tensor in entry]
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def test_the_trunk_cache(weights, adapted, top_layers):
     policy = Policy(weights, config, (7, 11, 13), 0)
     policy.evaluate(prompts_of(BATCH))
     planned = memory.parts(weights.config, config, "adamw", BATCH)["trunk_cache"]
-    assert policy.cache.used_bytes == planned
+    assert policy.trunk.cache.used_bytes == planned
 
 
 @pytest.mark.parametrize("megabytes", [0, 1])
@@ -157,7 +157,7 @@ def test_the_trunk_cache_keeps_to_its_budget(weights, megabytes):
     policy.evaluate(prompts_of(batch))
     planned = memory.parts(weights.config, config, "adamw", batch)["trunk_cache"]
     assert planned == megabytes * 2**20
-    assert 0.8 * planned <= policy.cache.used_bytes <= planned
+    assert 0.8 * planned <= policy.trunk.cache.used_bytes <= planned
 
 
 @pytest.mark.parametrize("top_layers", [1, 3])
@@ -187,7 +187,7 @@ def test_a_real_model(smollm, all_threads):
     assert planned["activations"] == pytest.approx(
         kept_by_autograd(policy, prompts_of(batch)), rel=0.005
     )
-    assert policy.cache.used_bytes == planned["trunk_cache"]
+    assert policy.trunk.cache.used_bytes == planned["trunk_cache"]
 
 
 def test_published_sizes():

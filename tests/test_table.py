@@ -11,8 +11,10 @@ from torch.nn.utils import rnn
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.policy import table as table_module
+from fastflag.policy import trunk as trunk_module
 from fastflag.policy.heads import Statistics
 from fastflag.policy.table import Policy
+from fastflag.policy.trunk import digest_of
 from fastflag.policy.weights import open_weights
 from fastflag.prompt.tokens import PromptSet
 
@@ -127,8 +129,8 @@ def test_statistics_are_of_the_reference_rows_and_can_be_given(weights, model):
 
 def captured(policy, prompts):
     with torch.no_grad():
-        prefixes = {table_module._digest(tokens): tokens for tokens in prompts.prefixes}
-        return policy._prefix_states(prefixes), policy._suffix_states(prompts)
+        prefixes = {digest_of(tokens): tokens for tokens in prompts.prefixes}
+        return policy.trunk.prefix_states(prefixes), policy.trunk.suffix_states(prompts)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,7 @@ def wide(tmp_path_factory):
 def test_trunk_activations_have_the_same_bits_whatever_they_are_batched_with(
     wide, dtype, monkeypatch
 ):
-    monkeypatch.setattr(table_module, "_TRUNK_CHUNK", 32)
+    monkeypatch.setattr(trunk_module, "_PROMPTS", 32)
     policy = made(wide, dtype=dtype, trunk_weights="nf4", trunk_cache_mb=0, trunk_disk_mb=0)
     prefixes = texts((1, 7, 153, 170), 2)
     suffixes = texts([*range(1, 25), 33, 40, *[14] * 30], 3)
@@ -169,7 +171,7 @@ def test_trunk_activations_have_the_same_bits_whatever_they_are_batched_with(
 @pytest.mark.parametrize("top_layers", [1, 3])
 def test_the_cache_never_changes_a_row(weights, budget, top_layers):
     policy = made(weights, top_layers=top_layers)
-    policy.cache.budget_bytes = budget
+    policy.trunk.cache.budget_bytes = budget
     fresh = [
         rows_of(made(weights, top_layers=top_layers, trunk_cache_mb=0), prompts)
         for prompts in (PROMPTS, scrambled(PROMPTS, 1)[0])
@@ -177,27 +179,51 @@ def test_the_cache_never_changes_a_row(weights, budget, top_layers):
     for _ in range(2):
         for prompts, expected in zip((PROMPTS, scrambled(PROMPTS, 1)[0]), fresh, strict=True):
             assert torch.equal(rows_of(policy, prompts), expected)
-            assert policy.cache.used_bytes <= budget
+            assert policy.trunk.cache.used_bytes <= budget
 
 
 def test_a_text_goes_through_the_trunk_once(weights, monkeypatch):
     policy = made(weights)
     rows_of(policy, PROMPTS)
     seen = []
-    forward = policy.trunk[0].finish
-    monkeypatch.setattr(policy.trunk[0], "finish", lambda x, y: seen.append(x) or forward(x, y))
+    forward = policy.trunk.blocks[0].finish
+    monkeypatch.setattr(
+        policy.trunk.blocks[0], "finish", lambda x, y: seen.append(x) or forward(x, y)
+    )
     rows_of(policy, scrambled(PROMPTS, 2)[0])
     assert seen == []
     another = prompt_set((*PREFIXES[1:3], texts((4,), 8)[0]), SUFFIXES[1:])
     rows_of(policy, another)
-    # The new day's prefix, then the kept and the new day's texts by padded length.
-    assert [x.shape[:2] for x in seen] == [
-        (1, 8),
-        (1, 8),
-        (1, 16),
-        (1, 24),
-        (1, 32),
-    ]
+    # The new day's prefix, then the pieces of its texts; the other days' are kept.
+    pieces = sum(-(-len(text) // 8) for text in SUFFIXES[1:])
+    assert [x.shape[:2] for x in seen] == [(1, 8), (pieces, 8)]
+
+
+def test_texts_that_begin_alike_have_their_beginnings_in_common(weights, monkeypatch):
+    """The same bits as of each text by itself, in as many pieces as there are distinct ones."""
+    first, second, third = texts((8, 8, 20), 5)
+    suffixes = (
+        np.concatenate([first, second[:7]]),
+        np.concatenate([first, second]),
+        first,
+        np.concatenate([first, second, third]),
+        np.concatenate([first, second, third[:9]]),
+        np.concatenate([second, first[:3]]),
+        first[:5],
+    )
+    # By depth; the two that end in `third` part in its second piece.
+    distinct = 3 + 3 + 1 + 2 + 1
+    policy = made(weights, trunk_cache_mb=0, trunk_disk_mb=0)
+    alone = [captured(policy, prompt_set(PREFIXES[:2], (text,)))[1] for text in suffixes]
+    seen, finish = [], policy.trunk.blocks[0].finish
+    monkeypatch.setattr(
+        policy.trunk.blocks[0], "finish", lambda x, y: seen.append(len(x)) or finish(x, y)
+    )
+    prompts = prompt_set(PREFIXES[:2], suffixes)
+    _, together = captured(policy, prompts)
+    for row, (day, text) in enumerate(prompts.pairs.tolist()):
+        assert torch.equal(together[row], alone[text][day]), (day, text)
+    assert seen[-1] == 2 * distinct
 
 
 def test_padding_never_changes_a_row(weights, monkeypatch):
@@ -299,15 +325,15 @@ def test_a_later_policy_finds_the_trunks_work_done_on_disk(weights, monkeypatch)
     """The same bits, and no pass through the trunk; another storage or depth finds nothing."""
     first = made(weights, trunk_weights="nf4")
     expected = rows_of(first, PROMPTS)
-    first.cache.flush()
+    first.trunk.cache.flush()
     later = made(weights, trunk_weights="nf4", trunk_cache_mb=1)
     with monkeypatch.context() as patch:
-        patch.setattr(later, "_run_trunk", None)
+        patch.setattr(later.trunk, "_run", None)
         assert torch.equal(rows_of(later, PROMPTS), expected)
     for other in ({"trunk_weights": "bf16"}, {"top_layers": 2}, {"trunk_disk_mb": 0}):
         policy = made(weights, **{"trunk_weights": "nf4", **other})
         with monkeypatch.context() as patch, pytest.raises(TypeError):
-            patch.setattr(policy, "_run_trunk", None)
+            patch.setattr(policy.trunk, "_run", None)
             rows_of(policy, PROMPTS)
 
 

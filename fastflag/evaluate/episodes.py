@@ -62,7 +62,7 @@ def run_episodes(
     )
     stepped = world.prompter.config.account == "stepped"
     told = np.empty(0)
-    with policy.unpacked():
+    with policy.trunk.unpacked():
         for number in track(range(count - 1)):
             day, in_window = days[number], number % _WINDOW
             if stepped and not in_window:
@@ -79,7 +79,7 @@ def run_episodes(
             lived.equity[:, number + 1] = accounts.equity
             lived.shares[:, number + 1] = accounts.shares
             lived.alive[:, number + 1] = accounts.alive
-    policy.cache.flush()
+    policy.trunk.cache.flush()
     return lived
 
 

@@ -27,7 +27,7 @@ def live_day_by_day(
         visited = Visited(policy, _reference_prompts(world, groups))
     parts = [_empty_part(group, branches) for group in groups]
     now: list[np.ndarray] = [np.empty(0)] * len(groups)  # the rows that accounts are in, [B] each
-    with policy.unpacked():
+    with policy.trunk.unpacked():
         for step in range(len(groups[0].day)):
             for group in groups:
                 group.accounts.reset(np.full(len(group.accounts), group.restart[step]))

@@ -41,7 +41,7 @@ def visited_prompts(
     days = days_of(world, groups)
     centring = reference_codes(world, days)
     prompts, row_of = distinct_prompts(world, days, centring, centring)
-    with policy.unpacked():
+    with policy.trunk.unpacked():
         visited = Visited(policy, prompts)
         while True:
             met = _met(world, groups, days, guessed(visited.probabilities, row_of), branches)

@@ -77,7 +77,7 @@ def train(
                 done = step + 1
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     write_checkpoint(run, done, weights.fingerprint, policy, optimizer, accounts)
-                    policy.cache.flush()
+                    policy.trunk.cache.flush()
     return world, policy
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflag.policy import ops
-from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
+from fastflag.policy.shared_prefix import Level, Prefixes, SuffixLayout
 from fastflag.policy.weights import Weights
 
 Rotary = tuple[Tensor, Tensor]
@@ -168,6 +168,29 @@ def suffix_pass(
         attended = ops.prefix_attention(query, key, value, first, shared, layout)
         x = block.finish(x, attended)
     return x[:, 0] if last_only else x
+
+
+def piece_pass(
+    block: Block, x: Tensor, prefixes: Sequence[Prefixes], levels: Sequence[Level]
+) -> Tensor:
+    """Runs pieces of suffixes x [N, T, C] fp32 through `block`, a tree by its levels.
+
+    A piece attends to its prefix, of `prefixes` one a level, to the pieces above it, and to itself.
+    All but attention is one product for all levels. Returns hidden states [N, T, C].
+    """
+    size = x.shape[1]
+    positions = torch.cat(
+        [level.layout.positions + depth * size for depth, level in enumerate(levels)]
+    )
+    rotary = rotary_tables(block.frequencies, positions, block.dtype)
+    query, key, value = block.queries_keys_values(block.norm(x), rotary)
+    attended = []
+    for depth, (level, shared) in enumerate(zip(levels, prefixes, strict=True)):
+        keys, values = (torch.cat([side[at] for at in level.path], 2) for side in (key, value))
+        above = torch.full_like(level.layout.last, depth * size)
+        mine = query[level.path[-1]]
+        attended.append(ops.prefix_attention(mine, keys, values, above, shared, level.layout))
+    return block.finish(x, torch.cat(attended))
 
 
 def rotary_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> Rotary:

@@ -97,6 +97,17 @@ class SuffixLayout:
         )
 
 
+@dataclass(frozen=True)
+class Level:
+    """The pieces of suffixes that lie at one depth of a tree; those of a prefix follow one another.
+
+    n pieces of T tokens at this depth, of N in the tree; the first level's depth is 0.
+    """
+
+    path: Tensor  # [depth + 1, n] int64: each piece's way down from depth 0, itself at the end
+    layout: SuffixLayout  # of the pieces, as if each followed its prefix
+
+
 def padded_up(block: Tensor, axis: int, multiple: int) -> Tensor:
     """Zeros after the last place of `axis`, up to a multiple."""
     missing = round_up(block.shape[axis], multiple) - block.shape[axis]

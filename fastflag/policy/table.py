@@ -3,21 +3,16 @@
 Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
 """
 
-import hashlib
-import platform
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fastflag import caches
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.policy import graphs, memory, ops
@@ -41,35 +36,19 @@ from fastflag.policy.lora import (
     FrozenLinear,
     LoRALinear,
     TrainedLinear,
-    matrix_numbers,
-    unpacked,
 )
 from fastflag.policy.quant import NF4Weight
 from fastflag.policy.shared_prefix import (
     ROW_MULTIPLE,
-    KeysValues,
     Prefixes,
     SuffixLayout,
     padded_up,
     round_up,
 )
 from fastflag.policy.stage import Stage, content_of, reference_of, side_index
-from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
+from fastflag.policy.trunk import Trunk, digest_of
 from fastflag.policy.weights import Weights
 from fastflag.prompt.tokens import PromptSet
-
-T = TypeVar("T")
-
-# Counted up when the trunk's arithmetic changes in any bit: activations kept on disk are then new.
-_ARITHMETIC = 4
-# Prompts of one pass through the trunk. 256 of 14 tokens over prefixes of 150 keep the attention's
-# keys and values near 100 MB a layer on SmolLM2-135M.
-_TRUNK_CHUNK = 256
-# Days that go through the trunk together. Keys and values of 64 days of 150 tokens take 205 MB on
-# SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
-_TRUNK_DAYS = 64
-# Prefixes of one pass: as many tokens as 256 suffixes of 16 have, or fewer.
-_TRUNK_PREFIXES = 16
 
 
 @dataclass(frozen=True)
@@ -113,33 +92,6 @@ class Days:
     layers: list[Prefixes]  # of each top layer
 
 
-@dataclass
-class _Day:
-    """A prefix that goes through the trunk, or has gone."""
-
-    tokens: np.ndarray
-    layers: list[KeysValues]  # of each layer passed
-    hidden: Tensor | None = None  # [P, C] after the last, where it has gone through now
-
-
-@dataclass
-class _PrefixWork:
-    """Days of one padded length on their way through the trunk."""
-
-    days: list[_Day]
-    hidden: Tensor  # [days, P, C]
-
-
-@dataclass
-class _SuffixWork:
-    """Suffixes of one padded length on their way through the trunk, those of a day together."""
-
-    rows: list[int]
-    days: list[_Day]
-    hidden: Tensor  # [rows, S, C]
-    layout: SuffixLayout
-
-
 class Policy(nn.Module):
     """A language model with a frozen trunk, a trained top and two heads.
 
@@ -165,7 +117,8 @@ class Policy(nn.Module):
             keep_freed_memory()
         generator = torch.Generator().manual_seed(seed)
         self.embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
-        self.trunk = [self._block(weights, index, self._frozen) for index in range(split)]
+        frozen = [self._block(weights, index, self._frozen) for index in range(split)]
+        self.trunk = Trunk(weights, config, self.embedding, frozen, self.dtype)
         self.top = nn.ModuleList(
             self._block(weights, index, self._trained(generator)) for index in range(split, layers)
         )
@@ -180,7 +133,6 @@ class Policy(nn.Module):
             self.action_head = make_action_head(config.head, width, generator).to(self.device)
         self.value_head = make_value_head(width).to(self.device)
         self.running = RunningStatistics(width).to(self.device)
-        self.cache = TrunkCache(config.trunk_cache_mb * 2**20, self._trunk_files(weights, split))
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
@@ -189,7 +141,6 @@ class Policy(nn.Module):
             choose(self.device)  # refuses an environment that asks for what there is not
         self.graphs = self._graphs() if self.device.type == "cuda" else None
         self._staged: tuple[bytes, Stage] | None = None
-        self._resident: ExitStack | None = None
 
     def _evaluate_stage(self, stage: Stage) -> tuple[Tensor, ...]:
         """`evaluate` on blocks, for each row of the stage: log-probabilities and value, and the
@@ -205,8 +156,8 @@ class Policy(nn.Module):
     def read(self, prefixes: Iterable[np.ndarray]) -> Days:
         """The top layers' pass over prefixes, which `evaluate` then goes on from, prompts by
         prompts; with gradient where enabled."""
-        tokens = {_digest(prefix): prefix for prefix in prefixes}
-        hidden = self._prefix_states(tokens)
+        tokens = {digest_of(prefix): prefix for prefix in prefixes}
+        hidden = self.trunk.prefix_states(tokens)
         longest, fused = max(map(len, hidden)), self.device.type == "cuda"
 
         def some(part: slice) -> list[Prefixes]:
@@ -313,10 +264,10 @@ class Policy(nn.Module):
         if not self.lies_ready(prompts):
             self._check_lengths(prompts)
             # Days of equal texts have equal states: a stock that stood still.
-            tokens = {_digest(text): text for text in prompts.prefixes}
-            states = dict(zip(tokens, self._prefix_states(tokens), strict=True))
-            prefixes = [states[_digest(text)] for text in prompts.prefixes]
-            stage = Stage.of(prompts, prefixes, self._suffix_states(prompts))
+            tokens = {digest_of(text): text for text in prompts.prefixes}
+            states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
+            prefixes = [states[digest_of(text)] for text in prompts.prefixes]
+            stage = Stage.of(prompts, prefixes, self.trunk.suffix_states(prompts))
             self._staged = content_of(prompts), stage
         stage, count = self._staged[1], len(prompts.pairs)
         log_probabilities, value, mean, deviation = self.graphs(stage)
@@ -330,9 +281,9 @@ class Policy(nn.Module):
         others are masked, has other last bits.
         """
         longest = int(self._check_lengths(prompts)[0].max())
-        places = np.array([days.place[_digest(tokens)] for tokens in prompts.prefixes])
+        places = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
         of_row = places[prompts.pairs[:, 0]]
-        states = self._suffix_states(prompts)
+        states = self.trunk.suffix_states(prompts)
         size = np.array([round_up(len(state), ROW_MULTIPLE) for state in states])
         fused = self._fused_suffixes()
 
@@ -381,158 +332,6 @@ class Policy(nn.Module):
                 f"a prompt can have {longest} tokens, the model reads {self.model.max_positions}: "
                 "lower --news-tokens or --window, prompts"
             )
-
-    @contextmanager
-    def unpacked(self) -> Iterator[None]:
-        """Inside, a trunk's layer once unpacked stays so, where all fit into the cache's budget:
-        a pass over a few prompts takes less time than unpacking the matrices for it."""
-        numbers = sum(matrix_numbers(block) for block in self.trunk)
-        if numbers * self.dtype.itemsize > self.cache.budget_bytes:
-            yield
-            return
-        try:
-            with ExitStack() as self._resident:
-                yield
-        finally:
-            self._resident = None
-
-    @torch.no_grad()
-    def _prefix_states(self, prefixes: dict[bytes, np.ndarray]) -> list[Tensor]:
-        """What the frozen layers make of each prefix, [P, C]."""
-        states = {digest: self.cache.get(b"hidden" + digest) for digest in prefixes}
-        missing = [digest for digest, kept in states.items() if kept is None]
-        for some in _chunks(missing, _TRUNK_DAYS):
-            work = [_Day(prefixes[digest], []) for digest in some]
-            self._run_trunk(work, [])
-            for digest, done in zip(some, work, strict=True):
-                states[digest] = self._keep(done)
-        return [state for (state,) in states.values()]
-
-    @torch.no_grad()
-    def _suffix_states(self, prompts: PromptSet) -> list[Tensor]:
-        """What the frozen layers make of each prompt's suffix, [S, C].
-
-        Suffixes of a padded length go through the trunk together, whatever their days, in products
-        of 8 rows or more: so a text's activations have the same bits whatever it is batched with,
-        and a resumed run, whose cache is cold, repeats the uninterrupted one exactly.
-        """
-        keys = _keys(prompts)
-        states = [self.cache.get(key) for key in keys]
-        missing: dict[int, list[int]] = {}
-        for row, day in enumerate(prompts.pairs[:, 0].tolist()):
-            if states[row] is None:
-                missing.setdefault(day, []).append(row)
-        for some in _chunks(list(missing), _TRUNK_DAYS):
-            days = {day: self._day_work(prompts.prefixes[day]) for day in some}
-            texts = self._suffix_work(prompts, [row for day in some for row in missing[day]], days)
-            self._run_trunk(list(days.values()), texts)
-            for done in days.values():
-                if done.hidden is not None:
-                    self._keep(done)
-            for done in texts:
-                lasts = done.layout.last.tolist()
-                for row, hidden, last in zip(done.rows, done.hidden, lasts, strict=True):
-                    states[row] = (hidden[: last + 1].clone(),)
-                    self.cache.put(keys[row], *states[row])
-        return [state for (state,) in states]
-
-    def _day_work(self, tokens: np.ndarray) -> _Day:
-        """A day with its keys and values, where they are kept."""
-        kept = self.cache.get(b"keys_values" + _digest(tokens)) or ()
-        return _Day(tokens, [*zip(kept[0::2], kept[1::2], strict=True)])
-
-    def _prefix_work(self, days: list[_Day]) -> list[_PrefixWork]:
-        """The days of `days` that are yet to go through the trunk, in parts of one padded length:
-        each by itself, products of 110 tokens took a third longer (2 cores, AVX2)."""
-        by_size: dict[int, list[_Day]] = {}
-        for day in days:
-            if not day.layers:
-                by_size.setdefault(round_up(len(day.tokens), ROW_MULTIPLE), []).append(day)
-        parts = (some for alike in by_size.values() for some in _chunks(alike, _TRUNK_PREFIXES))
-        return [_PrefixWork(some, self._embed([day.tokens for day in some])) for some in parts]
-
-    def _suffix_work(
-        self, prompts: PromptSet, rows: list[int], days: dict[int, _Day]
-    ) -> list[_SuffixWork]:
-        """The suffixes of `rows`, sorted by day, in parts of one padded length each."""
-        by_size: dict[int, list[int]] = {}
-        for row in rows:
-            size = round_up(len(prompts.suffixes[prompts.pairs[row, 1]]), ROW_MULTIPLE)
-            by_size.setdefault(size, []).append(row)
-        work = []
-        for size, alike in by_size.items():
-            for some in _chunks(alike, _TRUNK_CHUNK):
-                texts = [prompts.suffixes[prompts.pairs[row, 1]] for row in some]
-                counts = Counter(prompts.pairs[some, 0].tolist())
-                of_days = [days[day] for day in counts]
-                layout = SuffixLayout.build(
-                    list(counts.values()),
-                    [len(day.tokens) for day in of_days],
-                    _lengths(texts, self.device),
-                    size,
-                )
-                hidden = self._embed(texts)
-                work.append(_SuffixWork(some, of_days, hidden, layout))
-        return work
-
-    def _keep(self, done: _Day) -> tuple[Tensor]:
-        """Puts what became of a day's prefix into the cache; returns its states, ([P, C],)."""
-        digest, states = _digest(done.tokens), (done.hidden,)
-        self.cache.put(b"hidden" + digest, *states)
-        self.cache.put(b"keys_values" + digest, *(side for layer in done.layers for side in layer))
-        return states
-
-    def _run_trunk(self, days: list[_Day], texts: list[_SuffixWork]) -> None:
-        """Layer by layer over all days, so that each matrix is unpacked from NF4 once: day by day,
-        unpacking took as long as the arithmetic."""
-        unread = self._prefix_work(days)
-        for number, block in enumerate(self.trunk):
-            with self._ready(block):
-                for some in unread:
-                    lengths = [len(day.tokens) for day in some.days]
-                    some.hidden, [layer] = prefix_pass([block], some.hidden, lengths)
-                    for day, (key, value) in zip(some.days, layer.days, strict=True):
-                        day.layers.append((key.clone(), value.clone()))
-                for some in texts:
-                    prefixes = [Prefixes.of_days([day.layers[number] for day in some.days])]
-                    some.hidden = suffix_pass([block], some.hidden, prefixes, some.layout)
-        for some in unread:
-            for day, hidden in zip(some.days, some.hidden, strict=True):
-                day.hidden = hidden[: len(day.tokens)].clone()
-
-    def _ready(self, block: Block) -> AbstractContextManager:
-        """Inside, the layer's matrices lie unpacked; after it too, within `unpacked`."""
-        if self._resident is None:
-            return unpacked(block, self.dtype)
-        self._resident.enter_context(unpacked(block, self.dtype))
-        return nullcontext()
-
-    def _embed(self, texts: list[np.ndarray]) -> Tensor:
-        """Token ids, padded on the right to a multiple of 8, -> [N, T, C] fp32."""
-        size = round_up(max(map(len, texts)), ROW_MULTIPLE)
-        ids = torch.zeros(len(texts), size, dtype=torch.int64)
-        for row, tokens in enumerate(texts):
-            ids[row, : len(tokens)] = torch.from_numpy(tokens)
-        return self.embedding[ids.to(self.device)].float()
-
-    def _trunk_files(self, weights: Weights, layers: int) -> TrunkFiles | None:
-        """Where the trunk's activations outlive the process, under a name that says what made them:
-        to the bit, for a resumed run repeats the uninterrupted one."""
-        if not self.config.trunk_disk_mb:
-            return None
-        on = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor()
-        made_by = (
-            _ARITHMETIC,
-            weights.fingerprint,
-            layers,
-            self.config.trunk_weights,
-            self.config.dtype,
-            torch.__version__,
-            on,
-        )
-        name = hashlib.blake2b(repr(made_by).encode(), digest_size=8).hexdigest()
-        budget = self.config.trunk_disk_mb * 2**20
-        return TrunkFiles(caches.own("trunk").folder, name, budget, self.device)
 
     def _block(self, weights: Weights, index: int, make_linear: LinearFactory) -> Block:
         return Block(weights, index, self.dtype, self.device, make_linear)
@@ -589,17 +388,6 @@ class Policy(nn.Module):
             parameter.data = values[name]
 
 
-def _digest(tokens: np.ndarray) -> bytes:
-    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
-
-
-def _keys(prompts: PromptSet) -> list[bytes]:
-    """Each prompt by content: the digests of its prefix and of its suffix."""
-    prefixes = [_digest(tokens) for tokens in prompts.prefixes]
-    suffixes = [_digest(tokens) for tokens in prompts.suffixes]
-    return [b"suffix" + prefixes[day] + suffixes[text] for day, text in prompts.pairs.tolist()]
-
-
 def _eights(rows: np.ndarray) -> np.ndarray:
     """`rows`, the last of them repeated up to a multiple of 8."""
     return np.append(rows, np.repeat(rows[-1:], -len(rows) % ROW_MULTIPLE))
@@ -608,10 +396,6 @@ def _eights(rows: np.ndarray) -> np.ndarray:
 def _padded(states: list[Tensor]) -> Tensor:
     """N texts' states [T, C] -> [N, T, C], T the longest's up to a multiple of 8."""
     return padded_up(pad_sequence(states, batch_first=True), 1, ROW_MULTIPLE)
-
-
-def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _lengths(texts: Iterable[np.ndarray | Tensor], device: torch.device) -> Tensor:
