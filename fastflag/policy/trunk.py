@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -77,6 +77,11 @@ class _TextWork:
     days: list[list[_Day]]  # of each depth
     levels: list[Level]  # of each depth
     hidden: Tensor  # [N, 8, C]
+
+
+class _Piece(NamedTuple):
+    tokens: np.ndarray
+    walk: list[int]  # its place among the pieces of its depth, after those that lead to it
 
 
 class Trunk:
@@ -175,35 +180,24 @@ class Trunk:
         return [_PrefixWork(some, self._embed([day.tokens for day in some])) for some in parts]
 
     def _texts(self, prompts: PromptSet, rows: list[int], days: dict[int, _Day]) -> _TextWork:
-        """The tree of the suffixes of `rows`, those of a day together."""
-        # Of each depth: (day, tokens up to the piece's end) -> (the piece, its path by depth).
-        found: list[dict[tuple[int, bytes], tuple[np.ndarray, list[int]]]] = []
-        walks: list[list[int]] = []
-        for row in rows:
-            day, text = prompts.pairs[row].tolist()
-            tokens, walk = prompts.suffixes[text], []
-            for depth, start in enumerate(range(0, len(tokens), _PIECE)):
-                if depth == len(found):
-                    found.append({})
-                piece, pieces = tokens[start : start + _PIECE], found[depth]
-                key = day, tokens[: start + _PIECE].tobytes()
-                _, walk = pieces.setdefault(key, (piece, [*walk, len(pieces)]))
-            walks.append(walk)
-        first = np.cumsum([0, *map(len, found)])
+        """The suffixes of `rows`, those of a day together, ready to go through."""
+        depths, walks = _tree(prompts, rows)
+        first = np.cumsum([0, *map(len, depths)])
         levels, of_depth = [], []
-        for depth, pieces in enumerate(found):
+        for pieces in depths:
             counts = Counter(day for day, _ in pieces)
             of_depth.append([days[day] for day in counts])
-            path = np.array([walk for _, walk in pieces.values()]).T + first[: depth + 1, None]
             layout = SuffixLayout.build(
                 list(counts.values()),
                 [len(day.tokens) for day in of_depth[-1]],
                 torch.full((len(pieces),), _PIECE, device=self._device),
                 _PIECE,
             )
+            path = np.array([piece.walk for piece in pieces.values()]).T
+            path += first[: len(path), None]
             levels.append(Level(torch.from_numpy(path).to(self._device), layout))
-        hidden = self._embed([piece for pieces in found for piece, _ in pieces.values()])
-        paths = [[at + int(first[depth]) for depth, at in enumerate(walk)] for walk in walks]
+        hidden = self._embed([piece.tokens for pieces in depths for piece in pieces.values()])
+        paths = [(first[: len(walk)] + walk).tolist() for walk in walks]
         return _TextWork(rows, paths, of_depth, levels, hidden)
 
     def _run(self, days: list[_Day], texts: list[_TextWork]) -> None:
@@ -246,6 +240,28 @@ class Trunk:
 def digest_of(tokens: np.ndarray) -> bytes:
     """A text by content."""
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def _tree(
+    prompts: PromptSet, rows: list[int]
+) -> tuple[list[dict[tuple[int, bytes], _Piece]], list[list[int]]]:
+    """The distinct pieces of the suffixes of `rows`, and the walk of each suffix.
+
+    A dictionary a depth, whose keys are the day and the tokens up to the piece's end.
+    """
+    depths: list[dict[tuple[int, bytes], _Piece]] = []
+    walks = []
+    for row in rows:
+        day, text = prompts.pairs[row].tolist()
+        tokens, walk = prompts.suffixes[text], []
+        for depth, start in enumerate(range(0, len(tokens), _PIECE)):
+            if depth == len(depths):
+                depths.append({})
+            pieces, end = depths[depth], start + _PIECE
+            piece = _Piece(tokens[start:end], [*walk, len(pieces)])
+            walk = pieces.setdefault((day, tokens[:end].tobytes()), piece).walk
+        walks.append(walk)
+    return depths, walks
 
 
 def _keys(prompts: PromptSet) -> list[bytes]:
