@@ -5,6 +5,7 @@ import pytest
 import torch
 from small import DAYS, TRAIN_DAYS, make_opinionated, small_config, small_market, small_world
 
+from fastflag.evaluate import episodes
 from fastflag.evaluate.backtest import (
     _SAMPLED,
     _percentile,
@@ -97,9 +98,13 @@ def test_greedy_takes_the_most_probable_and_of_equals_hold_then_sell():
     assert chosen.tolist() == expected and chosen.dtype == np.int8
 
 
+@pytest.mark.parametrize("window", [4, 32])
 @pytest.mark.parametrize("account", ["stepped", "exact"])
-def test_episodes_are_the_decisions_of_the_running_statistics(tiny_model, account):
+def test_episodes_are_the_decisions_of_the_running_statistics(
+    tiny_model, account, window, monkeypatch
+):
     """Against a replay: every day's prompt of one account, evaluated by itself."""
+    monkeypatch.setattr(episodes, "_WINDOW", window)
     _, world, policy = opinionated(tiny_model, prompt__account=account)
     policy.running.mean.fill_(0.3)
     policy.running.deviation.fill_(1.7)
@@ -113,9 +118,7 @@ def test_episodes_are_the_decisions_of_the_running_statistics(tiny_model, accoun
             prompts, row = prompts_of(world, one, day)
             with torch.no_grad():
                 table = policy.evaluate(prompts, policy.running.current())
-            np.testing.assert_allclose(
-                lived.probabilities[b, number], table.probabilities[row], atol=1e-6
-            )
+            np.testing.assert_array_equal(lived.probabilities[b, number], table.probabilities[row])
             uniform = simulator.uniform(5, np.array([b]), number)[0]
             cumulative = lived.probabilities[b, number].cumsum()
             assert lived.action[b, number] == np.searchsorted(cumulative, uniform, side="right")
@@ -125,15 +128,10 @@ def test_episodes_are_the_decisions_of_the_running_statistics(tiny_model, accoun
 
 def test_many_decisions_are_answered_in_a_few_batches(tiny_model):
     _, world, policy = opinionated(tiny_model)
-    sizes, evaluate = [], policy.evaluate
-
-    def counted(prompts, *others):
-        sizes.append(len(prompts.pairs))
-        return evaluate(prompts, *others)
-
-    policy.evaluate = counted
+    batches, evaluate = [], policy.evaluate
+    policy.evaluate = lambda *given: batches.append(1) or evaluate(*given)
     run_episodes(policy, world, TEST_DAYS, 9, sampler(1, 9))
-    assert len(TEST_DAYS) - 1 > 3 * len(sizes)
+    assert len(TEST_DAYS) - 1 > 3 * len(batches)
 
 
 def prompts_of(world, account, day):

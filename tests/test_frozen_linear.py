@@ -37,21 +37,22 @@ def test_it_is_the_product(stored, biased, laid_out, monkeypatch):
     assert layer._ready is None
 
 
+@pytest.mark.skipif(not ops._HAS_LAID_OUT, reason="this PyTorch has no layout")
 def test_its_operations_are_counted():
     weight, x = random(48, 32, seed=0), random(2, 8, 32, seed=1)
     multiply = ops.frozen_linear(weight, None)
     mapping = {torch.ops.mkldnn._linear_pointwise: _laid_out_operations}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         multiply(x)
-    assert counter.get_total_flops() == 2 * (2 * 8) * 32 * 48
+    assert counter.get_total_flops() == 2 * (2 * 8) * 32 * 48  # none, were it not laid out
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back")
 def test_freed_memory_is_not_faulted_in_again():
     keep_freed_memory()
-    torch.ones(2**24).sum()
+    torch.ones(2**22).sum()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
-        torch.ones(2**24).sum()
-    pages = 8 * 2**26 // 4096
+        torch.ones(2**22).sum()
+    pages = 8 * 2**24 // 4096
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 8

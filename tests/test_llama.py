@@ -165,7 +165,8 @@ def test_nf4_trunk_is_the_forward_on_dequantised_weights(pair, dtype):
     quantised = features(Policy(weights, config, (1, 2, 3), 0), prompts)
     config = replace(config, trunk_weights=dtype)
     plain = features(Policy(Given(weights.config, tensors), config, (1, 2, 3), 0), prompts)
-    assert torch.equal(quantised, plain)
+    # In fp32 an unpacked matrix is laid out for oneDNN, whose sums have other last bits.
+    assert relative(quantised, plain) <= {"fp32": 1e-5, "bf16": 0.0}[dtype]
     unquantised = features(Policy(weights, config, (1, 2, 3), 0), prompts)
     assert 0.01 < relative(quantised, unquantised) < 1.0
 

@@ -56,11 +56,12 @@ class Stack:
         return World(prompter.bars, rules, prompter, seed=5)
 
 
-@pytest.fixture(scope="module")
-def stack(tiny_model) -> Stack:
+@pytest.fixture(scope="module", params=[1, 2])
+def stack(tiny_model, request) -> Stack:
+    """With one layer trained, and with two: attention between a prefix's tokens too."""
     weights = open_weights(str(tiny_model))
     tokenizer = Tokenizer.load(weights.tokenizer_path)
-    config = PolicyConfig(top_layers=1, trunk_weights="fp32", dtype="fp32", lora_rank=2)
+    config = PolicyConfig(top_layers=request.param, trunk_weights="fp32", dtype="fp32", lora_rank=2)
     policy = Policy(weights, dataclasses.replace(config, device="cpu"), [1, 2, 3], seed=0)
     make_opinionated(policy)
     stack = Stack(policy, tokenizer)

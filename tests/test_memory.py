@@ -20,7 +20,7 @@ from fastflag.policy.quant import NF4Weight
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import open_weights
 
-BATCH = PlanConfig(days=3, texts=7, prefix_tokens=40, suffix_tokens=12)
+BATCH = PlanConfig(days=3, texts=7, prefix_tokens=41, suffix_tokens=12)
 ADAPTED = [
     {"adaptation": "lora", "lora_rank": 4, "dtype": "bf16", "trunk_weights": "nf4"},
     {"adaptation": "lora", "lora_rank": 4, "dtype": "fp32", "trunk_weights": "bf16"},

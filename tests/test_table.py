@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import EXACT, last_states, prompt_set, relative, texts, tiny
+from small import make_opinionated
 from torch.nn.utils import rnn
 
 from fastflag.config import PolicyConfig
@@ -149,22 +150,59 @@ def test_trunk_activations_have_the_same_bits_whatever_they_are_batched_with(
 ):
     monkeypatch.setattr(trunk_module, "_PROMPTS", 32)
     policy = made(wide, dtype=dtype, trunk_weights="nf4", trunk_cache_mb=0, trunk_disk_mb=0)
-    prefixes = texts((1, 7, 153, 170), 2)
+    prefixes = texts((1, 153, 7, 158, 155, 170), 2)
     suffixes = texts([*range(1, 25), 33, 40, *[14] * 30], 3)
     whole = prompt_set(prefixes[:3], suffixes)
     hidden, states = captured(policy, whole)
+    beside, _ = captured(policy, prompt_set(prefixes, suffixes[:1]))
+    assert all(torch.equal(*both) for both in zip(hidden, beside, strict=False))
     random = np.random.default_rng(0)
     for count in (1, 2, 3, 11):
         texts_of = random.permutation(26)[:count]
         few = prompt_set(
-            (prefixes[3], prefixes[2], prefixes[0]), tuple(suffixes[t] for t in texts_of)
+            (prefixes[3], prefixes[2], prefixes[1]), tuple(suffixes[t] for t in texts_of)
         )
         some_hidden, some_states = captured(policy, few)
-        assert torch.equal(some_hidden[1], hidden[2]) and torch.equal(some_hidden[2], hidden[0])
+        assert torch.equal(some_hidden[1], hidden[2]) and torch.equal(some_hidden[2], hidden[1])
         for row, (day, text) in enumerate(few.pairs):
             if day > 0:
-                old = {1: 2, 2: 0}[int(day)] * len(suffixes) + texts_of[text]
+                old = {1: 2, 2: 1}[int(day)] * len(suffixes) + texts_of[text]
                 assert torch.equal(some_states[row], states[old]), (count, row)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_row_has_the_same_bits_whatever_is_beside_it(wide, dtype, threads):
+    """Few and many, of days and texts of every length: those of a window in a backtest are found
+    by guessing, and a later day must not be seen in the last bit of an earlier one."""
+    policy = made(wide, dtype=dtype, top_layers=2, trunk_disk_mb=0)
+    make_opinionated(policy)
+    prompts = prompt_set(texts((7, 20, 31, 40, 45, 63), 2), texts([3, 8, *range(11, 25), 40], 3))
+    statistics, random = policy.running.current(), np.random.default_rng(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            table = policy.evaluate(prompts, statistics)
+            for _ in range(6):
+                rows = random.choice(len(prompts.pairs), random.integers(1, 20), replace=False)
+                chosen = replace(prompts, reference=rows[:1].astype(np.int32))
+                some, place = chosen.subset(rows)
+                of_some = policy.evaluate(some, statistics)
+                assert torch.equal(of_some.value[place], table.value[rows]), len(rows)
+                got = of_some.log_probabilities[place]
+                assert torch.equal(got, table.log_probabilities[rows]), len(rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_where_no_layer_is_frozen_nothing_is_run_twice(weights, monkeypatch):
+    policy = made(weights, top_layers=weights.config.layers, trunk_disk_mb=0)
+    rows_of(policy, prompt_set(PREFIXES, SUFFIXES[:2]))
+    seen, embed = [], policy.trunk._embed
+    monkeypatch.setattr(policy.trunk, "_embed", lambda some: seen.append(len(some)) or embed(some))
+    rows_of(policy, prompt_set(PREFIXES, SUFFIXES[:3]))
+    assert seen == [len(PREFIXES) * 2]  # the pieces of the third text, of 16 tokens
 
 
 @pytest.mark.parametrize("budget", [0, 10_000, 100_000, 2**30])

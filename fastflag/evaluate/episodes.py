@@ -15,13 +15,14 @@ from fastflag.learn.speculation import distinct_prompts, guessed, reference_code
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.market.simulator import ACTIONS, CODES
-from fastflag.policy.table import Policy
+from fastflag.policy.table import Days, Policy
 
 # Decisions whose prompts are guessed together: about 100 prompts in a batch, where one decision has
 # few, and a batch of few takes longer than its products.
 _WINDOW = 32
 
-# (probabilities [B, A], index of the decision) -> actions [B]
+# (probabilities [B, A], index of the decision) -> actions [B]. It is asked more than once a
+# decision, with guesses too: its answer must follow from these alone.
 Chooser = Callable[[np.ndarray, int], np.ndarray]
 
 
@@ -49,8 +50,9 @@ def run_episodes(
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Episodes:
     """Lives through `days` one by one with `episodes` accounts. Decisions read the running
-    statistics, so that nothing of a later day bears on an earlier one. `track` wraps the decisions,
-    for a progress bar."""
+    statistics, so that nothing of a later day bears on an earlier one (on a GPU but for last bits,
+    which follow from what is evaluated together). `track` wraps the decisions, for a progress
+    bar."""
     accounts = Accounts.start(episodes, world.simulator.cash)
     count = len(days)
     lived = Episodes(
@@ -61,17 +63,18 @@ def run_episodes(
         np.zeros((episodes, count - 1, len(ACTIONS))),
     )
     stepped = world.prompter.config.account == "stepped"
-    told = np.empty(0)
     with policy.trunk.unpacked():
         for number in track(range(count - 1)):
-            day, in_window = days[number], number % _WINDOW
-            if stepped and not in_window:
+            day, place = days[number], number % _WINDOW
+            if place == 0:
                 window = days[number : min(number + _WINDOW, count - 1)]
-                told = _told(policy, world, window, accounts, choose_actions, number)
+                read = policy.read(world.prompter.prefix(day) for day in window)
+                if stepped:
+                    told = _told(policy, world, window, read, accounts, choose_actions, number)
             if stepped:
-                probabilities = told[in_window, _codes(world, accounts, day)]
+                probabilities = told[place, _codes(world, accounts, day)]
             else:
-                probabilities = _asked(policy, world, accounts, day)
+                probabilities = _asked(policy, world, read, accounts, day)
             action = choose_actions(probabilities, number)
             simulator.step(world.bars, world.simulator, accounts, day, action)
             lived.probabilities[:, number] = probabilities
@@ -83,16 +86,17 @@ def run_episodes(
     return lived
 
 
-def _asked(policy: Policy, world: World, accounts: Accounts, day: int) -> np.ndarray:
+def _asked(policy: Policy, world: World, read: Days, accounts: Accounts, day: int) -> np.ndarray:
     """The policy's answers to `accounts` at the close of `day`, [B, A]."""
     prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
-    return policy.evaluate(prompts, policy.running.current()).probabilities[row]
+    return policy.evaluate(prompts, policy.running.current(), read).probabilities[row]
 
 
 def _told(
     policy: Policy,
     world: World,
     days: range,
+    read: Days,
     accounts: Accounts,
     choose_actions: Chooser,
     first: int,
@@ -103,7 +107,6 @@ def _told(
     They are found as a rollout's are (learn/speculation.py): live through guesses, evaluate at once
     what was met, until nothing new is met. `accounts` stay where they are.
     """
-    read = policy.read(world.prompter.prefix(day) for day in days)
     statistics = policy.running.current()
     row_of = np.full((len(days), CODES), -1)
     new = reference_codes(world, list(days))

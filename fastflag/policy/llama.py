@@ -185,10 +185,10 @@ def piece_pass(
     rotary = rotary_tables(block.frequencies, positions, block.dtype)
     query, key, value = block.queries_keys_values(block.norm(x), rotary)
     attended = []
-    for depth, (level, shared) in enumerate(zip(levels, prefixes, strict=True)):
+    queries = query.split([level.path.shape[1] for level in levels])
+    for depth, (level, mine, shared) in enumerate(zip(levels, queries, prefixes, strict=True)):
         keys, values = (torch.cat([side[at] for at in level.path], 2) for side in (key, value))
         above = torch.full_like(level.layout.last, depth * size)
-        mine = query[level.path[-1]]
         attended.append(ops.prefix_attention(mine, keys, values, above, shared, level.layout))
     return block.finish(x, torch.cat(attended))
 

@@ -25,12 +25,16 @@ class FrozenLinear(nn.Module):
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
         """Inside, the matrix lies ready in `dtype`; else each forward makes it anew. No gradient
         comes through it there."""
-        before = self._ready
-        self._ready = before or ops.frozen_linear(self.matrix(dtype), self.bias)
+        matrix = self.weight if self._ready is not None else self.matrix(dtype)
+        # One that is kept as it is multiplied needs nothing, and another layout would be a copy.
+        if matrix is self.weight:
+            yield
+            return
+        self._ready = ops.frozen_linear(matrix, self.bias)
         try:
             yield
         finally:
-            self._ready = before
+            self._ready = None
 
     @property
     def shape(self) -> tuple[int, int]:

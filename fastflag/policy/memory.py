@@ -63,7 +63,7 @@ def parts(
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
         "trunk_cache": min(_cacheable(model, trunk, batch, dtype), kept),
-        "activations": min(_Kept(model, policy, fused).evaluation(batch), budget),
+        "activations": min(_evaluation(model, policy, batch, fused), budget),
     }
 
 
@@ -115,14 +115,25 @@ def prefix_bytes(
     model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, fused: bool
 ) -> int:
     """What autograd keeps of the top layers' pass over `rows` prefixes of `tokens`."""
-    return _Kept(model, policy, fused).passed(rows, tokens, 0)
+    return _Kept(model, policy, fused).passed(rows, round_up(tokens, ROW_MULTIPLE), 0)
 
 
 def suffix_bytes(
     model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, prefix: int, fused: bool
 ) -> int:
     """What it keeps of `rows` suffixes of `tokens`, after prefixes of `prefix` tokens."""
+    rows, tokens, prefix = (round_up(size, ROW_MULTIPLE) for size in (rows, tokens, prefix))
     return _Kept(model, policy, fused).passed(rows, tokens, prefix)
+
+
+def _evaluation(model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, fused: bool) -> int:
+    """Rows and tokens come in eights (`ROW_MULTIPLE`)."""
+    prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
+    prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
+    of_prefixes = prefix_bytes(model, policy, batch.days, prefix, fused)
+    of_suffixes = suffix_bytes(model, policy, prompts, suffix, prefix, fused)
+    read_out = _Kept(model, policy, fused).read_out(round_up(prompts, ROW_MULTIPLE), reference)
+    return of_prefixes + of_suffixes + read_out
 
 
 @dataclass(frozen=True)
@@ -132,16 +143,6 @@ class _Kept:
     model: ModelConfig
     policy: PolicyConfig
     fused: bool
-
-    def evaluation(self, batch: PlanConfig) -> int:
-        prompts, prefix, suffix = (
-            round_up(number, ROW_MULTIPLE)
-            for number in (batch.days * batch.texts, batch.prefix_tokens, batch.suffix_tokens)
-        )
-        of_prefixes = self.passed(batch.days, prefix, 0)
-        of_suffixes = self.passed(prompts, suffix, prefix)
-        reference = batch.days * min(batch.texts, SIDES)
-        return of_prefixes + of_suffixes + self._read_out(prompts, reference)
 
     def passed(self, rows: int, tokens: int, prefix: int) -> int:
         """Of `rows` texts through the top layers, suffixes after `prefix` tokens or, after none,
@@ -212,7 +213,7 @@ class _Kept:
         mask = rows * queries * keys if masked else 0
         return (copies * asked * head + shared + mask) * self._dtype + asked * _FP32
 
-    def _read_out(self, prompts: int, reference: int) -> int:
+    def read_out(self, prompts: int, reference: int) -> int:
         """The final norm; then in fp32, of all rows and of the reference (one a day and side) what
         they are from their means, all rows centred, an MLP's numbers, the log-probabilities."""
         inner = MLP_WIDTH if self.policy.head == "mlp" else 0

@@ -167,7 +167,7 @@ def _nf4_linear(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tens
         return functional.linear(x, weight)
 
 
-def frozen_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _frozen_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """x -> x W^T + b for one x after another, without gradient. weight [O, I], bias [O] or None.
 
     On a CPU in fp32 the matrix is laid out for oneDNN once, as torch.compile does it for frozen
@@ -189,6 +189,9 @@ rotate = Op("rotate", rope.rotate_reference, rope.rotate_)
 action_terms = Op("action_terms", action_head.action_terms_reference, action_head.action_terms)
 swiglu = Op("swiglu", swiglu_file.swiglu_reference, swiglu_file.swiglu)
 causal_attention = Op("causal_attention", attention.causal, by="torch scaled_dot_product_attention")
+frozen_linear = Op(
+    "frozen_linear", _frozen_linear, by="torch's linear; fp32 on a CPU laid out for oneDNN"
+)
 prefix_attention = Op(
     "prefix_attention",
     _prefix_attention,
@@ -198,6 +201,7 @@ prefix_attention = Op(
 
 OPS = (
     nf4_dequantise,
+    frozen_linear,
     nf4_linear,
     lora_linear,
     rms_norm,

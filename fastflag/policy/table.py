@@ -155,23 +155,36 @@ class Policy(nn.Module):
 
     def read(self, prefixes: Iterable[np.ndarray]) -> Days:
         """The top layers' pass over prefixes, which `evaluate` then goes on from, prompts by
-        prompts; with gradient where enabled."""
+        prompts; with gradient where enabled. Those of one padded length go together, as texts do
+        (`_features`)."""
         tokens = {digest_of(prefix): prefix for prefix in prefixes}
-        hidden = self.trunk.prefix_states(tokens)
-        longest, fused = max(map(len, hidden)), self.device.type == "cuda"
-
-        def some(part: slice) -> list[Prefixes]:
-            lengths = [*map(len, hidden[part])]
-            return prefix_pass(self.top, _padded(hidden[part]), lengths, keys_values_only=True)[1]
-
-        def cost(rows: int) -> int:
-            return memory.prefix_bytes(self.model, self.config, rows, longest, fused)
-
+        states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
+        by_size: dict[int, list[bytes]] = {}
+        for digest, state in states.items():
+            by_size.setdefault(round_up(len(state), ROW_MULTIPLE), []).append(digest)
         if torch.is_grad_enabled():
             self.activations.restart()
-        parts = self.activations.run(some, len(hidden), cost)
+        parts = [
+            part
+            for size, alike in by_size.items()
+            for part in self._read_alike([states[digest] for digest in alike], size)
+        ]
         layers = [Prefixes.joined(layer) for layer in zip(*parts, strict=True)]
-        return Days({digest: place for place, digest in enumerate(tokens)}, layers)
+        order = [digest for alike in by_size.values() for digest in alike]
+        return Days({digest: place for place, digest in enumerate(order)}, layers)
+
+    def _read_alike(self, states: list[Tensor], size: int) -> list[list[Prefixes]]:
+        """Of prefixes of one padded length: parts of them, each one `Prefixes` a layer."""
+
+        def some(part: slice) -> list[Prefixes]:
+            lengths = [*map(len, states[part])]
+            return prefix_pass(self.top, _padded(states[part]), lengths, keys_values_only=True)[1]
+
+        def cost(rows: int) -> int:
+            fused = self.device.type == "cuda"
+            return memory.prefix_bytes(self.model, self.config, rows, size, fused)
+
+        return self.activations.run(some, len(states), cost)
 
     def evaluate(
         self, prompts: PromptSet, statistics: Statistics | None = None, days: Days | None = None
@@ -221,9 +234,7 @@ class Policy(nn.Module):
         """The untrained policy's log-probabilities, [U, A].
 
         With an action head they are uniform over the allowed actions, because its last layer
-        starts at zero; with the language-model head they are the model's own. Those are not kept
-        by content: a row's last bits depend on what it was evaluated with, and a resumed run would
-        evaluate it with other prompts.
+        starts at zero; with the language-model head they are the model's own.
         """
         allowed = torch.from_numpy(prompts.allowed).to(self.device)
         if self.action_head is not None:

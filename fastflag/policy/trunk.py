@@ -46,8 +46,8 @@ _DAYS = 64
 # Prompts of one pass, of 2 to 4 pieces: 256 of 14 tokens over prefixes of 150 keep the attention's
 # keys and values near 100 MB a layer on SmolLM2-135M.
 _PROMPTS = 256
-# Prefixes of one pass: as many tokens as 256 suffixes of 16 have, or fewer.
-_PREFIXES = 16
+# Tokens of one pass over prefixes: as many as 256 suffixes of 16 have.
+_TOKENS = 4096
 _PIECE = ROW_MULTIPLE
 
 
@@ -56,7 +56,7 @@ class _Day:
     """A prefix that goes through the layers, or has gone."""
 
     tokens: np.ndarray
-    layers: list[KeysValues]  # of each layer passed
+    layers: list[KeysValues] | None  # of each layer passed; None where it is yet to go through
     hidden: Tensor | None = None  # [P, C] after the last, where it has gone through now
 
 
@@ -123,7 +123,7 @@ class Trunk:
         states = {digest: self.cache.get(b"hidden" + digest) for digest in prefixes}
         missing = [digest for digest, kept in states.items() if kept is None]
         for some in _chunks(missing, _DAYS):
-            days = [_Day(prefixes[digest], []) for digest in some]
+            days = [_Day(prefixes[digest], None) for digest in some]
             self._run(days, [])
             for digest, day in zip(some, days, strict=True):
                 states[digest] = self._keep(day)
@@ -159,8 +159,8 @@ class Trunk:
 
     def _day(self, tokens: np.ndarray) -> _Day:
         """A day with its keys and values, where they are kept."""
-        kept = self.cache.get(b"keys_values" + digest_of(tokens)) or ()
-        return _Day(tokens, [*zip(kept[0::2], kept[1::2], strict=True)])
+        kept = self.cache.get(b"keys_values" + digest_of(tokens))
+        return _Day(tokens, None if kept is None else [*zip(kept[0::2], kept[1::2], strict=True)])
 
     def _keep(self, day: _Day) -> tuple[Tensor]:
         """Puts what became of a day's prefix into the cache; returns its states, ([P, C],)."""
@@ -169,14 +169,19 @@ class Trunk:
         self.cache.put(b"keys_values" + digest, *(side for layer in day.layers for side in layer))
         return states
 
-    def _prefixes(self, days: list[_Day]) -> list[_PrefixWork]:
+    def _unread(self, days: list[_Day]) -> list[_PrefixWork]:
         """The days of `days` that are yet to go through, in parts of one padded length: each by
         itself, products of 110 tokens took a third longer (2 cores, AVX2)."""
         by_size: dict[int, list[_Day]] = {}
         for day in days:
-            if not day.layers:
+            if day.layers is None:
+                day.layers = []
                 by_size.setdefault(round_up(len(day.tokens), ROW_MULTIPLE), []).append(day)
-        parts = (some for alike in by_size.values() for some in _chunks(alike, _PREFIXES))
+        parts = (
+            some
+            for size, alike in by_size.items()
+            for some in _chunks(alike, max(_TOKENS // size, 1))
+        )
         return [_PrefixWork(some, self._embed([day.tokens for day in some])) for some in parts]
 
     def _texts(self, prompts: PromptSet, rows: list[int], days: dict[int, _Day]) -> _TextWork:
@@ -203,7 +208,7 @@ class Trunk:
     def _run(self, days: list[_Day], texts: list[_TextWork]) -> None:
         """Layer by layer over all days, so that each matrix is unpacked from NF4 once: day by day,
         unpacking took as long as the arithmetic."""
-        unread = self._prefixes(days)
+        unread = self._unread(days)
         for number, block in enumerate(self.blocks):
             with self._ready(block):
                 for some in unread:
