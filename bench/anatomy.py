@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.results import Row
 from fastflag.policy.arithmetic import measured
+from fastflag.policy.ops import HAS_LAID_OUT
 
 _KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"),
@@ -38,7 +39,7 @@ def update_rows(
     if torch.cuda.is_available():
         return []
     device = torch.device("cpu")
-    laid_out = {torch.ops.mkldnn._linear_pointwise: _laid_out_operations}
+    laid_out = {torch.ops.mkldnn._linear_pointwise: _laid_out_operations} if HAS_LAID_OUT else {}
     with FlopCounterMode(display=False, custom_mapping=laid_out) as counter:
         work()
     operations = counter.get_total_flops()

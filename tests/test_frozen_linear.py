@@ -24,7 +24,7 @@ def random(*shape, seed):
 def test_it_is_the_product(stored, biased, laid_out, monkeypatch):
     """Against the product in fp64, in the shapes that come: also where PyTorch has no layout."""
     if not laid_out:
-        monkeypatch.setattr(ops, "_HAS_LAID_OUT", False)
+        monkeypatch.setattr(ops, "HAS_LAID_OUT", False)
     matrix, bias = random(96, 64, seed=0), random(96, seed=1) if biased else None
     weight = NF4Weight.quantise(matrix) if stored == "nf4" else matrix
     layer = FrozenLinear(weight, bias)
@@ -37,7 +37,7 @@ def test_it_is_the_product(stored, biased, laid_out, monkeypatch):
     assert layer._ready is None
 
 
-@pytest.mark.skipif(not ops._HAS_LAID_OUT, reason="this PyTorch has no layout")
+@pytest.mark.skipif(not ops.HAS_LAID_OUT, reason="this PyTorch has no layout")
 def test_its_operations_are_counted():
     weight, x = random(48, 32, seed=0), random(2, 8, 32, seed=1)
     multiply = ops.frozen_linear(weight, None)

@@ -58,8 +58,8 @@ def keep_freed_memory() -> None:
     """Lets glibc's allocator keep what is freed for what comes next; nothing under another libc.
 
     It would give activations of some megabytes back to the system each time, whose pages are then
-    faulted in and zeroed anew: a fifth of a pass through the frozen layers (2 cores, AVX2). Before
-    2.35 blocks above 32 MB are always given back.
+    faulted in and zeroed anew: a tenth of account texts' pass through the frozen layers (2 cores,
+    AVX2). Before 2.35 blocks above 32 MB are always given back.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -292,8 +292,8 @@ class Policy(nn.Module):
         others are masked, has other last bits.
         """
         longest = int(self._check_lengths(prompts)[0].max())
-        places = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
-        of_row = places[prompts.pairs[:, 0]]
+        of_day = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
+        of_row = of_day[prompts.pairs[:, 0]]
         states = self.trunk.suffix_states(prompts)
         size = np.array([round_up(len(state), ROW_MULTIPLE) for state in states])
         fused = self._fused_suffixes()
