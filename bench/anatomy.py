@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.results import Row
 from fastflag.policy.arithmetic import measured
-from fastflag.policy.ops import HAS_LAID_OUT
+from fastflag.policy.products import HAS_ONEDNN
 
 _KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"),
@@ -39,7 +39,7 @@ def update_rows(
     if torch.cuda.is_available():
         return []
     device = torch.device("cpu")
-    laid_out = {torch.ops.mkldnn._linear_pointwise: _laid_out_operations} if HAS_LAID_OUT else {}
+    laid_out = {torch.ops.mkldnn._linear_pointwise: _product_operations} if HAS_ONEDNN else {}
     with FlopCounterMode(display=False, custom_mapping=laid_out) as counter:
         work()
     operations = counter.get_total_flops()
@@ -71,8 +71,8 @@ def update_rows(
     ]
 
 
-def _laid_out_operations(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    """Of a product with a frozen matrix (policy/ops.py), which PyTorch does not count."""
+def _product_operations(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """Of a product by oneDNN (policy/products.py), which PyTorch does not count."""
     return 2 * math.prod(x) * weight[0]
 
 

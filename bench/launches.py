@@ -68,9 +68,13 @@ def layer(dtype: torch.dtype = torch.bfloat16) -> Block:
     generator = torch.Generator().manual_seed(0)
 
     def adapted(weight: Tensor, bias: Tensor | None) -> LoRALinear:
-        return LoRALinear(FrozenLinear(weight, bias), 16, 32.0, generator)
+        return LoRALinear(FrozenLinear(weight, bias, dtype), 16, 32.0, generator)
 
-    return Block(Weights(), 0, dtype, torch.device("cpu"), adapted)
+    block = Block(Weights(), 0, dtype, torch.device("cpu"), adapted)
+    # A CPU's activations are fp32, a GPU's are not.
+    block.dtype = dtype
+    block.input_norm, block.mlp_norm = (n.to(dtype) for n in (block.input_norm, block.mlp_norm))
+    return block
 
 
 def launches(block: Block, launched: list) -> tuple[int, int]:

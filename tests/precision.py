@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fastflag.policy import attention
-from fastflag.policy.ops import OPS, prefix_attention
+from fastflag.policy import attention, llama, products
+from fastflag.policy.ops import OPS, frozen_linear, prefix_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -40,9 +41,20 @@ def poisoned() -> Iterator[None]:
 
 
 def attend_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on PyTorch's attention on shared prefixes is that of a GPU."""
-    monkeypatch.setattr(prefix_attention, "_torchs", attention.padded)
-    monkeypatch.setattr(prefix_attention, "_chosen", {})
+    """From now on PyTorch's operators are those of a GPU, and activations are in the dtype of the
+    configuration."""
+
+    def linear(x, weight, bias, dtype):
+        return functional.linear(x, weight.to(x.dtype), bias)
+
+    def multiply(weight, bias, dtype):
+        return lambda x: functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(llama, "activations_dtype", lambda device, dtype: dtype)
+    monkeypatch.setattr(products, "product", linear)
+    for op, form in ((prefix_attention, attention.padded), (frozen_linear, multiply)):
+        monkeypatch.setattr(op, "_torchs", form)
+        monkeypatch.setattr(op, "_chosen", {})
 
 
 def take_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What dtype auto is: measured once, when a run begins, and the run's own from then on."""
 
 import json
+from itertools import repeat
 
 import pytest
 import torch
@@ -10,11 +11,23 @@ from small import small_config, small_market, write_csv
 from fastflag import cli
 from fastflag.config import PolicyConfig, to_dict
 from fastflag.policy import arithmetic
-from fastflag.policy.arithmetic import Speeds, measured, resolved
+from fastflag.policy.arithmetic import DTYPES, Speeds, measured, resolved
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import open_weights
 
 CPU = torch.device("cpu")
+
+
+def clock(monkeypatch, times):
+    """Makes the measured products of a dtype take `times` of it, one after another."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+
+    class Timed:
+        def frozen_linear(self, weight, bias, dtype):
+            return lambda x: float(next(times[names[dtype]]))
+
+    monkeypatch.setattr(arithmetic, "ops", Timed())
+    monkeypatch.setattr(arithmetic, "_seconds", lambda device, work: work())
 
 
 @pytest.fixture
@@ -22,10 +35,7 @@ def fast_in(monkeypatch):
     """Makes products of one dtype faster, by a clock of the test's own."""
 
     def make(name: str) -> None:
-        fast = arithmetic.DTYPES[name]
-        monkeypatch.setattr(
-            arithmetic, "_seconds", lambda _, x, weight: 1.0 if x.dtype == fast else 2.0
-        )
+        clock(monkeypatch, {dtype: repeat(1.0 if dtype == name else 2.0) for dtype in DTYPES})
 
     return make
 
@@ -48,8 +58,7 @@ def test_a_named_dtype_is_not_measured(tiny_model, monkeypatch):
 
 def test_the_least_of_several_rounds_counts(monkeypatch):
     """A slow moment of the machine must not decide: each dtype has one here."""
-    times = {torch.bfloat16: iter([9, 2, 50, 2, 2]), torch.float32: iter([70, 3, 3, 80, 3])}
-    monkeypatch.setattr(arithmetic, "_seconds", lambda _, x, weight: float(next(times[x.dtype])))
+    clock(monkeypatch, {"bf16": iter([9, 2, 50, 2, 2]), "fp32": iter([70, 3, 3, 80, 3])})
     speeds = measured(CPU, 576, 1536)
     assert speeds == Speeds((256, 576, 1536), {"bf16": 2.0, "fp32": 3.0})
     assert speeds.best == "bf16"
@@ -57,9 +66,9 @@ def test_the_least_of_several_rounds_counts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("bf16", "fp32", "best"), [(1.2, 1.0, "bf16"), (1.3, 1.0, "fp32"), (0.5, 1.0, "bf16")]
+    ("bf16", "fp32", "best"), [(1.0, 1.2, "fp32"), (1.0, 1.3, "bf16"), (1.0, 0.5, "fp32")]
 )
-def test_fp32_is_taken_where_it_is_clearly_faster(bf16, fp32, best):
+def test_bf16_is_taken_where_it_is_clearly_faster(bf16, fp32, best):
     assert Speeds((1, 1, 1), {"bf16": bf16, "fp32": fp32}).best == best
 
 

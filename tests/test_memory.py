@@ -110,6 +110,7 @@ def kept_by_autograd(policy: Policy, prompts) -> int:
 def test_weights_gradients_and_moments(weights, adapted, head):
     config = replace(EXACT, top_layers=3, head=head, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
+    config = replace(config, device="cuda")
     planned = memory.parts(weights.config, config, "adamw", BATCH)
     held = {name: bytes_of(tensors) for name, tensors in held_by(policy).items()}
     assert held == {name: planned[name] for name in held}
@@ -145,8 +146,17 @@ def test_the_trunk_cache(weights, adapted, top_layers):
     config = replace(EXACT, top_layers=top_layers, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
     policy.evaluate(prompts_of(BATCH))
+    config = replace(config, device="cuda")
     planned = memory.parts(weights.config, config, "adamw", BATCH)["trunk_cache"]
     assert policy.trunk.cache.used_bytes == planned
+
+
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_a_cpus_activations_are_fp32_in_either_dtype(weights, adapted):
+    both = (replace(EXACT, **{**adapted, "dtype": dtype}) for dtype in ("bf16", "fp32"))
+    rough, exact = (memory.parts(weights.config, config, "adamw", BATCH, False) for config in both)
+    assert rough["activations"] == exact["activations"]
+    assert rough["trunk_cache"] == exact["trunk_cache"]
 
 
 @pytest.mark.parametrize("megabytes", [0, 1])
@@ -166,6 +176,7 @@ def test_the_trunk_cache_keeps_to_its_budget(weights, megabytes):
 def test_activations(weights, adapted, head, top_layers):
     config = replace(EXACT, top_layers=top_layers, head=head, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
+    config = replace(config, device="cuda")
     planned = memory.parts(weights.config, config, "adamw", BATCH)["activations"]
     # Of some hundreds of kilobytes, what is not planned is places of rows and masks of actions.
     assert planned == pytest.approx(kept_by_autograd(policy, prompts_of(BATCH)), rel=0.005)
@@ -181,6 +192,7 @@ def test_a_real_model(smollm, all_threads):
     weights = open_weights(smollm)
     policy = Policy(weights, config, (7, 11, 13), 0)
     batch = PlanConfig(days=2, texts=5)
+    config = replace(config, device="cuda")
     planned = memory.parts(weights.config, config, "adamw", batch)
     held = {name: bytes_of(tensors) for name, tensors in held_by(policy).items()}
     assert held == {name: planned[name] for name in held}

@@ -28,36 +28,53 @@ def by_prefix(
     prefixes: Prefixes,
     layout: SuffixLayout,
 ) -> Tensor:
-    """All queries of a prefix in one product with its keys, of which no copy is made. Scores and
-    softmax in fp32, probabilities rounded to the values' dtype, as flash attention's. What else
-    follows a prefix changes no bit of a suffix."""
-    groups, queries = own_key.shape[1], query.shape[2]
-    hidden = ~_visible(first, queries, own_key.shape[2])
-    query = query.unflatten(1, (groups, -1)).flatten(2, 3).float() * query.shape[-1] ** -0.5
-    own = (query @ own_key.float().transpose(-1, -2)).unflatten(2, (-1, queries))
-    own = own.masked_fill(hidden[:, None, None], -torch.inf).flatten(2, 3)  # [U, G, HQ / G, S]
+    """By products of tiles, each of some suffixes of one prefix. Scores and softmax in fp32,
+    probabilities rounded to the values' dtype, as flash attention's. All products of a padded
+    prefix length are of one shape, so what else is there changes no bit of a suffix."""
+    hidden = ~_visible(first, query.shape[2], own_key.shape[2])
     attended = []
-    split = (tensor.split(list(layout.counts)) for tensor in (query, own, own_value))
-    for (key, value), some, scores, values in zip(prefixes.days, *split, strict=True):
-        shared = _by_group(some) @ key.float().transpose(-1, -2)
-        scores = torch.cat((_by_suffix(shared, some.shape), scores), dim=-1)
-        weights = scores.softmax(-1).to(value.dtype)
-        shared, alone = weights.split((key.shape[1], values.shape[2]), dim=-1)
-        attended.append(_by_suffix(_by_group(shared) @ value, some.shape) + alone @ values)
-    return torch.cat(attended).unflatten(2, (-1, queries)).flatten(1, 2)
+    for tiles in layout.tiles:
+        some = [side.index_select(0, tiles.rows) for side in (query, own_key, own_value, hidden)]
+        key, value = prefixes.of_size(tiles.days, tiles.size)
+        shared = key.index_select(0, tiles.day), value.index_select(0, tiles.day)
+        attended.append(_tiled(*some, *shared, tiles.beyond))
+    return torch.cat(attended).index_select(0, layout.untiled)
 
 
-def _by_group(x: Tensor) -> Tensor:
-    """[n, G, R, X] -> [G, n R, X], with rows of zeros up to 4: in a batch of products, those of
-    fewer rows alone are computed in another order (measured, CPU fp32, 1 and 2 threads)."""
-    x = x.transpose(0, 1).flatten(1, 2)
-    return functional.pad(x, (0, 0, 0, max(4 - x.shape[1], 0)))
-
-
-def _by_suffix(x: Tensor, shape: torch.Size) -> Tensor:
-    """[G, n R or more, X] -> [n, G, R, X], n and R as in `shape` [n, G, R, _]"""
-    count, _, rows, _ = shape
-    return x[:, : count * rows].unflatten(1, (count, rows)).transpose(0, 1)
+def _tiled(
+    query: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    hidden: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beyond: Tensor,
+) -> Tensor:
+    """Of B tiles of n suffixes: query [B n, H, Q, E], own_key and own_value [B n, G, S, E], hidden
+    [B n, Q, S] where a suffix's own keys are not seen; key and value [B, G, P, E] of the prefixes,
+    beyond [B, P] where these have ended. -> [B n, H, Q, E]"""
+    tiles, groups = key.shape[:2]
+    each = query.unflatten(0, (tiles, -1)).unflatten(2, (groups, -1)).transpose(1, 2)
+    shape = each.shape  # [B, G, n, H / G, Q, E]
+    each = each.flatten(3, 4).float() * query.shape[-1] ** -0.5
+    own_key, own_value = (
+        side.unflatten(0, (tiles, -1)).transpose(1, 2) for side in (own_key, own_value)
+    )
+    shared = each.flatten(2, 3) @ key.float().transpose(-1, -2)
+    own = each @ own_key.float().transpose(-1, -2)
+    scores = torch.cat((shared.view(*shape[:-1], -1), own.view(*shape[:-1], -1)), dim=-1)
+    masked = torch.cat(
+        (
+            beyond[:, None, None].expand(-1, shape[2], shape[4], -1),
+            hidden.unflatten(0, (tiles, -1)),
+        ),
+        dim=-1,
+    )
+    scores = scores.masked_fill(masked[:, None, :, None], -torch.inf)
+    weights = scores.softmax(-1).to(value.dtype)
+    shared, own = weights.split((key.shape[2], own_key.shape[3]), dim=-1)
+    attended = (shared.flatten(2, 4) @ value).view(*each.shape) + own.flatten(3, 4) @ own_value
+    return attended.view(shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def padded(

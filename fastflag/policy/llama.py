@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflag.policy import ops
+from fastflag.policy.arithmetic import activations_dtype
 from fastflag.policy.shared_prefix import Level, Prefixes, SuffixLayout
 from fastflag.policy.weights import Weights
 
@@ -54,7 +55,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.config = weights.config
-        self.dtype = dtype  # of products and attention
+        self.dtype = activations_dtype(device, dtype)
         self.frequencies = torch.from_numpy(self.config.rotary_frequencies()).to(
             device, torch.float32
         )
@@ -66,7 +67,7 @@ class Block(nn.Module):
 
         def norm(name: str) -> Tensor | None:
             weight = optional(f"{name}.weight")
-            return None if weight is None else weight.to(device)
+            return None if weight is None else weight.to(device, self.dtype)
 
         self.input_norm = norm("input_layernorm")
         self.mlp_norm = norm("post_attention_layernorm")

@@ -6,31 +6,32 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastflag.policy import ops
 from fastflag.policy.quant import NF4Weight
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T + b with W kept as a tensor or in NF4; neither is trained. [..., I] -> [..., O]"""
+    """y = x W^T + b with W kept as a tensor or in NF4; neither is trained. [..., I] -> [..., O]
 
-    def __init__(self, weight: Tensor | NF4Weight, bias: Tensor | None):
+    `dtype` is that of the product's factors. x is fp32 on a CPU, of that dtype elsewhere.
+    """
+
+    def __init__(self, weight: Tensor | NF4Weight, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self.dtype = dtype
         self._ready: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
-    def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, the matrix lies ready in `dtype`; else each forward makes it anew. No gradient
-        comes through it there."""
-        matrix = self.weight if self._ready is not None else self.matrix(dtype)
-        # One that is kept as it is multiplied needs nothing, and another layout would be a copy.
-        if matrix is self.weight:
+    def unpacked(self) -> Iterator[None]:
+        """Inside, the matrix lies ready; else each forward makes it anew. No gradient comes
+        through it there."""
+        if self._ready is not None:
             yield
             return
-        self._ready = ops.frozen_linear(matrix, self.bias)
+        self._ready = ops.frozen_linear(self.matrix(self.dtype), self.bias, self.dtype)
         try:
             yield
         finally:
@@ -50,27 +51,27 @@ class FrozenLinear(nn.Module):
             return self._ready(x)
         stored = self.weight
         if isinstance(stored, NF4Weight):
-            y = ops.nf4_linear(x, stored.packed, stored.absmax, stored.shape[0])
+            y = ops.nf4_linear(x, stored.packed, stored.absmax, stored.shape[0], self.dtype)
             return y if self.bias is None else y + self.bias
-        return functional.linear(x, stored.to(x.dtype), self.bias)
+        return ops.linear(x, stored, self.bias, self.dtype)
 
     def adapted(self, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """forward(x) + scale (x a^T) b^T, with a [R, I] and b [O, R]."""
         stored = self.weight
         if isinstance(stored, NF4Weight):
-            y = ops.lora_linear(x, stored.packed, stored.absmax, a, b, scale)
+            y = ops.lora_linear(x, stored.packed, stored.absmax, a, b, scale, self.dtype)
         else:
-            y = ops.lora_linear(x, stored.to(x.dtype), None, a, b, scale)
+            y = ops.lora_linear(x, stored.to(self.dtype), None, a, b, scale, self.dtype)
         return y if self.bias is None else y + self.bias
 
 
 @contextmanager
-def unpacked(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, every frozen matrix of `layer` lies ready in `dtype`."""
+def unpacked(layer: nn.Module) -> Iterator[None]:
+    """Inside, every frozen matrix of `layer` lies ready."""
     with ExitStack() as stack:
         for module in layer.modules():
             if isinstance(module, FrozenLinear):
-                stack.enter_context(module.unpacked(dtype))
+                stack.enter_context(module.unpacked())
         yield
 
 
@@ -83,16 +84,16 @@ def matrix_numbers(layer: nn.Module) -> int:
 
 class TrainedLinear(nn.Module):
     """y = x W^T + b with W (and b) trained. The master copy is fp32: bf16 would lose updates below
-    1/256 of a weight. [..., I] -> [..., O]"""
+    1/256 of a weight. [..., I] -> [..., O], `dtype` as FrozenLinear's."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
+        self.dtype = dtype
         self.weight = nn.Parameter(weight.float())
         self.bias = None if bias is None else nn.Parameter(bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.weight.to(x.dtype), bias)
+        return ops.linear(x, self.weight, self.bias, self.dtype)
 
 
 class LoRALinear(nn.Module):

@@ -12,7 +12,7 @@ from fastflag.policy.bnb import BLOCKSIZE
 from fastflag.policy.heads import ACTIONS, MLP_WIDTH, SIDES
 from fastflag.policy.llama import LINEARS
 from fastflag.policy.model_config import ModelConfig
-from fastflag.policy.shared_prefix import ROW_MULTIPLE, round_up
+from fastflag.policy.shared_prefix import ROW_MULTIPLE, TOKEN_MULTIPLE, round_up
 from fastflag.policy.weights import layer_shapes
 
 _FP32 = 4
@@ -35,6 +35,7 @@ def parts(
     shared keys in flash attention alone, which takes no mask.
     """
     dtype, trunk = _BYTES[policy.dtype], model.layers - policy.top_layers
+    between = _between(policy)
     shapes = layer_shapes(model)
     matrices = [math.prod(shape) for shape in shapes.values() if len(shape) == 2]
     norms = sum(shape[0] for name, shape in shapes.items() if name.endswith("norm.weight"))
@@ -54,17 +55,22 @@ def parts(
     kept, budget = policy.trunk_cache_mb * 2**20, policy.memory_budget * 2**20 or math.inf
     frozen = _stored(matrices, policy.trunk_weights) + biases * dtype
     return {
-        "trunk": trunk * (frozen + norms * dtype + rotary),
+        "trunk": trunk * (frozen + norms * between + rotary),
         "embedding": model.width * (model.vocabulary * dtype + _FP32),  # and the final norm
-        "top_frozen": policy.top_layers * (base + norms * dtype + rotary),
+        "top_frozen": policy.top_layers * (base + norms * between + rotary),
         "trained": _FP32 * sum(layers),
         "heads": _FP32 * sum(heads) + beside,
         "initial": initial,
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
-        "trunk_cache": min(_cacheable(model, trunk, batch, dtype), kept),
+        "trunk_cache": min(_cacheable(model, trunk, batch, between), kept),
         "activations": min(_evaluation(model, policy, batch, fused), budget),
     }
+
+
+def _between(policy: PolicyConfig) -> int:
+    """Bytes of an activation between products: a CPU's is fp32 (policy/products.py)."""
+    return _FP32 if policy.device == "cpu" else _BYTES[policy.dtype]
 
 
 def _stored(matrices: list[int], weights: str) -> int:
@@ -115,19 +121,20 @@ def prefix_bytes(
     model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, fused: bool
 ) -> int:
     """What autograd keeps of the top layers' pass over `rows` prefixes of `tokens`."""
-    return _Kept(model, policy, fused).passed(rows, round_up(tokens, ROW_MULTIPLE), 0)
+    return _Kept(model, policy, fused).passed(rows, round_up(tokens, TOKEN_MULTIPLE), 0)
 
 
 def suffix_bytes(
     model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, prefix: int, fused: bool
 ) -> int:
     """What it keeps of `rows` suffixes of `tokens`, after prefixes of `prefix` tokens."""
-    rows, tokens, prefix = (round_up(size, ROW_MULTIPLE) for size in (rows, tokens, prefix))
+    tokens, prefix = (round_up(size, TOKEN_MULTIPLE) for size in (tokens, prefix))
+    rows = round_up(rows, ROW_MULTIPLE)
     return _Kept(model, policy, fused).passed(rows, tokens, prefix)
 
 
 def _evaluation(model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, fused: bool) -> int:
-    """Rows and tokens come in eights (`ROW_MULTIPLE`)."""
+    """Padded, as rows and tokens are (policy/shared_prefix.py)."""
     prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
     prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
     of_prefixes = prefix_bytes(model, policy, batch.days, prefix, fused)
@@ -158,7 +165,7 @@ class _Kept:
 
     @property
     def _dtype(self) -> int:
-        return _BYTES[self.policy.dtype]
+        return _between(self.policy)
 
     def _layer(self, rows: int, tokens: int, queries: int, prefix: int, through: bool) -> int:
         """A layer over `rows` texts of `tokens`, which attend to `prefix` tokens before them;
@@ -186,10 +193,10 @@ class _Kept:
 
     def _linears(self, tokens: int, names: tuple[str, ...], through: bool) -> int:
         """What linear layers keep besides their input: the matrices as they were multiplied, where
-        a gradient goes through, and LoRA's products with A and scaled B. fp32 matrices are
-        multiplied as they lie."""
+        a gradient goes through, and LoRA's products with A and scaled B. fp32 matrices, and all on
+        a CPU, are multiplied as they lie."""
         shapes = layer_shapes(self.model)
-        cast = through and self.policy.dtype != "fp32"
+        cast = through and self.policy.dtype != "fp32" and self.policy.device != "cpu"
         numbers = 0
         for outputs, inputs in (shapes[f"{LINEARS[name]}.weight"] for name in names):
             if self.policy.adaptation == "full":

@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-# Tokens and rows come in eights: a row of a product of 8, 16, 24.. rows has the same bits in every
-# batch (measured, CPU fp32 and bf16); of fewer, or of other numbers on two threads, it does not.
-ROW_MULTIPLE = 8
+# Texts' tokens come in eights: prefixes and account texts of one padded length go together.
+TOKEN_MULTIPLE = 8
+# Rows that the heads read come in sixteens: products of 8 rows are computed in another order, on
+# two threads also those of other numbers (measured, CPU fp32).
+ROW_MULTIPLE = 16
+# Suffixes of a tile. A tile has a copy of its prefix's keys and values and pays for all of its
+# places; days of the demo have 8 or 9 account texts.
+_TILE = 4
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one prefix in one layer, each [G, its tokens, E]."""
@@ -23,8 +29,8 @@ KeysValues = tuple[Tensor, Tensor]
 class Prefixes:
     """What suffixes attend to of D prefixes, in one layer.
 
-    A CPU reads each day's keys and values where they lie, a GPU all days' in one block: made of one
-    form, it makes the other only when asked.
+    A CPU reads the days of one padded length in a block, a GPU all days: made of one form, it makes
+    the other only when asked.
     """
 
     def __init__(self, lengths: Sequence[int]):
@@ -55,6 +61,13 @@ class Prefixes:
         if list(places) == list(range(len(self.lengths))):
             return self
         return Prefixes.of_days([self.days[place] for place in places])
+
+    def of_size(self, days: Sequence[int], size: int) -> KeysValues:
+        """Keys and values of some, [n, G, size, E]."""
+        chosen = self.select(days)
+        if chosen is self and "block" in self.__dict__:
+            return tuple(padded_up(side[:, :, :size], 2, size) for side in self.block)
+        return tuple(padded_up(side, 2, size) for side in chosen.block)
 
     @cached_property
     def days(self) -> Sequence[KeysValues]:
@@ -95,6 +108,44 @@ class SuffixLayout:
             last=suffix_lengths - 1,
             positions=first_positions[:, None] + torch.arange(size, device=device),
         )
+
+    @cached_property
+    def tiles(self) -> list["Tiles"]:
+        """Prefixes of one padded length together, each suffix in one tile."""
+        counts, lengths = np.array(self.counts), self.prefix_lengths.cpu().numpy()
+        sizes = -(-lengths // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        first = np.cumsum(counts) - counts
+        made = []
+        for size in np.unique(sizes):
+            days = np.flatnonzero(sizes == size)
+            tiles = -(-counts[days] // _TILE)
+            day = np.repeat(np.arange(len(days)), tiles)
+            start = _TILE * (np.arange(len(day)) - np.repeat(np.cumsum(tiles) - tiles, tiles))
+            rows = np.minimum(start[:, None] + np.arange(_TILE), counts[days][day, None] - 1)
+            rows += first[days][day, None]
+            beyond = np.arange(size) >= lengths[days][day, None]
+            arrays = (torch.from_numpy(array) for array in (day, rows.ravel(), beyond))
+            made.append(Tiles(int(size), days.tolist(), *(a.to(self.last.device) for a in arrays)))
+        return made
+
+    @cached_property
+    def untiled(self) -> Tensor:
+        """Where each suffix is among the rows of all tiles, [U] int64."""
+        rows = torch.cat([tiles.rows for tiles in self.tiles])
+        place = torch.empty_like(self.last)
+        place[rows.flip(0)] = torch.arange(len(rows), device=rows.device).flip(0)
+        return place
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """B tiles of suffixes, each of 4 of one prefix: the last is repeated where there are fewer."""
+
+    size: int  # P, padded
+    days: list[int]  # the prefixes
+    day: Tensor  # [B] int64, the place of a tile's among them
+    rows: Tensor  # [4 B] int64, the suffixes
+    beyond: Tensor  # [B, P] bool, where the prefix has ended
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -40,6 +40,7 @@ from fastflag.policy.lora import (
 from fastflag.policy.quant import NF4Weight
 from fastflag.policy.shared_prefix import (
     ROW_MULTIPLE,
+    TOKEN_MULTIPLE,
     Prefixes,
     SuffixLayout,
     padded_up,
@@ -107,18 +108,18 @@ class Policy(nn.Module):
         seed: int,
     ):
         super().__init__()
-        self.config = config
+        self.device = device_of(config.device)
+        self.config = config = replace(config, device=self.device.type)
         self.model = weights.config
         layers = self.model.layers
         split = self.model.trunk_layers(config.top_layers, weights.source)
         self.dtype = DTYPES[config.dtype]
-        self.device = device_of(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         generator = torch.Generator().manual_seed(seed)
         self.embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
         frozen = [self._block(weights, index, self._frozen) for index in range(split)]
-        self.trunk = Trunk(weights, config, self.embedding, frozen, self.dtype)
+        self.trunk = Trunk(weights, config, self.embedding, frozen)
         self.top = nn.ModuleList(
             self._block(weights, index, self._trained(generator)) for index in range(split, layers)
         )
@@ -161,7 +162,7 @@ class Policy(nn.Module):
         states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
         by_size: dict[int, list[bytes]] = {}
         for digest, state in states.items():
-            by_size.setdefault(round_up(len(state), ROW_MULTIPLE), []).append(digest)
+            by_size.setdefault(round_up(len(state), TOKEN_MULTIPLE), []).append(digest)
         if torch.is_grad_enabled():
             self.activations.restart()
         parts = [
@@ -206,7 +207,7 @@ class Policy(nn.Module):
         if statistics is None:
             statistics = Statistics.of(features, reference_of(prompts, self.device))
         count = len(features)
-        rows = _eights(np.arange(count))
+        rows = _filled(np.arange(count))
         side = torch.from_numpy(side_index(prompts)[rows]).to(self.device)
         allowed = torch.from_numpy(prompts.allowed[rows]).to(self.device)
         features = torch.cat((features, features[-1:].expand(len(rows) - count, -1)))
@@ -295,12 +296,12 @@ class Policy(nn.Module):
         of_day = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
         of_row = of_day[prompts.pairs[:, 0]]
         states = self.trunk.suffix_states(prompts)
-        size = np.array([round_up(len(state), ROW_MULTIPLE) for state in states])
+        size = np.array([round_up(len(state), TOKEN_MULTIPLE) for state in states])
         fused = self._fused_suffixes()
 
         def some(chosen: np.ndarray) -> Tensor:
             """Of rows of one size, sorted by day."""
-            rows = _eights(chosen)
+            rows = _filled(chosen)
             present, counts = np.unique(of_row[rows], return_counts=True)
             prefixes = [layer.select(present.tolist()) for layer in days.layers]
             suffixes = _padded([states[row] for row in rows])
@@ -353,13 +354,13 @@ class Policy(nn.Module):
     def _stored(self, weight: Tensor, bias: Tensor | None, as_: str) -> FrozenLinear:
         bias, weight = (x if x is None else x.to(self.device) for x in (bias, weight))
         if as_ == "nf4":
-            return FrozenLinear(NF4Weight.quantise(weight), bias)
-        return FrozenLinear(weight.to(DTYPES[as_]), bias)
+            return FrozenLinear(NF4Weight.quantise(weight), bias, self.dtype)
+        return FrozenLinear(weight.to(DTYPES[as_]), bias, self.dtype)
 
     def _trained(self, generator: torch.Generator) -> LinearFactory:
         def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
             if self.config.adaptation == "full":
-                return TrainedLinear(weight, bias).to(self.device)
+                return TrainedLinear(weight, bias, self.dtype).to(self.device)
             qlora = self.config.adaptation == "qlora"
             base = self._stored(weight, bias, "nf4" if qlora else self.config.dtype)
             adapter = LoRALinear(base, self.config.lora_rank, self.config.lora_alpha, generator)
@@ -399,14 +400,14 @@ class Policy(nn.Module):
             parameter.data = values[name]
 
 
-def _eights(rows: np.ndarray) -> np.ndarray:
-    """`rows`, the last of them repeated up to a multiple of 8."""
+def _filled(rows: np.ndarray) -> np.ndarray:
+    """`rows`, the last of them repeated up to a multiple of 16 (`ROW_MULTIPLE`)."""
     return np.append(rows, np.repeat(rows[-1:], -len(rows) % ROW_MULTIPLE))
 
 
 def _padded(states: list[Tensor]) -> Tensor:
     """N texts' states [T, C] -> [N, T, C], T the longest's up to a multiple of 8."""
-    return padded_up(pad_sequence(states, batch_first=True), 1, ROW_MULTIPLE)
+    return padded_up(pad_sequence(states, batch_first=True), 1, TOKEN_MULTIPLE)
 
 
 def _lengths(texts: Iterable[np.ndarray | Tensor], device: torch.device) -> Tensor:

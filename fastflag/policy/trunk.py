@@ -25,7 +25,7 @@ from fastflag.config import PolicyConfig
 from fastflag.policy.llama import Block, piece_pass, prefix_pass
 from fastflag.policy.lora import matrix_numbers, unpacked
 from fastflag.policy.shared_prefix import (
-    ROW_MULTIPLE,
+    TOKEN_MULTIPLE,
     KeysValues,
     Level,
     Prefixes,
@@ -39,7 +39,7 @@ from fastflag.prompt.tokens import PromptSet
 T = TypeVar("T")
 
 # Counted up when the arithmetic changes in any bit: activations kept on disk are then new.
-_ARITHMETIC = 4
+_ARITHMETIC = 5
 # Days that go through together. Keys and values of 64 days of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _DAYS = 64
@@ -48,7 +48,7 @@ _DAYS = 64
 _PROMPTS = 256
 # Tokens of one pass over prefixes: as many as 256 suffixes of 16 have.
 _TOKENS = 4096
-_PIECE = ROW_MULTIPLE
+_PIECE = TOKEN_MULTIPLE
 
 
 @dataclass
@@ -93,11 +93,9 @@ class Trunk:
         config: PolicyConfig,
         embedding: Tensor,
         blocks: Sequence[Block],
-        dtype: torch.dtype,
     ):
         self.blocks = blocks
         self._embedding = embedding
-        self._dtype = dtype
         self._device = embedding.device
         files = _files(weights, config, len(blocks), self._device)
         self.cache = TrunkCache(config.trunk_cache_mb * 2**20, files)
@@ -107,8 +105,8 @@ class Trunk:
     def unpacked(self) -> Iterator[None]:
         """Inside, a layer once unpacked stays so, where all fit into the cache's budget: a pass
         over a few prompts takes less time than unpacking the matrices for it."""
-        numbers = sum(matrix_numbers(block) for block in self.blocks)
-        if numbers * self._dtype.itemsize > self.cache.budget_bytes:
+        size = sum(matrix_numbers(block) * block.dtype.itemsize for block in self.blocks)
+        if size > self.cache.budget_bytes:
             yield
             return
         try:
@@ -176,7 +174,7 @@ class Trunk:
         for day in days:
             if day.layers is None:
                 day.layers = []
-                by_size.setdefault(round_up(len(day.tokens), ROW_MULTIPLE), []).append(day)
+                by_size.setdefault(round_up(len(day.tokens), TOKEN_MULTIPLE), []).append(day)
         parts = (
             some
             for size, alike in by_size.items()
@@ -229,13 +227,13 @@ class Trunk:
     def _ready(self, block: Block) -> AbstractContextManager:
         """Inside, the layer's matrices lie unpacked; after it too, within `unpacked`."""
         if self._resident is None:
-            return unpacked(block, self._dtype)
-        self._resident.enter_context(unpacked(block, self._dtype))
+            return unpacked(block)
+        self._resident.enter_context(unpacked(block))
         return nullcontext()
 
     def _embed(self, texts: list[np.ndarray]) -> Tensor:
         """Token ids, padded on the right to a multiple of 8, -> [N, T, C] fp32."""
-        size = round_up(max(map(len, texts)), ROW_MULTIPLE)
+        size = round_up(max(map(len, texts)), TOKEN_MULTIPLE)
         ids = torch.zeros(len(texts), size, dtype=torch.int64)
         for row, tokens in enumerate(texts):
             ids[row, : len(tokens)] = torch.from_numpy(tokens)
