@@ -130,10 +130,11 @@ class SuffixLayout:
 
     @cached_property
     def untiled(self) -> Tensor:
-        """Where each suffix is among the rows of all tiles, [U] int64."""
+        """Where each suffix is among the rows of all tiles, [U] int64; of one that fills a tile up,
+        any of its places, for all are alike."""
         rows = torch.cat([tiles.rows for tiles in self.tiles])
         place = torch.empty_like(self.last)
-        place[rows.flip(0)] = torch.arange(len(rows), device=rows.device).flip(0)
+        place[rows] = torch.arange(len(rows), device=rows.device)
         return place
 
 
