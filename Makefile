@@ -31,6 +31,6 @@ bench: setup
 	$(BIN)/python -m bench.learn
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/python -m pytest -q tests/test_layout.py
