@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import logging
 import lzma
 import random
 from io import StringIO
@@ -275,6 +276,52 @@ def test_compressed(suffix, pack, read, refusal, tmp_path):
     (tmp_path / f"B.json{suffix}").write_bytes(pack(json.dumps(days).encode()))
     market = load(DataConfig(data=f"investorbench:{tmp_path}/B.json{suffix}"))
     assert market.symbols == ("B",) and (market.close == 1.5).all()
+
+
+@pytest.mark.parametrize("name", ["A.news.csv.gz", "A.NEWS.CSV", "A.news.parquet"])
+def test_news_is_found_compressed_and_in_capitals(name, read, tmp_path):
+    table = pd.DataFrame(
+        [[DAY, DAY, "A", "Up"]], columns=["published", "available", "symbol", "text"]
+    )
+    text = table.to_csv(index=False).encode()
+    if name.endswith("parquet"):
+        table.to_parquet(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert [item.text for item in read(TEXT).news] == ["Up"]
+
+
+def test_news_that_is_no_file_or_there_twice_is_refused(refusal, tmp_path):
+    (tmp_path / "A.news.csv").mkdir()
+    assert refusal(TEXT) == f"not a file, {tmp_path}/A.news.csv"
+    (tmp_path / "A.news.csv").rmdir()
+    (tmp_path / "A.news.csv").symlink_to(tmp_path / "nowhere")
+    assert refusal(TEXT) == f"not a file, {tmp_path}/A.news.csv"
+    (tmp_path / "A.news.parquet").touch()
+    assert refusal(TEXT).startswith("several files of news: name one, --news, ")
+
+
+def test_columns_of_news_that_are_not_used_are_told(read, tmp_path, caplog):
+    head = "published,available,symbol,text,embargo"
+    (tmp_path / "A.news.csv").write_text(f"{head}\n{DAY},{DAY},A,Up,{DAY}\n")
+    with caplog.at_level(logging.WARNING):
+        read(TEXT)
+    assert f"columns that are not used: embargo, {tmp_path}/A.news.csv" in caplog.text
+
+
+def test_thousands_beside_plain_numbers_are_no_decimals(read, refusal):
+    """999 and then 1,001, in cells that tabs separate: a loss of 99.9%."""
+    rows = [
+        f"2019-01-0{day}\t{price}" + f"\t{price}" * 3 for day, price in ((2, 999), (3, "1,001"))
+    ]
+    text = "date\topen\thigh\tlow\tclose\n" + "\n".join(rows)
+    assert refusal(text).startswith(
+        "open '1,001' is a decimal comma or thousands, which can't be told"
+    )
+    market = read(text.replace("999", "0,999"))
+    np.testing.assert_array_equal(market.close[:, 0], [0.999, 1.001])
+    market = read(text.replace("999", "1000,5"))
+    np.testing.assert_array_equal(market.close[:, 0], [1000.5, 1.001])
 
 
 def test_home_folders(tmp_path, monkeypatch):

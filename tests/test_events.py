@@ -294,3 +294,26 @@ def test_a_split_is_applied_once(seed, ratio, adjusted, day):
     found, paid = events(rows, None, split, None, False)
     np.testing.assert_array_equal(found, 1.0 if adjusted else split)
     assert not paid.any()
+
+
+@pytest.mark.parametrize("gap", [1, 3])
+@pytest.mark.parametrize("at", [SPLIT_DAY, *DIVIDENDS])
+def test_an_event_on_a_day_without_adjusted_close_is_not_moved_to_another(read, at, gap):
+    """It would have been read as of the next day: a fall of 75% and a gain of 300%."""
+    adjusted = adjusted_close(RAW)
+    adjusted.iloc[at - gap + 1 : at + 1] = np.nan
+    with pytest.raises(
+        InputError, match=f"day is not known then.* {str(RAW['date'][at + 1])[:10]}"
+    ):
+        read(BARE.assign(adj_close=adjusted))
+
+
+def test_other_days_without_adjusted_close_are_told(read, caplog):
+    whole = read(BARE.assign(adj_close=adjusted_close(RAW)))
+    adjusted = adjusted_close(RAW)
+    adjusted[[SPLIT_DAY + 10, SPLIT_DAY + 11]] = np.nan
+    with caplog.at_level(logging.WARNING):
+        market = read(BARE.assign(adj_close=adjusted))
+    assert f"adj_close has no value on 2 of {len(RAW)} days with a bar" in caplog.text
+    np.testing.assert_array_equal(market.split, whole.split)
+    np.testing.assert_allclose(market.dividend, whole.dividend, atol=1e-6)

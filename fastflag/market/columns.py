@@ -214,10 +214,16 @@ def _tell_unused(
                 f"column {name!r} looks like an adjustment, a split or a dividend and is not "
                 f"understood: rename it or take it out, {where}"
             )
-        told.append(printable(name)[:60] or "''")
-    if told:
-        more = f" and {len(told) - 20} more" if len(told) > 20 else ""
-        _LOG.warning("columns that are not used: %s%s, %s", ", ".join(told[:20]), more, where)
+        told.append(name)
+    tell_unused(told, where)
+
+
+def tell_unused(names: Sequence[str], where: str) -> None:
+    """One line on the log, where there are any."""
+    if names:
+        told = ", ".join(printable(name)[:60] or "''" for name in names[:20])
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        _LOG.warning("columns that are not used: %s%s, %s", told, more, where)
 
 
 def _is_empty(column: pd.Series) -> bool:
@@ -230,7 +236,8 @@ def refuse_mixed_decimals(frame: pd.DataFrame, names: Sequence[str], where: str)
     """`frame` with decimal commas as points in the columns of numbers, `names`.
 
     A comma is decimal where cells are separated by something else; then a point would be a
-    separator of thousands, and is refused.
+    separator of thousands, and is refused. So are commas that are followed by three digits each,
+    beside numbers of up to three digits without one: those are thousands.
     """
     if not frame.attrs.get("decimal_comma"):
         return frame
@@ -242,6 +249,12 @@ def refuse_mixed_decimals(frame: pd.DataFrame, names: Sequence[str], where: str)
             MISSING
         )
         refuse(frame, points.to_numpy(), "has a point among decimal commas", name, where)
+        bare = column.str.strip()
+        thousands = bare.str.fullmatch(r"[1-9]\d{0,2}(,\d{3})+")
+        others = ~bare.str.lower().isin(MISSING) & ~thousands
+        if thousands.any() and others.any() and bare[others].str.fullmatch(r"\d{1,3}").all():
+            what = "is a decimal comma or thousands, which can't be told"
+            refuse(frame, thousands.to_numpy(), what, name, where)
     changed = frame.assign(
         **{name: column.str.replace(",", ".", regex=False) for name, column in cells.items()}
     )

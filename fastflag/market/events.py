@@ -72,6 +72,7 @@ def events(
     paid = np.where(np.isnan(before), 0.0, paid)
     if adjusted is not None:
         found = _recovered(rows, adjusted)
+        _refuse_unknown_days(rows, adjusted, found)
         if _agrees(rows, adjusted, declared, paid, fall, noise):
             _tell_undeclared(rows, found, declared, paid, split is not None, dividend is not None)
             return found
@@ -145,6 +146,33 @@ def _recovered(rows: Rows, adjusted: np.ndarray) -> tuple[np.ndarray, np.ndarray
         found = recover_splits_and_dividends(rows.close[span], adjusted[span])
         split[span], dividend[span] = found
     return split, dividend
+
+
+def _refuse_unknown_days(
+    rows: Rows, adjusted: np.ndarray, found: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Raises InputError for an event that came on a day with a close and no adjusted close, or
+    after it: which of them can't be known. Other such days are told."""
+    empty = np.isfinite(rows.close) & ~np.isfinite(adjusted)
+    for span in rows.spans:
+        known = span.start + np.flatnonzero(
+            np.isfinite(adjusted[span]) & np.isfinite(rows.close[span])
+        )
+        passed = np.diff(np.cumsum(empty)[known], prepend=0)
+        unknown = ((found[0][known] != 1) | (found[1][known] > 0)) & (passed > 0)
+        if unknown[1:].any():
+            raise InputError(
+                "adj_close has no value before its split or dividend, whose day is not known "
+                f"then: fill it or take the column out, {rows.at(known[1:][unknown[1:]][0])}"
+            )
+    if empty.any():
+        _LOG.warning(
+            "adj_close has no value on %d of %d days with a bar: no split and no dividend is "
+            "known there, %s",
+            empty.sum(),
+            np.isfinite(rows.close).sum(),
+            rows.at(int(np.argmax(empty))),
+        )
 
 
 def _moves(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ _ENCODINGS = (
     (b"\xfe\xff", "utf-16"),
 )
 _GZIP, _BZIP2, _XZ, _ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SEPARATORS = ",;\t|"
 
 
@@ -41,7 +41,7 @@ def path_of(name: str) -> Path:
 
 def stem_of(path: Path) -> str:
     """AAPL of AAPL.csv and AAPL.csv.gz."""
-    return (path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path).stem
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).stem
 
 
 def read_table(path: Path, kind: str = "") -> pd.DataFrame:
@@ -50,7 +50,8 @@ def read_table(path: Path, kind: str = "") -> pd.DataFrame:
     Raises InputError, with the line where there is one, for a file that is neither.
     """
     if not kind:
-        kind = "parquet" if path.suffix.lower() == ".parquet" else "csv"
+        unpacked = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+        kind = "parquet" if unpacked.suffix.lower() == ".parquet" else "csv"
     return _read_parquet(path) if kind == "parquet" else _read_csv(path)
 
 

@@ -11,6 +11,8 @@ import pandas as pd
 from fastflag.files import InputError
 from fastflag.market.bars import Market, News
 from fastflag.market.cells import one_line, refuse, require, texts
+from fastflag.market.columns import tell_unused
+from fastflag.market.frames import COMPRESSED
 from fastflag.market.times import moments
 
 _ADVICE = ": name bars that have no symbol column as the news does, with --symbol"
@@ -26,11 +28,22 @@ _SUFFIX = re.compile(
 
 
 def news_beside(kind: str, name: str) -> Path | None:
-    """NAME.news.csv or NAME.news.parquet beside the bars, where there is one."""
-    if kind == "sample":
+    """NAME.news.csv or NAME.news.parquet beside the bars, compressed or not, in any case of the
+    name's end, where there is one. Raises InputError for several and for one that is no file."""
+    bars = Path(name)
+    if kind == "sample" or not bars.parent.is_dir():
         return None
-    beside = (Path(name).with_suffix(f".news.{kind}") for kind in ("csv", "parquet"))
-    return next((path for path in beside if path.is_file()), None)
+    ends = {f".news.{kind}{packed}" for kind in ("csv", "parquet") for packed in ("", *COMPRESSED)}
+    found = sorted(
+        path
+        for path in bars.parent.iterdir()
+        if path.name.startswith(bars.stem) and path.name[len(bars.stem) :].lower() in ends
+    )
+    if len(found) > 1:
+        raise InputError(f"several files of news: name one, --news, {found[0]} {found[1].name}")
+    if found and not found[0].is_file():
+        raise InputError(f"not a file, {found[0]}")
+    return found[0] if found else None
 
 
 def news_of(frame: pd.DataFrame, where: str, zone: ZoneInfo | None) -> list[News]:
@@ -38,14 +51,16 @@ def news_of(frame: pd.DataFrame, where: str, zone: ZoneInfo | None) -> list[News
 
     An `available` of exactly midnight is a bare date and counts as the END of that date.
     """
-    require(frame, ("published", "available", "symbol", "text"), where)
+    columns = ("published", "available", "symbol", "text")
+    require(frame, columns, where)
+    tell_unused([name for name in frame if name not in columns], where)
     published = moments(frame["published"], where, zone)
     available = moments(frame["available"], where, zone, ends=True)
     refuse(frame, available < published, "is before `published`", "available", where)
     told = texts(frame["text"], where)
     refuse(frame, told == "", "is empty", "text", where)
-    columns = (published, available, texts(frame["symbol"], where), told)
-    return [News(*row) for row in zip(*columns, strict=True)]
+    items = zip(published, available, texts(frame["symbol"], where), told, strict=True)
+    return [News(*item) for item in items]
 
 
 def assigned(news: Sequence[News], symbol: str, symbols: Sequence[str], where: str) -> list[News]:
