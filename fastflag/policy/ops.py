@@ -175,7 +175,7 @@ def _nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, outputs: int, dtype: torch.dtype
 ) -> Tensor:
     """The backward pass dequantises anew: autograd would keep 16 bits of each number."""
-    dequantised = partial(nf4_dequantise, packed, absmax, (outputs, x.shape[-1]), x.dtype)
+    dequantised = partial(nf4_dequantise, packed, absmax, (outputs, x.shape[-1]), dtype)
     weight = dequantised()
     storage = weight.untyped_storage().data_ptr()
 
@@ -209,7 +209,7 @@ prefix_attention = Op(
     "prefix_attention",
     _prefix_attention,
     _prefix_attention_triton,
-    by="torch scaled_dot_product_attention on CUDA, products prefix by prefix on a CPU",
+    by="torch scaled_dot_product_attention on CUDA, products of tiles on a CPU",
 )
 
 OPS = (
