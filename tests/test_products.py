@@ -1,5 +1,7 @@
 """A CPU's products of fp32 numbers, exact or with factors rounded to bf16."""
 
+import os
+
 import pytest
 import torch
 from torch.nn import functional
@@ -57,8 +59,10 @@ def test_bf16_rounds_the_factors_and_nothing_else(inputs, outputs):
     for form in (rounded, torch.Tensor.double):
         one, two, back = (form(tensor.detach()) for tensor in (x, weight, slope))
         forms.append([one @ two.T, back @ two, back.T @ one])
-    for one, either, other in zip(found, *forms, strict=True):
-        assert near(one, either) or near(one, other)
+    as_rounded, as_they_are = (all(map(near, found, form)) for form in forms)
+    if torch.cpu._is_amx_tile_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        assert as_rounded
+    assert as_rounded or as_they_are
 
 
 @pytest.mark.skipif(not products.HAS_ONEDNN, reason="this PyTorch's oneDNN is not there")
