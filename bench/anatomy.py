@@ -1,8 +1,9 @@
-"""What an update's time is made of: its matrix products at the speed of F.linear, and the rest.
+"""What an update's time is made of: its matrix products at a linear layer's speed, and the rest.
 
-The products are counted as they run, forward and backward, and set against the speed that the
-machine's own F.linear has in the same moment, on a product of the model's shape. The rest is told
-by kind of operator, as PyTorch's profiler measures it; what no operator takes is Python.
+The products are counted as they run, forward and backward, and set against the speed that a frozen
+linear layer (`ops.frozen_linear`) has on this machine in the same moment, on a product of the
+model's shape. The rest is told by kind of operator, as PyTorch's profiler measures it; what no
+operator takes is Python.
 """
 
 import math
@@ -34,8 +35,8 @@ def update_rows(
     rounds: int,
 ) -> list[Row]:
     """Rows of `work`, an update with a warm cache, whose products are in `dtype`; `widths` are the
-    model's and its MLP's. Each round times an update and F.linear's product side by side. None on
-    a GPU, where neither kernels' products nor a replayed graph's are counted."""
+    model's and its MLP's. Each round times an update and a linear layer's product side by side.
+    None on a GPU, where neither kernels' products nor a replayed graph's are counted."""
     if torch.cuda.is_available():
         return []
     device = torch.device("cpu")
@@ -58,7 +59,7 @@ def update_rows(
         Row(
             "matrix products of an update",
             shape,
-            "F.linear's speed",
+            "a linear layer's speed",
             ideals[middle],
             "s",
             note=note,

@@ -40,7 +40,7 @@ def poisoned() -> Iterator[None]:
         yield
 
 
-def attend_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on PyTorch's operators are those of a GPU, and activations are in the dtype of the
     configuration."""
 

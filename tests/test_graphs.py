@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import EXACT, Given, prompt_set, relative, texts, tiny
-from precision import attend_as_on_a_gpu
+from precision import compute_as_on_a_gpu
 
 from fastflag.files import InputError
 from fastflag.policy import graphs
@@ -53,7 +53,7 @@ class Recorder:
 @pytest.fixture(params=["linear", "lm"])
 def policies(request, monkeypatch):
     """The same policy twice: as a CPU evaluates, and by stages that are captured."""
-    attend_as_on_a_gpu(monkeypatch)
+    compute_as_on_a_gpu(monkeypatch)
     model = tiny("qwen3", num_hidden_layers=3)
     config = json_config(Settings(model.config.to_dict(), "memory"))
     weights = Given(config, {name: t.detach() for name, t in model.state_dict().items()})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from models import EXACT, MODELS, TINY, Given, last_states, prompt_set, relative, texts, tiny
 from peft import LoraConfig, get_peft_model
 from planted import planted_market
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -387,19 +388,24 @@ def assert_close(ours, theirs):
 # Attention
 
 
+@pytest.mark.parametrize("counts", [(2, 3, 1), (5, 3, 9)], ids=["a tile each", "several"])
+@pytest.mark.parametrize("made_of", ["days", "block"])
 @pytest.mark.parametrize("queries", ["all", "last"])
-def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(queries):
+def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
+    queries, made_of, counts
+):
     """Token by token in fp64, and gradients, which the CUDA form too gives on a CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    lengths, counts, size, heads, groups, width = (5, 1, 9), (2, 3, 1), 4, 6, 2, 8
-    last = torch.tensor([3, 0, 2, 1, 3, 2])
+    lengths, size, heads, groups, width = (5, 1, 9), 4, 6, 2, 8
+    suffixes = sum(counts)
+    last = torch.tensor([3, 0, 2, 1, 3, 2]).repeat(3)[:suffixes]
     count = size if queries == "all" else 1
-    query = random(6, heads, count, width)
-    own = random(6, groups, size, width), random(6, groups, size, width)
+    query = random(suffixes, heads, count, width)
+    own = random(suffixes, groups, size, width), random(suffixes, groups, size, width)
     prefixes = [(random(groups, n, width), random(groups, n, width)) for n in lengths]
     places = torch.arange(size)
     visible = (places <= places[:, None])[None] if count > 1 else (places <= last[:, None])[:, None]
@@ -408,11 +414,15 @@ def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(que
     leaves = [query, *own, *(tensor for pair in prefixes for tensor in pair)]
     weight = torch.randn(query.shape, generator=generator, dtype=torch.float64)
     made = []
-    for attend in (attention.by_prefix, attention.padded):
-        attended = attend(query, *own, first, Prefixes.of_days(prefixes), layout)
+    for attend in (attention.by_tiles, attention.padded):
+        shared = Prefixes.of_days(prefixes)
+        if made_of == "block":  # longer than any prefix, as a stage's
+            longer = (functional.pad(side, (0, 0, 0, 11), value=9.0) for side in shared.block)
+            shared = Prefixes.of_block(*longer, lengths)
+        attended = attend(query, *own, first, shared, layout)
         made.append((attended, torch.autograd.grad((attended * weight).sum(), leaves)))
     of_prefix = [day for day, n in enumerate(counts) for _ in range(n)]
-    for u, h, q in itertools.product(range(6), range(heads), range(count)):
+    for u, h, q in itertools.product(range(suffixes), range(heads), range(count)):
         key, value = (
             torch.cat((prefixes[of_prefix[u]][side][h // 3], own[side][u, h // 3]))
             for side in (0, 1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import EXACT, Given, prompt_set, texts, tiny
-from precision import attend_as_on_a_gpu
+from precision import compute_as_on_a_gpu
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    attend_as_on_a_gpu(monkeypatch)
+    compute_as_on_a_gpu(monkeypatch)
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])
@@ -152,11 +152,17 @@ def test_the_trunk_cache(weights, adapted, top_layers):
 
 
 @pytest.mark.parametrize("adapted", ADAPTED)
-def test_a_cpus_activations_are_fp32_in_either_dtype(weights, adapted):
-    both = (replace(EXACT, **{**adapted, "dtype": dtype}) for dtype in ("bf16", "fp32"))
-    rough, exact = (memory.parts(weights.config, config, "adamw", BATCH, False) for config in both)
-    assert rough["activations"] == exact["activations"]
-    assert rough["trunk_cache"] == exact["trunk_cache"]
+def test_a_cpus_activations_are_fp32_in_either_dtype(weights, adapted, monkeypatch):
+    monkeypatch.undo()
+    config = replace(EXACT, top_layers=3, **adapted)
+    policy = Policy(weights, config, (7, 11, 13), 0)
+    planned = memory.parts(weights.config, config, "adamw", BATCH, fused=False)
+    kept = kept_by_autograd(policy, prompts_of(BATCH))
+    # By tiles attention keeps less than the composite that is planned.
+    assert kept <= planned["activations"] <= 1.7 * kept
+    held = {name: bytes_of(tensors) for name, tensors in held_by(policy).items()}
+    assert held == {name: planned[name] for name in held}
+    assert policy.trunk.cache.used_bytes == planned["trunk_cache"]
 
 
 @pytest.mark.parametrize("megabytes", [0, 1])

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from precision import attend_as_on_a_gpu, take_kernels
+from precision import compute_as_on_a_gpu, take_kernels
 from small import small_config
 from test_train import trained
 
@@ -64,7 +64,7 @@ def recomputed(monkeypatch):
 def by_stages(monkeypatch):
     """As on a GPU, graphs not taken."""
     all_at_once(monkeypatch)
-    attend_as_on_a_gpu(monkeypatch)
+    compute_as_on_a_gpu(monkeypatch)
     start = Policy.__init__
 
     def with_graphs(self, *arguments):

@@ -11,6 +11,7 @@ from torch.nn.utils import rnn
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
+from fastflag.policy import ops
 from fastflag.policy import table as table_module
 from fastflag.policy import trunk as trunk_module
 from fastflag.policy.heads import Statistics
@@ -20,6 +21,7 @@ from fastflag.policy.weights import open_weights
 from fastflag.prompt.tokens import PromptSet
 
 WORDS = (7, 11, 13)
+ONE = torch.tensor(1.0)
 PREFIXES, SUFFIXES = texts((9, 30, 17, 1), 0), texts((1, 5, 16, 17, 30), 1)
 for prefix in PREFIXES:
     prefix[0] = 5  # days begin with the same words
@@ -368,11 +370,42 @@ def test_a_later_policy_finds_the_trunks_work_done_on_disk(weights, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(later.trunk, "_run", None)
         assert torch.equal(rows_of(later, PROMPTS), expected)
-    for other in ({"trunk_weights": "bf16"}, {"top_layers": 2}, {"trunk_disk_mb": 0}):
-        policy = made(weights, **{"trunk_weights": "nf4", **other})
+
+    def finds_nothing(**changes):
+        policy = made(weights, **{"trunk_weights": "nf4", **changes})
         with monkeypatch.context() as patch, pytest.raises(TypeError):
             patch.setattr(policy.trunk, "_run", None)
             rows_of(policy, PROMPTS)
+
+    for other in ({"trunk_weights": "bf16"}, {"top_layers": 2}, {"trunk_disk_mb": 0}):
+        finds_nothing(**other)
+    product = ops.linear
+    monkeypatch.setattr(trunk_module.ops, "linear", lambda *given: product(*given).nextafter(ONE))
+    finds_nothing()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("head", ["linear", "mlp", "lm"])
+def test_a_head_gives_a_row_the_same_bits_beside_any_others(wide, head, threads):
+    policy = made(wide, head=head, trunk_disk_mb=0)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1200, 576, generator=generator)
+    side = torch.randint(0, 3, (1200,), generator=generator)
+    allowed = torch.ones(1200, 3, dtype=torch.bool)
+    statistics = Statistics(torch.randn(3, 576), torch.ones(576), torch.ones(3, dtype=torch.bool))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            whole = policy._read_out(features, side, allowed, statistics)
+            for count in (1, 7, 8, 16, 64, 200, 803, 1200):
+                given = features[:count], side[:count], allowed[:count]
+                some = policy._read_out(*given, statistics)
+                assert torch.equal(some.value, whole.value[:count]), count
+                found, expected = some.log_probabilities, whole.log_probabilities[:count]
+                assert torch.equal(found, expected), count
+    finally:
+        torch.set_num_threads(before)
 
 
 # What a policy is made of

@@ -20,7 +20,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     )
 
 
-def by_prefix(
+def by_tiles(
     query: Tensor,
     own_key: Tensor,
     own_value: Tensor,

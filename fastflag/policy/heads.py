@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from fastflag.policy.lora import TrainedLinear
+
 ACTIONS = 3
 SIDES = 3
 """Short, flat and long, in this order; `side` is an index into them, int64."""
@@ -133,15 +135,12 @@ def masked_log_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
 
 
-def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.zeros_(layer.weight)
-    return layer
+def _zero_linear(inputs: int, outputs: int) -> TrainedLinear:
+    return TrainedLinear(torch.zeros(outputs, inputs), None, torch.float32)
 
 
 def _mlp(inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
-    first = nn.Linear(inputs, MLP_WIDTH)
     bound = inputs**-0.5
-    nn.init.uniform_(first.weight, -bound, bound, generator=generator)
-    nn.init.zeros_(first.bias)
+    weight = torch.empty(MLP_WIDTH, inputs).uniform_(-bound, bound, generator=generator)
+    first = TrainedLinear(weight, torch.zeros(MLP_WIDTH), torch.float32)
     return nn.Sequential(first, nn.Tanh(), _zero_linear(MLP_WIDTH, outputs))

@@ -63,11 +63,11 @@ class Block(nn.Module):
 
         def optional(name: str) -> Tensor | None:
             full_name = f"model.layers.{index}.{name}"
-            return weights.tensor(full_name, dtype) if full_name in names else None
+            return weights.tensor(full_name, self.dtype) if full_name in names else None
 
         def norm(name: str) -> Tensor | None:
             weight = optional(f"{name}.weight")
-            return None if weight is None else weight.to(device, self.dtype)
+            return None if weight is None else weight.to(device)
 
         self.input_norm = norm("input_layernorm")
         self.mlp_norm = norm("post_attention_layernorm")

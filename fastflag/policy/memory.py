@@ -12,7 +12,7 @@ from fastflag.policy.bnb import BLOCKSIZE
 from fastflag.policy.heads import ACTIONS, MLP_WIDTH, SIDES
 from fastflag.policy.llama import LINEARS
 from fastflag.policy.model_config import ModelConfig
-from fastflag.policy.shared_prefix import ROW_MULTIPLE, TOKEN_MULTIPLE, round_up
+from fastflag.policy.shared_prefix import TOKEN_MULTIPLE, round_up
 from fastflag.policy.weights import layer_shapes
 
 _FP32 = 4
@@ -42,7 +42,7 @@ def parts(
     biases = sum(shape[0] for name, shape in shapes.items() if name.endswith("bias"))
     # The base stays beside adapters; matrices trained in full are their own master copies.
     full, in_nf4 = policy.adaptation == "full", policy.adaptation == "qlora"
-    base = 0 if full else _stored(matrices, "nf4" if in_nf4 else policy.dtype) + biases * dtype
+    base = 0 if full else _stored(matrices, "nf4" if in_nf4 else policy.dtype) + biases * between
     layers = policy.top_layers * _trained_in_layer(model, policy)
     heads = _head_tensors(model, policy)
     trained = _FP32 * (sum(layers) + sum(heads))
@@ -53,7 +53,7 @@ def parts(
     # Every layer holds the rotary frequencies.
     rotary = _FP32 * model.head_dim // 2
     kept, budget = policy.trunk_cache_mb * 2**20, policy.memory_budget * 2**20 or math.inf
-    frozen = _stored(matrices, policy.trunk_weights) + biases * dtype
+    frozen = _stored(matrices, policy.trunk_weights) + biases * between
     return {
         "trunk": trunk * (frozen + norms * between + rotary),
         "embedding": model.width * (model.vocabulary * dtype + _FP32),  # and the final norm
@@ -129,7 +129,6 @@ def suffix_bytes(
 ) -> int:
     """What it keeps of `rows` suffixes of `tokens`, after prefixes of `prefix` tokens."""
     tokens, prefix = (round_up(size, TOKEN_MULTIPLE) for size in (tokens, prefix))
-    rows = round_up(rows, ROW_MULTIPLE)
     return _Kept(model, policy, fused).passed(rows, tokens, prefix)
 
 
@@ -139,7 +138,7 @@ def _evaluation(model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, fus
     prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
     of_prefixes = prefix_bytes(model, policy, batch.days, prefix, fused)
     of_suffixes = suffix_bytes(model, policy, prompts, suffix, prefix, fused)
-    read_out = _Kept(model, policy, fused).read_out(round_up(prompts, ROW_MULTIPLE), reference)
+    read_out = _Kept(model, policy, fused).read_out(prompts, reference)
     return of_prefixes + of_suffixes + read_out
 
 

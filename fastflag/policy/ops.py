@@ -117,7 +117,7 @@ def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
 
 
 def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
-    form = attention.padded if query.is_cuda else attention.by_prefix
+    form = attention.padded if query.is_cuda else attention.by_tiles
     return form(query, *arguments)
 
 

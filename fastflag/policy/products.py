@@ -27,7 +27,7 @@ _LEAST_ROWS = 64
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x W^T + b with gradient. x [..., I] fp32, weight [O, I], bias [O] or None, of any dtype;
+    """x W^T + b with gradient. x [..., I] fp32, weight [O, I] of any dtype, bias [O] fp32 or None;
     `dtype` is what the factors are rounded to, fp32 or bf16. -> [..., O] fp32"""
     return _Product.apply(x, weight, bias, dtype)
 
@@ -51,7 +51,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
+        ctx.dtype = dtype
         return _multiplied(x, weight.float(), bias, dtype)
 
     @staticmethod
@@ -65,7 +65,7 @@ class _Product(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 of_weight = (rows.T @ x.flatten(0, -2)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            of_bias = rows.sum(0).to(ctx.bias_dtype)
+            of_bias = rows.sum(0)
         return of_x, of_weight, of_bias, None
 
 
@@ -74,7 +74,6 @@ def _multiplied(x: Tensor, matrix: Tensor, bias: Tensor | None, dtype: torch.dty
     rows = x.flatten(0, -2)
     missing = max(_LEAST_ROWS - len(rows), 0)
     rows = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
-    bias = None if bias is None else bias.float()
     with _rounding(dtype):
         if HAS_ONEDNN:
             made = torch.ops.mkldnn._linear_pointwise(rows, matrix, bias, "none", [], "")
@@ -85,8 +84,11 @@ def _multiplied(x: Tensor, matrix: Tensor, bias: Tensor | None, dtype: torch.dty
 
 @contextmanager
 def _rounding(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, PyTorch's products of fp32 numbers round their factors to `dtype` on a CPU. All of
-    them: attention's would be slower by five (measured, AMX), so it stays outside."""
+    """Inside, PyTorch's products of fp32 numbers round their factors to `dtype` on a CPU.
+
+    All of the process's: another thread's too, so one thread alone may compute. Attention's would
+    take five times as long (measured, AMX), so it stays outside.
+    """
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"

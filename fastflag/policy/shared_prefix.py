@@ -15,9 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 # Texts' tokens come in eights: prefixes and account texts of one padded length go together.
 TOKEN_MULTIPLE = 8
-# Rows that the heads read come in sixteens: products of 8 rows are computed in another order, on
-# two threads also those of other numbers (measured, CPU fp32).
-ROW_MULTIPLE = 16
 # Suffixes of a tile. A tile has a copy of its prefix's keys and values and pays for all of its
 # places; days of the demo have 8 or 9 account texts.
 _TILE = 4

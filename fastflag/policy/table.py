@@ -39,7 +39,6 @@ from fastflag.policy.lora import (
 )
 from fastflag.policy.quant import NF4Weight
 from fastflag.policy.shared_prefix import (
-    ROW_MULTIPLE,
     TOKEN_MULTIPLE,
     Prefixes,
     SuffixLayout,
@@ -206,13 +205,11 @@ class Policy(nn.Module):
         features = self._features(prompts, days or self.read(prompts.prefixes))
         if statistics is None:
             statistics = Statistics.of(features, reference_of(prompts, self.device))
-        count = len(features)
-        rows = _filled(np.arange(count))
-        side = torch.from_numpy(side_index(prompts)[rows]).to(self.device)
-        allowed = torch.from_numpy(prompts.allowed[rows]).to(self.device)
-        features = torch.cat((features, features[-1:].expand(len(rows) - count, -1)))
-        table = self._read_out(features, side, allowed, statistics)
-        return Table(table.log_probabilities[:count], table.value[:count], statistics)
+        side, allowed = (
+            torch.from_numpy(rows).to(self.device)
+            for rows in (side_index(prompts), prompts.allowed)
+        )
+        return self._read_out(features, side, allowed, statistics)
 
     def _normed(self, last: Tensor) -> Tensor:
         """Last-token states [U, C] -> features [U, C] fp32"""
@@ -224,7 +221,7 @@ class Policy(nn.Module):
         """What the heads make of features [U, C]; side [U], allowed [U, A]."""
         centred = statistics.centre(features, side)
         if self.action_head is None:
-            logits = features @ self.action_words.T
+            logits = ops.linear(features, self.action_words, None, torch.float32)
         else:
             logits = self.action_head(centred, side)
         value = self.value_head(centred, side)[:, 0]
@@ -299,9 +296,8 @@ class Policy(nn.Module):
         size = np.array([round_up(len(state), TOKEN_MULTIPLE) for state in states])
         fused = self._fused_suffixes()
 
-        def some(chosen: np.ndarray) -> Tensor:
+        def some(rows: np.ndarray) -> Tensor:
             """Of rows of one size, sorted by day."""
-            rows = _filled(chosen)
             present, counts = np.unique(of_row[rows], return_counts=True)
             prefixes = [layer.select(present.tolist()) for layer in days.layers]
             suffixes = _padded([states[row] for row in rows])
@@ -312,7 +308,7 @@ class Policy(nn.Module):
                 suffixes.shape[1],
             )
             last = suffix_pass(self.top, suffixes, prefixes, layout, last_only=True)
-            return self._normed(last)[: len(chosen)]
+            return self._normed(last)
 
         def alike(rows: np.ndarray) -> list[Tensor]:
             def cost(count: int) -> int:
@@ -398,11 +394,6 @@ class Policy(nn.Module):
     def _point_to(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.named_parameters():
             parameter.data = values[name]
-
-
-def _filled(rows: np.ndarray) -> np.ndarray:
-    """`rows`, the last of them repeated up to a multiple of 16 (`ROW_MULTIPLE`)."""
-    return np.append(rows, np.repeat(rows[-1:], -len(rows) % ROW_MULTIPLE))
 
 
 def _padded(states: list[Tensor]) -> Tensor:

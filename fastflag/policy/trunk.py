@@ -9,7 +9,6 @@ Shapes: P prefix tokens, S suffix tokens, N pieces, C width, U prompts.
 """
 
 import hashlib
-import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,6 +21,8 @@ from torch import Tensor
 
 from fastflag import caches
 from fastflag.config import PolicyConfig
+from fastflag.policy import ops
+from fastflag.policy.arithmetic import DTYPES
 from fastflag.policy.llama import Block, piece_pass, prefix_pass
 from fastflag.policy.lora import matrix_numbers, unpacked
 from fastflag.policy.shared_prefix import (
@@ -39,7 +40,7 @@ from fastflag.prompt.tokens import PromptSet
 T = TypeVar("T")
 
 # Counted up when the arithmetic changes in any bit: activations kept on disk are then new.
-_ARITHMETIC = 5
+_ARITHMETIC = 6
 # Days that go through together. Keys and values of 64 days of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _DAYS = 64
@@ -281,7 +282,6 @@ def _files(
     a resumed run repeats the uninterrupted one."""
     if not config.trunk_disk_mb:
         return None
-    on = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     made_by = (
         _ARITHMETIC,
         weights.fingerprint,
@@ -289,10 +289,20 @@ def _files(
         config.trunk_weights,
         config.dtype,
         torch.__version__,
-        on,
+        torch.cuda.get_device_name() if device.type == "cuda" else _bits_of_a_cpu(config.dtype),
     )
     name = hashlib.blake2b(repr(made_by).encode(), digest_size=8).hexdigest()
     return TrunkFiles(caches.own("trunk").folder, name, config.trunk_disk_mb * 2**20, device)
+
+
+def _bits_of_a_cpu(dtype: str) -> tuple[str, bytes]:
+    """Its vector units, and the bits of a product: units of bf16 round what others don't, and a
+    folder of the user's may be seen by several machines."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(64, 576, generator=random) for _ in range(2))
+    product = ops.linear(x, weight, None, DTYPES[dtype])
+    digest = hashlib.blake2b(product.numpy().tobytes(), digest_size=8).digest()
+    return torch.backends.cpu.get_cpu_capability(), digest
 
 
 def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:
