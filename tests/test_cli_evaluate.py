@@ -113,6 +113,8 @@ def test_bars_that_are_not_those_trained_on(run, bars, tmp_path, refused, capsys
     shown = capsys.readouterr()
     assert json.loads(shown.out)["date"] == DATES[30]
     assert shown.err == f"fastflag: {OTHER_MARKET}, {data}\n"
+    told = refused("decide", run, "--data", data, "--date", "soon")
+    assert told == "not a date (YYYY-MM-DD): 'soon', --date"
 
 
 def test_bars_of_the_last_days_alone_decide(run, bars, tmp_path, capsys, refused):
