@@ -202,7 +202,8 @@ class Metrics:
                 timezone=self.timezone,
             )
         )
-        days = market.days(self.start or str(market.dates[0]), self.end or str(market.dates[-1]))
+        start, end = self.start or str(market.dates[0]), self.end or str(market.dates[-1])
+        days = market.days(start, end, "--start..--end")
         bars = Bars.from_market(market, market.symbols[market.column(self.symbol)])
         costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
         equity = fixed_action_equity(bars, costless, days, BUY)

@@ -234,7 +234,7 @@ def test_warnings_are_told_unless_the_command_is_refused(bars, refused, tmp_path
         ["metrics", "--data", f"csv:{path}"],
         f"columns that are not used: note, {path}\n",
     )
-    assert refused(*words, "--start", "1999-01-01").startswith("period 1999-01-01..")
+    assert refused(*words, "--start", "1999-01-01").startswith("--start..--end 1999-01-01..")
     cli.main([*words, "--json"])
     shown = capsys.readouterr()
     assert shown.err == warning and json.loads(shown.out)
