@@ -1,17 +1,19 @@
 """The command line: one dataclass a subcommand, its flags and help made from the fields.
 
 torch, Numba and pandas are imported by the commands that need them, so that --help answers at once.
-What is wrong is told in one line on stderr, with --json too: stdout is then empty.
+What is wrong is told in one line on stderr, with --json too: stdout is then empty, and warnings
+that came before are not told.
 """
 
 import dataclasses
 import errno
 import io
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -154,7 +156,7 @@ class Decide:
         world, policy = load_policy(self.run_folder, config, market)
         with suppress(InputError):  # bars of the last months decide as well as all of them
             if not trained_on(self.run_folder, config, market):
-                print(f"fastflag: {OTHER_MARKET}, {config.data.data}", file=sys.stderr)
+                _LOG.warning("fastflag: %s, %s", OTHER_MARKET, config.data.data)
         document = decide(policy, world, market, self.date, self.position, self.entry, self.since)
         if self.json:
             print(json.dumps(document))
@@ -200,7 +202,8 @@ class Metrics:
                 timezone=self.timezone,
             )
         )
-        days = market.days(self.start or str(market.dates[0]), self.end or str(market.dates[-1]))
+        start, end = self.start or str(market.dates[0]), self.end or str(market.dates[-1])
+        days = market.days(start, end, "--start..--end")
         bars = Bars.from_market(market, market.symbols[market.column(self.symbol)])
         costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
         equity = fixed_action_equity(bars, costless, days, BUY)
@@ -271,19 +274,23 @@ COMMANDS: dict[str, type] = {
 }
 
 
+_LOG = logging.getLogger(__name__)
+_REFUSED = 2  # exit status
 _NO_MEMORY = "not enough memory: lower --num-steps, --num-envs or --backtest-episodes, here"
 
 
 class _Stream:
     """stdout or stderr that never fails, since a training must not end for its progress: what is
-    written after the first error is lost."""
+    written after the first error is lost. `before` is called before anything is written."""
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: TextIO | None, before: Callable[[], None] = lambda: None):
         # Python has none where the caller closed it (`>&-`).
         self._stream = stream or open(os.devnull)  # noqa: SIM115 (until the process ends)
         self.error: OSError | None = None
+        self._before = before
 
     def write(self, text: str) -> int:
+        self._before()
         self._attempt(self._stream.write, text)
         return len(text)
 
@@ -308,10 +315,50 @@ class _Stream:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
+class _Held(logging.Handler):
+    """Warnings, kept until `tell` and from then on told at once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._kept: list[logging.LogRecord] | None = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._kept is not None:
+            self._kept.append(record)
+        else:
+            logging.lastResort.handle(record)  # on stderr, as without a handler
+
+    def tell(self) -> None:
+        kept, self._kept = self._kept, None
+        for record in kept or ():
+            self.emit(record)
+
+
+@contextmanager
+def _warnings_held() -> Iterator[Callable[[], None]]:
+    """Keeps this package's warnings back until what it gives is called, or the context is left
+    otherwise than by a refusal, which is one line alone."""
+    held, log = _Held(), logging.getLogger("fastflag")
+    log.addHandler(held)
+    try:
+        yield held.tell
+        held.tell()
+    except BaseException as end:
+        if not isinstance(end, SystemExit) or end.code != _REFUSED:
+            held.tell()
+        raise
+    finally:
+        log.removeHandler(held)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command line. Exits with 2 and one line on stderr for what the user gave wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with redirect_stdout(_Stream(sys.stdout)) as out, redirect_stderr(_Stream(sys.stderr)):
+    with (
+        redirect_stderr(_Stream(sys.stderr)),
+        _warnings_held() as tell,
+        redirect_stdout(_Stream(sys.stdout, before=tell)) as out,
+    ):
         command = _guard(words)
         out.flush()
         if out.error is not None:
@@ -477,7 +524,7 @@ def _complaint(boxed: str) -> str:
 
 def _refuse(message: str) -> None:
     print(f"fastflag: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(_REFUSED)
 
 
 def _tell_lost_output(error: OSError, is_result: bool) -> None:

@@ -138,7 +138,9 @@ def test_days_are_inclusive():
         ("2023-12-29", "2024-01-04", "not inside the data, 2024-01-01..2024-01-12"),
         ("2024-01-02", "2024-01-15", "not inside the data"),
         ("2024-01-06", "2024-01-07", "no day of the market"),
-        ("2024-01-04", "2024-01-02", "no day of the market"),
+        ("2024-01-13", "2024-01-14", "not inside the data"),
+        ("2024-01-04", "2023-12-29", "not inside the data"),
+        ("2024-01-04", "2024-01-02", "^start after end, --flag 2024-01-04..2024-01-02$"),
         ("2024-01", "2024-01-02", "not a date"),
         ("2024-01-02", "2024-01-32", "not a date"),
         ("NaT", "2024-01-02", "not a date"),
@@ -146,7 +148,7 @@ def test_days_are_inclusive():
 )
 def test_days_refused(start, end, message):
     with pytest.raises(InputError, match=message):
-        market().days(start, end)
+        market().days(start, end, "--flag")
 
 
 def test_parse_period():
@@ -158,8 +160,8 @@ def test_parse_period():
         "2024-02-01..2024-01-02",
         "1.1.24..2.1.24",
     ):
-        with pytest.raises(InputError, match=r"period|not a date"):
-            parse_period(text)
+        with pytest.raises(InputError, match=r"^(not|start).*, --flag .*"):
+            parse_period(text, "--flag")
 
 
 def test_split_days():

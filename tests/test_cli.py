@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import signal
@@ -224,6 +225,38 @@ def test_a_refusal_on_the_command_line(tmp_path):
     done = command("decide", "none", "--date", "2001-01-01", "--json", cwd=tmp_path)
     told = the_refusal(done.returncode, done.stdout, done.stderr)
     assert told == "No such file or directory, none/config.json"
+
+
+def test_warnings_are_told_unless_the_command_is_refused(bars, refused, tmp_path, capsys):
+    path = tmp_path / "bars.csv"
+    pd.read_csv(bars).assign(note="x").to_csv(path, index=False)
+    words, warning = (
+        ["metrics", "--data", f"csv:{path}"],
+        f"columns that are not used: note, {path}\n",
+    )
+    assert refused(*words, "--start", "1999-01-01").startswith("--start..--end 1999-01-01..")
+    cli.main([*words, "--json"])
+    shown = capsys.readouterr()
+    assert shown.err == warning and json.loads(shown.out)
+    with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastflag.market.metrics.metrics", lambda *_: 1 / 0)
+        cli.main(words)
+    assert capsys.readouterr().err == warning
+
+
+def test_warnings_come_before_the_first_line_and_then_at_once(capsys, monkeypatch):
+    """A training prints its first line once nothing can refuse it, and goes on for hours."""
+
+    def run(_: cli.Report) -> None:
+        log = logging.getLogger("fastflag.market.columns")
+        log.warning("first")
+        print("begins", file=sys.stdout)
+        assert capsys.readouterr() == ("begins\n", "first\n")
+        log.warning("second")
+        assert capsys.readouterr() == ("", "second\n")
+
+    monkeypatch.setattr(cli.Report, "run", run)
+    cli.main(["report", "run"])
 
 
 def test_the_settings_of_a_run_from_before_there_was_a_choice_keep_dividends_in_cash(tmp_path):

@@ -43,8 +43,8 @@ def test_backtest(run, capsys):
         ("tomorrow", "'tomorrow' is neither train, test nor START..END, --split"),
         ("", "is neither train, test nor START..END"),
         (f"{DATES[5]}..{DATES[5]}", "a backtest needs two days"),
-        (f"{DATES[5]}..{DATES[4]}", "start after end"),
-        (f"{DATES[5]}..2030-01-01", "is not inside the data"),
+        (f"{DATES[5]}..{DATES[4]}", f"start after end, --split {DATES[5]}..{DATES[4]}"),
+        (f"{DATES[5]}..2030-01-01", f"--split {DATES[5]}..2030-01-01 is not inside the data"),
         ("..", "not a date"),
     ],
 )
@@ -113,6 +113,8 @@ def test_bars_that_are_not_those_trained_on(run, bars, tmp_path, refused, capsys
     shown = capsys.readouterr()
     assert json.loads(shown.out)["date"] == DATES[30]
     assert shown.err == f"fastflag: {OTHER_MARKET}, {data}\n"
+    told = refused("decide", run, "--data", data, "--date", "soon")
+    assert told == "not a date (YYYY-MM-DD): 'soon', --date"
 
 
 def test_bars_of_the_last_days_alone_decide(run, bars, tmp_path, capsys, refused):
@@ -266,6 +268,9 @@ def test_a_later_symbol_or_weekend_changes_no_earlier_decision(trained, tmp_path
         (["--date", DATES[9], "--position", "long"], "needs the price it was entered at, --entry"),
         (["--date", DATES[9], "--position", "long", "--entry", "5"], "needs the day it was"),
         (["--date", DATES[9], "--entry", "5"], "a flat position has no entry"),
+        (["--date", DATES[9], "--entry", "nan"], "not a price (1e-15 to 1e+15), --entry nan"),
+        (["--date", DATES[9], "--entry", "inf"], "not a price (1e-15 to 1e+15), --entry inf"),
+        (["--date", DATES[9], "--position", "long", "--entry=-3"], "1e+15), --entry -3.0"),
         (["--date", DATES[9], "--since", DATES[8]], "a flat position has no entry"),
         (["--date", DATES[9], "--data", "csv:none.csv"], "No such file or directory, none.csv"),
         (["--date", DATES[9], "--news", "none.csv"], "No such file or directory, none.csv"),
@@ -342,9 +347,13 @@ def test_metrics_of_a_price_that_stands_still(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--start", "soon"], "not a date (YYYY-MM-DD), 'soon'"),
-        (["--start", "1999-01-01"], "is not inside the data"),
-        (["--start", DATES[5], "--end", DATES[4]], "no day of the market"),
+        (["--start", "soon"], "not a date (YYYY-MM-DD), --start..--end 'soon'"),
+        (["--start", "1999-01-01"], f"--start..--end 1999-01-01..{DATES[-1]} is not inside the"),
+        (["--start", "2030-01-01"], f"--start..--end 2030-01-01..{DATES[-1]} is not inside the"),
+        (
+            ["--start", DATES[5], "--end", DATES[4]],
+            f"start after end, --start..--end {DATES[5]}..{DATES[4]}",
+        ),
         (["--symbol", "TWO", "--data", "sample:AAPL"], "unknown symbol 'TWO' of AAPL"),
     ],
 )

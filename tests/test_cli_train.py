@@ -17,7 +17,7 @@ from tokenizers import models, pre_tokenizers
 import fastflag
 from fastflag import cli
 from fastflag.config import PRESETS, TrainConfig, from_dict, to_dict
-from fastflag.learn.run import OTHER_MARKET, claim
+from fastflag.learn.run import OTHER_MARKET, claim, read_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -273,14 +273,18 @@ def test_a_metrics_file_with_a_bad_byte_is_read_past(run, config_file):
         (["--data", "sample:TSLA"], "unknown sample 'TSLA'"),
         (["--data", "csv:none.csv"], "No such file or directory, none.csv"),
         (["--news", "none.csv"], "No such file or directory, none.csv"),
-        (["--train", "2001-01-01"], "not START..END"),
-        (["--train", f"{DATES[9]}..{DATES[2]}"], "start after end"),
+        (["--train", "2001-01-01"], "not START..END, --train '2001-01-01'"),
+        (
+            ["--train", f"{DATES[9]}..{DATES[2]}"],
+            f"start after end, --train {DATES[9]}..{DATES[2]}",
+        ),
+        (["--test", f"{DATES[9]}..{DATES[2]}"], f"start after end, --test {DATES[9]}..{DATES[2]}"),
         (["--train", "1999-01-01..2001-01-10"], "is not inside the data, 2001-01-01..2001-02-23"),
         (["--test", "2001-02-01..2002-02-01"], "is not inside the data"),
         (["--test", "2001-02-03..2001-02-04"], "no day of the market"),
         (["--train", f"{DATES[0]}..{DATES[30]}"], "before training ends"),
         (["--train", f"{DATES[0]}..{DATES[0]}"], "fewer than 2 days, training period"),
-        (["--train", "2001-02-30..2001-03-01"], "not a date"),
+        (["--train", "2001-02-30..2001-03-01"], "not a date (YYYY-MM-DD), --train '2001-02-30'"),
         (["--model", "none"], "no such folder or file, none"),
         (["--model", "package:none_such"], "no such Python package is installed"),
     ],
@@ -358,6 +362,37 @@ def test_a_folder_that_can_not_be(out, config_file, refused, tmp_path):
     assert str(tmp_path / out) in message
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("below", ["", "/run"])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("file", "is not a folder"),
+        ("link", "is a symbolic link to nothing"),
+        ("loop", "is a symbolic link to nothing"),
+    ],
+)
+def test_an_out_that_is_no_folder_is_named(
+    name, told, below, resume, config_file, refused, tmp_path
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    out = f"{tmp_path / name}{below}"
+    words = ["train", "--out", out, "--config", config_file]
+    # Without --resume before data and model are read.
+    words += ["--resume"] if resume else ["--data", "csv:none.csv", "--model", "none"]
+    with unchanged(tmp_path):
+        assert refused(*words) == f"{tmp_path / name} {told}, --out {out}"
+
+
+def test_a_link_to_a_folder_is_one(config_file, refused, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    words = ["train", "--out", tmp_path / "link", "--config", config_file]
+    assert refused(*words, "--data", "csv:none.csv") == "No such file or directory, none.csv"
+
+
 def test_a_folder_of_somebody_elses_is_not_written_into(config_file, refused, tmp_path, tiny_model):
     for name in ("config.json", "metrics.jsonl", "report.html"):
         folder = tmp_path / name.partition(".")[0]
@@ -371,6 +406,16 @@ def test_a_folder_of_somebody_elses_is_not_written_into(config_file, refused, tm
         words = ["--config", config_file, "--model", model]
         assert "config.json is there and of no run" in refused("train", "--out", model, *words)
     assert "a folder of its own" in refused("train", "--out", "", "--config", config_file)
+
+
+def test_a_run_whose_time_steps_are_gone_has_the_default(run):
+    path = run / "config.json"
+    document = json.loads(path.read_text())
+    del document["total_timesteps"]
+    path.write_text(json.dumps(document))
+    with claim(run, read_config(run), resume=True, market=document["market"]) as resumes:
+        assert resumes
+    assert json.loads(path.read_text())["total_timesteps"] == TrainConfig.total_timesteps
 
 
 def test_two_trainings_do_not_share_a_folder(config_file, refused, tmp_path):

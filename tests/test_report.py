@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -544,6 +545,28 @@ def test_broken_input_is_one_line_and_leaves_the_report(tmp_path, case):
         "metrics.jsonl",
         "report.html",
     ]
+
+
+PYTHON_S_OWN = re.compile(r"Error\(|object has no attribute|not subscriptable|indices must be")
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_input_is_told_in_words(case, tmp_path):
+    name, content = BROKEN[case]
+    run = make_run(tmp_path, make_backtest())
+    (run / name).write_text(content())
+    with pytest.raises(InputError) as caught:
+        write_report(run)
+    assert not PYTHON_S_OWN.search(str(caught.value))
+
+
+def test_a_missing_key_is_named(tmp_path):
+    run = make_run(tmp_path, make_backtest())
+    (run / "backtest.json").write_text(broken(lambda b: b.pop("random")))
+    with pytest.raises(InputError) as caught:
+        write_report(run)
+    told = "not as fastflag writes it ('random' is missing or not known)"
+    assert str(caught.value) == f"{told}, {run / 'backtest.json'}"
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])

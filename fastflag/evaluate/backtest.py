@@ -15,7 +15,7 @@ from fastflag.config import TrainConfig
 from fastflag.evaluate.episodes import Chooser, Episodes, greedy, run_episodes, sampler
 from fastflag.files import InputError, write_atomic
 from fastflag.learn.batch import World
-from fastflag.market.bars import Market, parse_period, split_days
+from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.metrics import CONVENTIONS, metrics
 from fastflag.market.simulator import ACTIONS, BUY
 from fastflag.market.tasks import fixed_action_equity, random_equities
@@ -35,7 +35,7 @@ def period_days(market: Market, config: TrainConfig, split: str) -> range:
         train, test = split_days(market, config.data.train, config.data.test)
         days = train if split == "train" else test
     elif ".." in split:
-        days = market.days(*parse_period(split))
+        days = days_of(market, split, "--split")
     else:
         raise InputError(f"{split!r} is neither train, test nor START..END, --split")
     if len(days) < 2:

@@ -1,6 +1,5 @@
 """One decision: what the policy would do at the close of one day."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from fastflag.files import InputError
 from fastflag.learn.batch import World
 from fastflag.learn.decision import prompts_now
 from fastflag.market.accounts import Accounts
-from fastflag.market.bars import ISO_DATE, Market
+from fastflag.market.bars import ISO_DATE, LEAST, MOST, Market
 from fastflag.market.simulator import ACTIONS, growth
 from fastflag.policy.table import Policy
 
@@ -35,6 +34,8 @@ def decide(
     is not told whole or can't be held.
     """
     day = _day(market, date, "--date")
+    if entry and not LEAST <= entry <= MOST:
+        raise InputError(f"not a price ({LEAST:g} to {MOST:g}), --entry {entry}")
     if position == "flat":
         if entry or since:
             raise InputError("a flat position has no entry: give --position, --entry or --since")
@@ -58,7 +59,7 @@ def _holding(
     """One account at the close of `day` that put all its cash into a position."""
     if position == "short" and world.simulator.positions == "long_flat":
         raise InputError("the run's policy never sells short (long_flat), --position short")
-    if not 0 < entry < math.inf:
+    if not entry:
         raise InputError(f"a {position} position needs the price it was entered at, --entry")
     if not since:
         raise InputError(f"a {position} position needs the day it was entered on, --since")

@@ -67,7 +67,18 @@ def _refusing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{error.strerror or error}, {path}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"not as fastflag writes it ({error!r:.200}), {path}") from error
+        raise InputError(f"not as fastflag writes it ({_told(error)}), {path}") from error
+
+
+def _told(error: Exception) -> str:
+    """In words, at most 200 characters: Python's own text of a missing key is the key alone."""
+    if isinstance(error, KeyError):
+        return f"{error!s:.150} is missing or not known"
+    if isinstance(error, ArithmeticError):
+        return "a number is 0 or too large"
+    if isinstance(error, AttributeError | TypeError | IndexError):
+        return "an entry is of another kind or length"
+    return str(error)[:200]
 
 
 def _read_updates(path: Path) -> list[dict[str, Any]]:

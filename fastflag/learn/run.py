@@ -16,7 +16,7 @@ from fastflag.config import TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, write_atomic
 from fastflag.learn.batch import World
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
-from fastflag.market.bars import Market, parse_period, split_days
+from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.fingerprint import fingerprint
 from fastflag.policy.arithmetic import resolved
 from fastflag.policy.model_config import ModelConfig
@@ -43,11 +43,12 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
-    """Raises InputError for a run in the way, files that are nobody's run, or, with `resume`, a run
-    of another configuration; more time steps make it no other.
+    """Raises InputError for a run in the way, files that are nobody's run, what is no folder, or,
+    with `resume`, a run of another configuration; more time steps make it no other.
 
     A run that failed before its first checkpoint has nothing to lose and is in nobody's way.
     """
+    _refuse_no_folder(run)
     if not _is_run(run):
         for name in _WRITTEN:
             if (run / name).exists():
@@ -66,12 +67,24 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
         raise InputError(f"the run to resume was started with another {difference}, {run}")
 
 
+def _refuse_no_folder(run: Path) -> None:
+    """Raises InputError where RUN, or what it should lie in, is there and no folder."""
+    for path in (run, *run.parents):
+        if path.is_dir():
+            return
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a symbolic link to nothing, --out {run}")
+        if path.exists():
+            raise InputError(f"{path} is not a folder, --out {run}")
+
+
 @contextmanager
 def claim(run: Path, config: TrainConfig, resume: bool, market: str = "") -> Iterator[bool]:
     """Makes RUN/ this configuration's for as long as the context lasts; True where it has a
     checkpoint to go on from. `market` is the fingerprint of what is trained on. Raises InputError
     as `check_claim` does, where that is not what the run was trained on, and where another
     training holds the folder."""
+    _refuse_no_folder(run)
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
         # What was free when training was asked for need not be now.
@@ -90,7 +103,7 @@ def claim(run: Path, config: TrainConfig, resume: bool, market: str = "") -> Ite
 def _extend(run: Path, total_timesteps: int) -> None:
     """A longer run says so before it goes on, else a resumed one would end where it first did."""
     document = read_json(run / "config.json")
-    if document["total_timesteps"] != total_timesteps:
+    if document.get("total_timesteps") != total_timesteps:
         document["total_timesteps"] = total_timesteps
         write_atomic(run / "config.json", json.dumps(document, indent=1))
 
@@ -98,7 +111,7 @@ def _extend(run: Path, total_timesteps: int) -> None:
 def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
     """Whether `market` holds the bars and news that the run was trained on. Raises InputError where
     it does not reach over the training days, or has another symbol."""
-    days = market.days(*parse_period(config.data.train))
+    days = days_of(market, config.data.train)
     return _is_of(run, fingerprint(market, config.data.symbol, days))
 
 
@@ -126,7 +139,7 @@ def with_periods(config: TrainConfig, market: Market) -> TrainConfig:
     move them. Raises InputError where they don't fit the market."""
     periods = [
         f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
-        for days in split_days(market, config.data.train, config.data.test)
+        for days in split_days(market, config.data.train, config.data.test, ("--train", "--test"))
     ]
     data = dataclasses.replace(config.data, train=periods[0], test=periods[1])
     return dataclasses.replace(config, data=data)

@@ -11,6 +11,8 @@ from fastflag.files import InputError
 from fastflag.market.metrics import SATURDAY, Calendar, calendar_of, weekday
 
 ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+# Of a price: beyond what any unit of account needs, ratios of prices overflow.
+LEAST, MOST = 1e-15, 1e15
 _PRICES = ("open", "high", "low", "close")
 _COLUMNS = (*_PRICES, "volume", "split", "dividend")
 _CLOSE_TIMES: dict[Calendar, np.timedelta64] = {
@@ -81,9 +83,8 @@ class Market:
             self._refuse(np.isinf(getattr(self, name)), f"{name} is infinite")
         for name in _PRICES:
             self._refuse(getattr(self, name) <= 0, f"{name} is not above 0")
-            # Beyond what any unit of account needs, ratios of prices overflow.
-            self._refuse(getattr(self, name) < 1e-15, f"{name} is below 1e-15")
-            self._refuse(getattr(self, name) > 1e15, f"{name} is above 1e15")
+            self._refuse(getattr(self, name) < LEAST, f"{name} is below {LEAST:g}")
+            self._refuse(getattr(self, name) > MOST, f"{name} is above {MOST:g}")
         self._refuse(self.high < np.fmax(self.open, self.close), "high is below open or close")
         self._refuse(self.low > np.fmin(self.open, self.close), "low is above open or close")
         self._refuse(self.high < self.low, "high is below low")
@@ -154,44 +155,60 @@ class Market:
             raise InputError(f"{wrong} of {', '.join(self.symbols)}, market")
         return self.symbols.index(symbol)
 
-    def days(self, start: str, end: str) -> range:
+    def days(self, start: str, end: str, name: str = "period") -> range:
         """Indices of the days START..END, both inclusive ("2020-07-01").
 
-        Raises InputError for a malformed date, an empty period, and one not inside the data.
+        Raises InputError, with the period's `name`, for a malformed date, an empty period, and one
+        not inside the data.
         """
-        first, last = _date(start), _date(end)
-        if first < self.dates[0] or last > self.dates[-1]:
+        first, last = _date(start, name), _date(end, name)
+        if min(first, last) < self.dates[0] or max(first, last) > self.dates[-1]:
             raise InputError(
-                f"period {start}..{end} is not inside the data, {self.dates[0]}..{self.dates[-1]}"
+                f"{name} {start}..{end} is not inside the data, {self.dates[0]}..{self.dates[-1]}"
             )
+        if first > last:
+            raise InputError(f"start after end, {name} {start}..{end}")
         found = range(
             int(np.searchsorted(self.dates, first)),
             int(np.searchsorted(self.dates, last, side="right")),
         )
         if not found:
-            raise InputError(f"no day of the market, period {start}..{end}")
+            raise InputError(f"no day of the market, {name} {start}..{end}")
         return found
 
 
-def parse_period(text: str) -> tuple[str, str]:
-    """ "A..B" -> ("A", "B"). Raises InputError unless both are dates and A is not after B."""
+def parse_period(text: str, name: str = "period") -> tuple[str, str]:
+    """ "A..B" -> ("A", "B"). Raises InputError, with the period's `name`, unless both are dates and
+    A is not after B."""
     start, dots, end = text.partition("..")
     if not dots:
-        raise InputError(f"not START..END, period {text!r}")
-    if _date(start) > _date(end):
-        raise InputError(f"start after end, period {text!r}")
+        raise InputError(f"not START..END, {name} {text!r}")
+    if _date(start, name) > _date(end, name):
+        raise InputError(f"start after end, {name} {text}")
     return start, end
 
 
-def split_days(market: Market, train: str, test: str) -> tuple[range, range]:
-    """Indices of the training days and of the held-out days; `train`, `test` as in DataConfig.
+def days_of(market: Market, period: str, name: str = "period") -> range:
+    """Indices of the days of a period "A..B". Raises InputError as `parse_period` and `Market.days`
+    do."""
+    return market.days(*parse_period(period, name), name)
+
+
+def split_days(
+    market: Market,
+    train: str,
+    test: str,
+    names: tuple[str, str] = ("training period", "test period"),
+) -> tuple[range, range]:
+    """Indices of the training days and of the held-out days; `train`, `test` as in DataConfig, by
+    their `names` in refusals.
 
     Raises InputError where a period has fewer than the two days of one decision or than two bars,
     and where testing begins before training has ended.
     """
     total = len(market.dates)
-    train_days = market.days(*parse_period(train)) if train else range(total * 4 // 5)
-    test_days = market.days(*parse_period(test)) if test else range(train_days.stop, total)
+    train_days = days_of(market, train, names[0]) if train else range(total * 4 // 5)
+    test_days = days_of(market, test, names[1]) if test else range(train_days.stop, total)
     for name, days in (("training", train_days), ("test", test_days)):
         if len(days) < 2:
             raise InputError(f"fewer than 2 days, {name} period of a market of {total} days")
@@ -211,10 +228,10 @@ def split_days(market: Market, train: str, test: str) -> tuple[range, range]:
     return train_days, test_days
 
 
-def _date(text: str) -> np.datetime64:
+def _date(text: str, name: str) -> np.datetime64:
     try:
         if not ISO_DATE.fullmatch(text):
             raise ValueError
         return np.datetime64(text, "D")
     except ValueError:
-        raise InputError(f"not a date (YYYY-MM-DD), {text!r}") from None
+        raise InputError(f"not a date (YYYY-MM-DD), {name} {text!r}") from None

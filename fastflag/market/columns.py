@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from fastflag.files import InputError, printable
-from fastflag.market.cells import MISSING, refuse, texts
+from fastflag.market.cells import MISSING, refuse
 
 PRICES = ("open", "high", "low", "close")
 
@@ -60,7 +60,6 @@ _SECOND: dict[str, tuple[str, ...]] = {
 _UNADJUSTED = re.compile(r"(close|open|high|low|volume)unadj(usted)?|(unadj(usted)?|raw)\w*")
 _ADJUSTMENT = re.compile(r"adj|split|dividend|capitalgain|exdiv|^div|cumfac")
 _COUNTER = re.compile(r"\d+(\.0*)?")
-_METASTOCK_DATE = re.compile(r"(\d{4})(\d\d)(\d\d)")
 _LOG = logging.getLogger(__name__)
 
 
@@ -90,9 +89,6 @@ def bar_columns(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     date = frame.iloc[:, found["date"]]
     if "time" in found:
         date = _with_time(date, frame.iloc[:, found["time"]])
-    if names[found["date"]].strip().startswith("<"):
-        date = texts(date, where)
-        date = pd.Series([_METASTOCK_DATE.sub(r"\1-\2-\3", cell) for cell in date], frame.index)
     adjusted = _has_adjusted_alone(found)
     wanted = {name: name for name in ("volume", "split", "dividend", "symbol")}
     wanted |= {name: f"adj_{name}" if adjusted else name for name in PRICES}

@@ -19,14 +19,11 @@ import pandas as pd
 from fastflag.files import InputError
 from fastflag.market.cells import one_line
 
-# By their first bytes, whatever the file's name ends in. UTF-32's mark begins as UTF-16's does.
-_ENCODINGS = (
-    (b"\xff\xfe\x00\x00", "utf-32"),
-    (b"\x00\x00\xfe\xff", "utf-32"),
-    (b"\xff\xfe", "utf-16"),
-    (b"\xfe\xff", "utf-16"),
-)
+# By their first bytes, whatever the file's name ends in.
 _GZIP, _BZIP2, _XZ, _ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
+_PARQUET, _ZIP, _OLD_EXCEL = b"PAR1", (b"PK\x03\x04", b"PK\x05\x06"), b"\xd0\xcf\x11\xe0\xa1\xb1"
+_WORKBOOKS = (b"xl/workbook", b"opendocument.spreadsheet")  # inside a zip, never compressed
+_TAR, _TAR_AT = b"ustar", 257
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SEPARATORS = ",;\t|"
 
@@ -41,18 +38,25 @@ def path_of(name: str) -> Path:
 
 def stem_of(path: Path) -> str:
     """AAPL of AAPL.csv and AAPL.csv.gz."""
-    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).stem
+    return _unpacked(path).stem
+
+
+def _unpacked(path: Path) -> Path:
+    """The name without what says how the file is compressed."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
 def read_table(path: Path, kind: str = "") -> pd.DataFrame:
     """The frame of a file of `kind`, csv or parquet; "": as its name ends. Names are the file's.
+    What is Parquet by its first bytes is read as Parquet in either.
 
     Raises InputError, with the line where there is one, for a file that is neither.
     """
+    content = _read_bytes(path)
     if not kind:
-        unpacked = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-        kind = "parquet" if unpacked.suffix.lower() == ".parquet" else "csv"
-    return _read_parquet(path) if kind == "parquet" else _read_csv(path)
+        kind = "parquet" if _unpacked(path).suffix.lower() == ".parquet" else "csv"
+    is_parquet = kind == "parquet" or content.startswith(_PARQUET)
+    return _parquet_table(content, path) if is_parquet else _csv_table(content, path)
 
 
 def named(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -84,13 +88,12 @@ def read_json(path: Path) -> Any:
     return document
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def _csv_table(content: bytes, path: Path) -> pd.DataFrame:
     """Every cell as text. A short row is refused, not padded: so does a truncated file look.
 
     Cells are separated by whichever of comma, semicolon, tab and bar is most often in the names'
     line; `attrs["decimal_comma"]`: it is no comma.
     """
-    content = _read_bytes(path)
     csv.field_size_limit(2**31 - 1)  # news may be long
     try:
         text = _text(content)
@@ -126,15 +129,14 @@ def _separator(text: str) -> tuple[str, int]:
     return max(_SEPARATORS, key=bare.count), 0
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+def _parquet_table(content: bytes, path: Path) -> pd.DataFrame:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"Parquet needs the package pyarrow, {path}") from None
-    content = pyarrow.BufferReader(_read_bytes(path))
     try:
-        table = parquet.ParquetFile(content).read()
+        table = parquet.ParquetFile(pyarrow.BufferReader(content)).read()
         table.validate(full=True)  # reading does not look whether texts are UTF-8
         # An unknown time zone is a LookupError.
         # Without the metadata a date that pandas had as its index is a column like any other.
@@ -148,12 +150,16 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _text(content: bytes) -> str:
-    encoding = next((name for mark, name in _ENCODINGS if content.startswith(mark)), "utf-8-sig")
-    return content.decode(encoding)
+    """As the mark at its beginning says or, without one, where the first character's zeros lie: it
+    is an ASCII one in JSON (RFC 4627), and in CSV whose columns we know."""
+    return content.decode(json.detect_encoding(content))
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The file's content, undone where it is compressed."""
+    """The file's content, undone where it is compressed.
+
+    Raises InputError for what can't be read, is empty or damaged, and for archives and workbooks.
+    """
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
@@ -164,7 +170,21 @@ def _read_bytes(path: Path) -> bytes:
         raise InputError(f"compressed, but damaged ({one_line(error)}), {path}") from None
     if not content:
         raise InputError(f"empty file, {path}")
+    if told := _other_format(content):
+        raise InputError(f"{told}, {path}")
     return content
+
+
+def _other_format(content: bytes) -> str:
+    """What holds tables in files of its own, and what to do then; "" for anything else."""
+    zipped = content.startswith(_ZIP)
+    if content.startswith(_OLD_EXCEL) or (zipped and any(name in content for name in _WORKBOOKS)):
+        return "a workbook, as Excel writes: save its sheet as CSV"
+    if zipped:
+        return "a zip archive: unpack it and name the file inside"
+    if content[_TAR_AT:].startswith(_TAR):
+        return "a tar archive: unpack it and name the file inside"
+    return ""
 
 
 def _decompressed(content: bytes) -> bytes:

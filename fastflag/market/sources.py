@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -118,18 +117,14 @@ def _investorbench(name: str, data: DataConfig) -> Market:
     ticker = stem_of(path).upper()
     market = _market(frame, str(path), ticker, zone_of(data))
     market = dataclasses.replace(market, hours=hours_of(data))
+    entries = list(days.values())
+    oldest_first = np.argsort(bar_dates(frame["date"], str(path), zone_of(data)))
     news = [
         News(close, close, ticker, text)
-        for close, day in zip(market.closes, _oldest_first(days), strict=True)
-        for text in day.get("news", [])
+        for close, n in zip(market.closes, oldest_first, strict=True)
+        for text in entries[n].get("news", [])
     ]
     return with_news(market, news)
-
-
-def _oldest_first(days: dict[str, Any]) -> list[Any]:
-    """The entries of dates that are in order, one way or the other."""
-    entries = list(days.values())
-    return entries if list(days) <= list(days)[::-1] else entries[::-1]
 
 
 _READERS: dict[str, Callable[[str, DataConfig], Market]] = {

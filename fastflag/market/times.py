@@ -4,8 +4,11 @@ Times without a zone are the exchange's local ones. A time that names a zone, or
 number, is a moment anywhere on earth, and its local time depends on the exchange's zone. Whole
 numbers count seconds, milli-, micro- or nanoseconds since 1970 in UTC: in the unit by which the
 column's latest lies between 1990 and 2100, so that no date in digits (20240102) is taken for one.
+A column's dates are all spelt as its first one: in ISO 8601, in digits, or with slashes or points.
+Of 2/1/2024 month and day can be either, and only the whole column tells which.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from zoneinfo import ZoneInfo
@@ -22,6 +25,14 @@ _MOMENT = (
     r"(?P<date>\d{4}-\d{2}-\d{2})(?:[T ](?P<time>\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?))?"
     r"(?P<zone> ?(?:Z|UTC|GMT|[+-]\d{2}:?\d{2}))?"
 )
+# (year, month, day), or the two of which either is the month; and a time of day.
+_DIGITS = re.compile(
+    r"(?P<year>1[789]\d\d|20\d\d)(?P<month>\d\d)(?P<day>\d\d)(?:\.0*)?(?P<rest>[T ].*)?"
+)
+_YEAR_FIRST = re.compile(
+    r"(?P<year>\d{4})([/.])(?P<month>\d{1,2})\2(?P<day>\d{1,2})(?P<rest>[T ].*)?"
+)
+_YEAR_LAST = re.compile(r"(?P<a>\d{1,2})([/.-])(?P<b>\d{1,2})\2(?P<year>\d{4})(?P<rest>[T ].*)?")
 _COUNT = re.compile(r"-?\d{1,19}(?:\.0*)?")
 _UNITS = (1, 10**3, 10**6, 10**9)  # a second's
 _EARLIEST, _LATEST = 631_152_000, 4_102_444_800  # 1990 and 2100, in seconds
@@ -42,6 +53,7 @@ class _Written:
 
     wall: np.ndarray  # datetime64[us], in the zone that is named; of whole numbers UTC
     utc: np.ndarray  # datetime64[us]; NaT: no zone is named
+    form: str = "YYYY-MM-DD"  # of a date
 
 
 def hours_of(data: DataConfig) -> Hours:
@@ -128,9 +140,9 @@ def _read(column: pd.Series, where: str) -> _Written:
         written = _Written(_array(column), np.full(len(column), "NaT", "datetime64[us]"))
     else:
         cells = texts(column, where)
-        written = _counted(cells) or _spelt(cells)
+        written = _counted(cells) or _spelt(column, cells, where)
     wrong = np.isnat(written.wall)
-    refuse(column.to_frame(), wrong, "is not a date (YYYY-MM-DD)", column.name, where)
+    refuse(column.to_frame(), wrong, f"is not a date ({written.form})", column.name, where)
     return written
 
 
@@ -148,10 +160,52 @@ def _counted(cells: np.ndarray) -> _Written | None:
     return None
 
 
-def _spelt(cells: np.ndarray) -> _Written:
+def _spelt(column: pd.Series, cells: np.ndarray, where: str) -> _Written:
+    """Dates and times as text. What is not spelt as the first one is none."""
+    first = next(filter(None, cells), "")
+    spelt = pd.Series(cells, dtype=str)
+    for pattern, form in ((_DIGITS, "YYYYMMDD"), (_YEAR_FIRST, "YYYY/MM/DD")):
+        if pattern.fullmatch(first):
+            return _in_parts(spelt.str.extract(f"^{pattern.pattern}$"), "month", "day", form)
+    if not _YEAR_LAST.fullmatch(first):
+        return _in_iso(spelt)
+    parts = spelt.str.extract(f"^{_YEAR_LAST.pattern}$")
+    month_first = _in_parts(parts, "a", "b", "MM/DD/YYYY")
+    day_first = _in_parts(parts, "b", "a", "DD/MM/YYYY")
+    return _only_reading(column, month_first, day_first, where)
+
+
+def _only_reading(
+    column: pd.Series, month_first: _Written, day_first: _Written, where: str
+) -> _Written:
+    """Of two readings the one in which every cell is a date, or else more are.
+
+    Raises InputError, with the first cell that differs, where every cell is one in either.
+    """
+    lost = [np.isnat(reading.wall).sum() for reading in (month_first, day_first)]
+    other = month_first.wall != day_first.wall
+    if not any(lost) and other.any():
+        row = int(np.argmax(other))
+        readings = [str(each.wall[row])[:10] for each in (month_first, day_first)]
+        what = (
+            f"is {readings[0]} (month first) or {readings[1]} (day first), and no row tells which: "
+            "write dates as YYYY-MM-DD"
+        )
+        refuse(column.to_frame(), other, what, column.name, where)
+    return month_first if lost[0] <= lost[1] else day_first
+
+
+def _in_parts(parts: pd.DataFrame, month: str, day: str, form: str) -> _Written:
+    """Years, months, days and what follows them (a time of day, of which Excel writes 0:00)."""
+    dates = parts["year"] + "-" + parts[month].str.zfill(2) + "-" + parts[day].str.zfill(2)
+    times = parts["rest"].fillna("").str.replace(r"^ (\d:)", r" 0\1", regex=True)
+    return dataclasses.replace(_in_iso((dates + times).fillna("")), form=form)
+
+
+def _in_iso(cells: pd.Series) -> _Written:
     """Dates and times in ISO 8601's digits."""
     # In a whole match or in nothing: pandas alone would take "2020" or "20200102" for dates.
-    parts = pd.Series(cells, dtype=str).str.extract(f"^{_MOMENT}$")
+    parts = cells.str.extract(f"^{_MOMENT}$")
     iso = parts["date"] + "T" + parts["time"].fillna("00:00")
     wall = _array(pd.to_datetime(iso, format="ISO8601", errors="coerce"))
     zones = parts["zone"].str.strip()
