@@ -83,7 +83,7 @@ def launches(block: Block, launched: list) -> tuple[int, int]:
     model = MODELS[0]
     x = torch.randn(SUFFIXES, SUFFIX, model.width).requires_grad_()
     shared = torch.randn(2, 1, model.kv_heads, PREFIX, model.head_size, dtype=torch.bfloat16)
-    prefixes = [Prefixes.of_block(*shared.requires_grad_().unbind(), [PREFIX])]
+    prefixes = [Prefixes([tuple(shared.requires_grad_().unbind())], [PREFIX])]
     layout = SuffixLayout.build([SUFFIXES], [PREFIX], torch.full((SUFFIXES,), SUFFIX), SUFFIX)
     counts = []
     for _ in range(2):  # the first time compiles, and whatever that computes is counted too

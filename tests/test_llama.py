@@ -415,10 +415,10 @@ def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
     weight = torch.randn(query.shape, generator=generator, dtype=torch.float64)
     made = []
     for attend in (attention.by_tiles, attention.padded):
-        shared = Prefixes.of_days(prefixes)
+        shared = Prefixes([tuple(side[None] for side in pair) for pair in prefixes], lengths)
         if made_of == "block":  # longer than any prefix, as a stage's
-            longer = (functional.pad(side, (0, 0, 0, 11), value=9.0) for side in shared.block)
-            shared = Prefixes.of_block(*longer, lengths)
+            longer = (functional.pad(side, (0, 0, 0, 11), value=9.0) for side in shared.whole)
+            shared = Prefixes([tuple(longer)], lengths)
         attended = attend(query, *own, first, shared, layout)
         made.append((attended, torch.autograd.grad((attended * weight).sum(), leaves)))
     of_prefix = [day for day, n in enumerate(counts) for _ in range(n)]
@@ -432,10 +432,9 @@ def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
         scores = (key @ query[u, h, q] / width**0.5)[seen]
         expected = scores.softmax(0) @ value[seen]
         assert relative(made[1][0][u, h, q], expected) < 1e-12
-        # This form rounds scores to fp32.
-        assert relative(made[0][0][u, h, q], expected) < 1e-5
+        assert relative(made[0][0][u, h, q], expected) < 1e-12
     for one, other in zip(made[0][1], made[1][1], strict=True):
-        assert other.norm() > 0 and relative(one, other) < 1e-5
+        assert other.norm() > 0 and relative(one, other) < 1e-12
 
 
 # Adapters

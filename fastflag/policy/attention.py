@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
+from fastflag.policy.shared_prefix import KEY_MULTIPLE, Prefixes, SuffixLayout, padded_up
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -28,16 +28,16 @@ def by_tiles(
     prefixes: Prefixes,
     layout: SuffixLayout,
 ) -> Tensor:
-    """By products of tiles, each of some suffixes of one prefix. Scores and softmax in fp32,
-    probabilities rounded to the values' dtype, as flash attention's. All products of a padded
-    prefix length are of one shape, so what else is there changes no bit of a suffix."""
-    hidden = ~_visible(first, query.shape[2], own_key.shape[2])
+    """By PyTorch's attention over tiles, each of some suffixes of one prefix, which sees all of
+    their own keys and is told which are whose. What is computed for a padded prefix length is of
+    one shape a tile, so what else is there changes no bit of a suffix."""
+    visible = padded_up(_visible(first, query.shape[2], own_key.shape[2]), 2, KEY_MULTIPLE)
+    own_key, own_value = (padded_up(side, 2, KEY_MULTIPLE) for side in (own_key, own_value))
     attended = []
     for tiles in layout.tiles:
-        some = [side.index_select(0, tiles.rows) for side in (query, own_key, own_value, hidden)]
-        key, value = prefixes.of_size(tiles.days, tiles.size)
-        shared = key.index_select(0, tiles.day), value.index_select(0, tiles.day)
-        attended.append(_tiled(*some, *shared, tiles.beyond))
+        some = [side.index_select(0, tiles.rows) for side in (query, own_key, own_value, visible)]
+        shared = [side.index_select(0, tiles.prefix) for side in prefixes.of_size(tiles.size)]
+        attended.append(_tiled(*some, *shared, tiles.there))
     return torch.cat(attended).index_select(0, layout.untiled)
 
 
@@ -45,36 +45,32 @@ def _tiled(
     query: Tensor,
     own_key: Tensor,
     own_value: Tensor,
-    hidden: Tensor,
+    visible: Tensor,
     key: Tensor,
     value: Tensor,
-    beyond: Tensor,
+    there: Tensor,
 ) -> Tensor:
-    """Of B tiles of n suffixes: query [B n, H, Q, E], own_key and own_value [B n, G, S, E], hidden
-    [B n, Q, S] where a suffix's own keys are not seen; key and value [B, G, P, E] of the prefixes,
-    beyond [B, P] where these have ended. -> [B n, H, Q, E]"""
+    """Of B tiles of n suffixes: query [B n, H, Q, E], own_key and own_value [B n, G, S, E], visible
+    [B n, Q, S] of these; key and value [B, G, P, E] of the prefixes, there [B, P] of these.
+    -> [B n, H, Q, E]. Query heads that share keys are queries of one head: keys need no copies."""
     tiles, groups = key.shape[:2]
+    own_key, own_value, visible = (
+        side.unflatten(0, (tiles, -1)) for side in (own_key, own_value, visible)
+    )
     each = query.unflatten(0, (tiles, -1)).unflatten(2, (groups, -1)).transpose(1, 2)
-    shape = each.shape  # [B, G, n, H / G, Q, E]
-    each = each.flatten(3, 4).float() * query.shape[-1] ** -0.5
-    own_key, own_value = (
-        side.unflatten(0, (tiles, -1)).transpose(1, 2) for side in (own_key, own_value)
+    _, _, count, shared, queries, _ = each.shape  # [B, G, n, H / G, Q, E]
+    keys, values = (
+        torch.cat((side, own.transpose(1, 2).flatten(2, 3)), dim=2)
+        for side, own in ((key, own_key), (value, own_value))
     )
-    shared = each.flatten(2, 3) @ key.float().transpose(-1, -2)
-    own = each @ own_key.float().transpose(-1, -2)
-    scores = torch.cat((shared.view(*shape[:-1], -1), own.view(*shape[:-1], -1)), dim=-1)
-    masked = torch.cat(
-        (
-            beyond[:, None, None].expand(-1, shape[2], shape[4], -1),
-            hidden.unflatten(0, (tiles, -1)),
-        ),
-        dim=-1,
+    same = torch.eye(count, dtype=torch.bool, device=query.device)
+    own = visible[:, :, :, None] & same[:, None, :, None]  # [B, n, Q, n, S]
+    seen = torch.cat((there[:, None, None].expand(-1, count, queries, -1), own.flatten(3)), dim=-1)
+    mask = seen[:, :, None].expand(-1, -1, shared, -1, -1).flatten(1, 3)
+    attended = functional.scaled_dot_product_attention(
+        each.flatten(2, 4), keys, values, attn_mask=mask[:, None]
     )
-    scores = scores.masked_fill(masked[:, None, :, None], -torch.inf)
-    weights = scores.softmax(-1).to(value.dtype)
-    shared, own = weights.split((key.shape[2], own_key.shape[3]), dim=-1)
-    attended = (shared.flatten(2, 4) @ value).view(*each.shape) + own.flatten(3, 4) @ own_value
-    return attended.view(shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return attended.view(each.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def padded(
@@ -89,7 +85,7 @@ def padded(
     count, _, queries, _ = query.shape
     rows = torch.arange(count, device=query.device, dtype=torch.int32)
     of_prefix = torch.searchsorted(layout.starts[1:], rows, right=True)
-    keys, values = (side.index_select(0, of_prefix) for side in prefixes.block)
+    keys, values = (side.index_select(0, of_prefix) for side in prefixes.whole)
     places = torch.arange(keys.shape[2], device=query.device)
     shared = places < layout.prefix_lengths.index_select(0, of_prefix)[:, None]
     own = _visible(first, queries, own_key.shape[2])

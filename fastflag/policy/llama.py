@@ -133,10 +133,10 @@ def prefix_pass(
     for number, block in enumerate(blocks):
         normed = block.norm(x)
         if keys_values_only and number == len(blocks) - 1:
-            collected.append(Prefixes.of_block(*block.keys_values(normed, rotary), lengths))
+            collected.append(Prefixes([block.keys_values(normed, rotary)], lengths))
             break
         query, key, value = block.queries_keys_values(normed, rotary)
-        collected.append(Prefixes.of_block(key, value, lengths))
+        collected.append(Prefixes([(key, value)], lengths))
         x = block.finish(x, ops.causal_attention(query, key, value))
     return x, collected
 
@@ -171,26 +171,22 @@ def suffix_pass(
     return x[:, 0] if last_only else x
 
 
-def piece_pass(
-    block: Block, x: Tensor, prefixes: Sequence[Prefixes], levels: Sequence[Level]
-) -> Tensor:
+def piece_pass(block: Block, x: Tensor, prefixes: Prefixes, levels: Sequence[Level]) -> Tensor:
     """Runs pieces of suffixes x [N, T, C] fp32 through `block`, a tree by its levels.
 
-    A piece attends to its prefix, of `prefixes` one a level, to the pieces above it, and to itself.
-    All but attention is one product for all levels. Returns hidden states [N, T, C].
+    A piece attends to its prefix, to the pieces above it, and to itself. All but attention is one
+    product for all levels. Returns hidden states [N, T, C].
     """
-    size = x.shape[1]
-    positions = torch.cat(
-        [level.layout.positions + depth * size for depth, level in enumerate(levels)]
-    )
+    positions = torch.cat([level.layout.positions + level.above[:, None] for level in levels])
     rotary = rotary_tables(block.frequencies, positions, block.dtype)
     query, key, value = block.queries_keys_values(block.norm(x), rotary)
     attended = []
     queries = query.split([level.path.shape[1] for level in levels])
-    for depth, (level, mine, shared) in enumerate(zip(levels, queries, prefixes, strict=True)):
+    for level, mine in zip(levels, queries, strict=True):
         keys, values = (torch.cat([side[at] for at in level.path], 2) for side in (key, value))
-        above = torch.full_like(level.layout.last, depth * size)
-        attended.append(ops.prefix_attention(mine, keys, values, above, shared, level.layout))
+        attended.append(
+            ops.prefix_attention(mine, keys, values, level.above, prefixes, level.layout)
+        )
     return block.finish(x, torch.cat(attended))
 
 

@@ -12,7 +12,7 @@ from fastflag.policy.bnb import BLOCKSIZE
 from fastflag.policy.heads import ACTIONS, MLP_WIDTH, SIDES
 from fastflag.policy.llama import LINEARS
 from fastflag.policy.model_config import ModelConfig
-from fastflag.policy.shared_prefix import TOKEN_MULTIPLE, round_up
+from fastflag.policy.shared_prefix import padded_length
 from fastflag.policy.weights import layer_shapes
 
 _FP32 = 4
@@ -112,23 +112,23 @@ def _optimizer_state(tensors: list[int], optimizer: Optimizer) -> int:
 def _cacheable(model: ModelConfig, trunk: int, batch: PlanConfig, dtype: int) -> int:
     """Bytes of every text's states under the top layers, which are fp32, and of each day's keys and
     values in every frozen layer, which account texts yet to come attend to."""
-    of_token = _FP32 * model.width + dtype * trunk * 2 * model.kv_heads * model.head_dim
-    of_texts = _FP32 * batch.texts * batch.suffix_tokens * model.width
-    return batch.days * (batch.prefix_tokens * of_token + of_texts)
+    states = _FP32 * model.width * (batch.prefix_tokens + batch.texts * batch.suffix_tokens)
+    read = padded_length(batch.prefix_tokens) * 2 * model.kv_heads * model.head_dim
+    return batch.days * (states + dtype * trunk * read)
 
 
 def prefix_bytes(
     model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, fused: bool
 ) -> int:
     """What autograd keeps of the top layers' pass over `rows` prefixes of `tokens`."""
-    return _Kept(model, policy, fused).passed(rows, round_up(tokens, TOKEN_MULTIPLE), 0)
+    return _Kept(model, policy, fused).passed(rows, padded_length(tokens), 0)
 
 
 def suffix_bytes(
     model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, prefix: int, fused: bool
 ) -> int:
     """What it keeps of `rows` suffixes of `tokens`, after prefixes of `prefix` tokens."""
-    tokens, prefix = (round_up(size, TOKEN_MULTIPLE) for size in (tokens, prefix))
+    tokens, prefix = map(padded_length, (tokens, prefix))
     return _Kept(model, policy, fused).passed(rows, tokens, prefix)
 
 

@@ -131,7 +131,7 @@ def _prefix_attention_triton(
 ) -> Tensor:
     lengths, starts = layout.prefix_lengths, layout.starts
     return kernel_attention.prefix_attention(
-        query, *prefixes.block, lengths, starts, own_key, own_value, first.int()
+        query, *prefixes.whole, lengths, starts, own_key, own_value, first.int()
     )
 
 
@@ -209,7 +209,7 @@ prefix_attention = Op(
     "prefix_attention",
     _prefix_attention,
     _prefix_attention_triton,
-    by="torch scaled_dot_product_attention on CUDA, products of tiles on a CPU",
+    by="torch scaled_dot_product_attention, on a CPU by tiles",
 )
 
 OPS = (

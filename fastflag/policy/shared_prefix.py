@@ -6,76 +6,79 @@ Shapes: D prefixes of up to P tokens, U suffixes of S tokens, G key/value heads,
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 # Texts' tokens come in eights: prefixes and account texts of one padded length go together.
 TOKEN_MULTIPLE = 8
+# Keys of a tile come in sixteens. A suffix's own lie in one of its four places, and with AVX-512 a
+# softmax adds up vectors of 16 numbers: by eights, another place would be another order.
+KEY_MULTIPLE = 16
+IntegersT = TypeVar("IntegersT", int, np.ndarray)
 # Suffixes of a tile. A tile has a copy of its prefix's keys and values and pays for all of its
 # places; days of the demo have 8 or 9 account texts.
 _TILE = 4
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one prefix in one layer, each [G, its tokens, E]."""
+"""Keys and values of some prefixes in one layer, each [n, G, P, E], padded on the right."""
 
 
 class Prefixes:
-    """What suffixes attend to of D prefixes, in one layer.
+    """What suffixes attend to of D prefixes, in one layer: blocks of some of them, in order.
 
-    A CPU reads the days of one padded length in a block, a GPU all days: made of one form, it makes
-    the other only when asked.
+    A CPU reads those of one padded length together, a GPU all; each is made when first asked for.
     """
 
-    def __init__(self, lengths: Sequence[int]):
+    def __init__(self, blocks: Sequence[KeysValues], lengths: Sequence[int]):
+        """`lengths` [D], tokens of each prefix."""
+        self.blocks = blocks
         self.lengths = lengths
-
-    @staticmethod
-    def of_block(key: Tensor, value: Tensor, lengths: Sequence[int]) -> "Prefixes":
-        """key and value [D, G, P, E], padded on the right."""
-        made = Prefixes(lengths)
-        made.block = key, value
-        return made
-
-    @staticmethod
-    def of_days(days: Sequence[KeysValues]) -> "Prefixes":
-        made = Prefixes([key.shape[1] for key, _ in days])
-        made.days = days
-        return made
+        self._of_size: dict[int, KeysValues] = {}
 
     @staticmethod
     def joined(parts: Sequence["Prefixes"]) -> "Prefixes":
         """The prefixes of several, one after another."""
-        if len(parts) == 1:
-            return parts[0]
-        return Prefixes.of_days([day for part in parts for day in part.days])
+        blocks = [block for part in parts for block in part.blocks]
+        return Prefixes(blocks, [length for part in parts for length in part.lengths])
 
-    def select(self, places: Sequence[int]) -> "Prefixes":
-        """Those at `places`, in their order."""
-        if list(places) == list(range(len(self.lengths))):
-            return self
-        return Prefixes.of_days([self.days[place] for place in places])
-
-    def of_size(self, days: Sequence[int], size: int) -> KeysValues:
-        """Keys and values of some, [n, G, size, E]."""
-        chosen = self.select(days)
-        if chosen is self and "block" in self.__dict__:
-            return tuple(padded_up(side[:, :, :size], 2, size) for side in self.block)
-        return tuple(padded_up(side, 2, size) for side in chosen.block)
-
-    @cached_property
-    def days(self) -> Sequence[KeysValues]:
-        each = zip(*(side.unbind() for side in self.block), self.lengths, strict=True)
-        return [(key[:, :length], value[:, :length]) for key, value, length in each]
+    def of_size(self, size: int) -> KeysValues:
+        """Those of `size` tokens when padded to a multiple of 8, in their order: P is `size` up to
+        a multiple of 16."""
+        if size not in self._of_size:
+            chosen, first = [], 0
+            for block in self.blocks:
+                lengths = self.lengths[first : first + len(block[0])]
+                first += len(lengths)
+                rows = [row for row, n in enumerate(lengths) if padded_length(n) == size]
+                if rows:
+                    chosen.append(_cut(block, rows, round_up(size, KEY_MULTIPLE)))
+            self._of_size[size] = _one_after_another(chosen)
+        return self._of_size[size]
 
     @cached_property
-    def block(self) -> KeysValues:
-        """Keys and values [D, G, P, E]."""
-        sides = ([side.transpose(0, 1) for side in sides] for sides in zip(*self.days, strict=True))
-        return tuple(pad_sequence(side, batch_first=True).transpose(1, 2) for side in sides)
+    def whole(self) -> KeysValues:
+        """All of them: P is the longest's."""
+        longest = max(key.shape[2] for key, _ in self.blocks)
+        return _one_after_another(
+            [_cut(block, list(range(len(block[0]))), longest) for block in self.blocks]
+        )
+
+
+def _cut(block: KeysValues, rows: list[int], size: int) -> KeysValues:
+    """Some rows of a block, with P made `size`."""
+    sides = block if len(rows) == len(block[0]) else tuple(side[rows] for side in block)
+    missing = size - block[0].shape[2]
+    if missing > 0:
+        return tuple(functional.pad(side, (0, 0, 0, missing)) for side in sides)
+    return tuple(side[:, :, :size] for side in sides)
+
+
+def _one_after_another(blocks: Sequence[KeysValues]) -> KeysValues:
+    return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,19 @@ class SuffixLayout:
     def tiles(self) -> list["Tiles"]:
         """Prefixes of one padded length together, each suffix in one tile."""
         counts, lengths = np.array(self.counts), self.prefix_lengths.cpu().numpy()
-        sizes = -(-lengths // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        sizes = padded_length(lengths)
         first = np.cumsum(counts) - counts
         made = []
-        for size in np.unique(sizes):
-            days = np.flatnonzero(sizes == size)
-            tiles = -(-counts[days] // _TILE)
-            day = np.repeat(np.arange(len(days)), tiles)
-            start = _TILE * (np.arange(len(day)) - np.repeat(np.cumsum(tiles) - tiles, tiles))
-            rows = np.minimum(start[:, None] + np.arange(_TILE), counts[days][day, None] - 1)
-            rows += first[days][day, None]
-            beyond = np.arange(size) >= lengths[days][day, None]
-            arrays = (torch.from_numpy(array) for array in (day, rows.ravel(), beyond))
-            made.append(Tiles(int(size), days.tolist(), *(a.to(self.last.device) for a in arrays)))
+        for size in np.unique(sizes[counts > 0]):
+            alike = np.flatnonzero(sizes == size)
+            tiles = -(-counts[alike] // _TILE)
+            place = np.repeat(np.arange(len(alike)), tiles)
+            start = _TILE * (np.arange(len(place)) - np.repeat(np.cumsum(tiles) - tiles, tiles))
+            rows = np.minimum(start[:, None] + np.arange(_TILE), counts[alike][place, None] - 1)
+            rows += first[alike][place, None]
+            there = np.arange(round_up(int(size), KEY_MULTIPLE)) < lengths[alike][place, None]
+            arrays = (torch.from_numpy(array) for array in (place, rows.ravel(), there))
+            made.append(Tiles(int(size), *(array.to(self.last.device) for array in arrays)))
         return made
 
     @cached_property
@@ -139,28 +142,37 @@ class SuffixLayout:
 class Tiles:
     """B tiles of suffixes, each of 4 of one prefix: the last is repeated where there are fewer."""
 
-    size: int  # P, padded
-    days: list[int]  # the prefixes
-    day: Tensor  # [B] int64, the place of a tile's among them
+    size: int  # tokens of the prefixes, up to a multiple of 8
+    prefix: Tensor  # [B] int64, which of the prefixes of that size
     rows: Tensor  # [4 B] int64, the suffixes
-    beyond: Tensor  # [B, P] bool, where the prefix has ended
+    there: Tensor  # [B, P] bool, where the prefix has tokens
 
 
 @dataclass(frozen=True)
 class Level:
-    """The pieces of suffixes that lie at one depth of a tree; those of a prefix follow one another.
+    """The pieces of suffixes at two neighbouring depths of a tree, 0 and 1 first; those of a prefix
+    follow one another.
 
-    n pieces of T tokens at this depth, of N in the tree; the first level's depth is 0.
+    n pieces of T tokens, of N in the tree. Each has as many slots as the deeper of its level has
+    pieces from the root on: its own way down, then itself until they are full.
     """
 
-    path: Tensor  # [depth + 1, n] int64: each piece's way down from depth 0, itself at the end
+    path: Tensor  # [slots, n] int64, the pieces of each way, of N
+    above: Tensor  # [n] int64, tokens of the suffix before the piece
     layout: SuffixLayout  # of the pieces, as if each followed its prefix
 
 
 def padded_up(block: Tensor, axis: int, multiple: int) -> Tensor:
     """Zeros after the last place of `axis`, up to a multiple."""
     missing = round_up(block.shape[axis], multiple) - block.shape[axis]
+    if not missing:  # `pad` would copy
+        return block
     return functional.pad(block, [0, 0] * (block.dim() - 1 - axis) + [0, missing])
+
+
+def padded_length(tokens: IntegersT) -> IntegersT:
+    """Up to a multiple of 8, of a number or of an array."""
+    return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
 
 def round_up(size: int, multiple: int) -> int:

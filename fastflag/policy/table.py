@@ -42,8 +42,8 @@ from fastflag.policy.shared_prefix import (
     TOKEN_MULTIPLE,
     Prefixes,
     SuffixLayout,
+    padded_length,
     padded_up,
-    round_up,
 )
 from fastflag.policy.stage import Stage, content_of, reference_of, side_index
 from fastflag.policy.trunk import Trunk, digest_of
@@ -161,7 +161,7 @@ class Policy(nn.Module):
         states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
         by_size: dict[int, list[bytes]] = {}
         for digest, state in states.items():
-            by_size.setdefault(round_up(len(state), TOKEN_MULTIPLE), []).append(digest)
+            by_size.setdefault(padded_length(len(state)), []).append(digest)
         if torch.is_grad_enabled():
             self.activations.restart()
         parts = [
@@ -293,21 +293,20 @@ class Policy(nn.Module):
         of_day = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
         of_row = of_day[prompts.pairs[:, 0]]
         states = self.trunk.suffix_states(prompts)
-        size = np.array([round_up(len(state), TOKEN_MULTIPLE) for state in states])
+        size = np.array([padded_length(len(state)) for state in states])
         fused = self._fused_suffixes()
 
         def some(rows: np.ndarray) -> Tensor:
             """Of rows of one size, sorted by day."""
-            present, counts = np.unique(of_row[rows], return_counts=True)
-            prefixes = [layer.select(present.tolist()) for layer in days.layers]
             suffixes = _padded([states[row] for row in rows])
+            lengths = days.layers[0].lengths
             layout = SuffixLayout.build(
-                counts.tolist(),
-                prefixes[0].lengths,
+                np.bincount(of_row[rows], minlength=len(lengths)).tolist(),
+                lengths,
                 _lengths([states[row] for row in rows], self.device),
                 suffixes.shape[1],
             )
-            last = suffix_pass(self.top, suffixes, prefixes, layout, last_only=True)
+            last = suffix_pass(self.top, suffixes, days.layers, layout, last_only=True)
             return self._normed(last)
 
         def alike(rows: np.ndarray) -> list[Tensor]:

@@ -31,7 +31,7 @@ from fastflag.policy.shared_prefix import (
     Level,
     Prefixes,
     SuffixLayout,
-    round_up,
+    padded_length,
 )
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
 from fastflag.policy.weights import Weights
@@ -40,7 +40,7 @@ from fastflag.prompt.tokens import PromptSet
 T = TypeVar("T")
 
 # Counted up when the arithmetic changes in any bit: activations kept on disk are then new.
-_ARITHMETIC = 6
+_ARITHMETIC = 7
 # Days that go through together. Keys and values of 64 days of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _DAYS = 64
@@ -50,6 +50,9 @@ _PROMPTS = 256
 # Tokens of one pass over prefixes: as many as 256 suffixes of 16 have.
 _TOKENS = 4096
 _PIECE = TOKEN_MULTIPLE
+# Depths of a level. Stepped texts have 1 or 2 pieces, which then attend in one go; how many slots a
+# piece has follows from its depth alone, and so do its bits.
+_DEPTHS = 2
 
 
 @dataclass
@@ -57,7 +60,9 @@ class _Day:
     """A prefix that goes through the layers, or has gone."""
 
     tokens: np.ndarray
-    layers: list[KeysValues] | None  # of each layer passed; None where it is yet to go through
+    # Keys and values [G, P, E], P its padded length, of each layer passed; None where it is yet to
+    # go through.
+    layers: list[KeysValues] | None
     hidden: Tensor | None = None  # [P, C] after the last, where it has gone through now
 
 
@@ -71,18 +76,18 @@ class _PrefixWork:
 
 @dataclass
 class _TextWork:
-    """Texts on their way through, as the pieces of a tree; those of a depth and day together."""
+    """Texts on their way through, as the pieces of a tree; those of a level and day together."""
 
     rows: list[int]  # of the prompts
     paths: list[list[int]]  # the pieces of each of them
-    days: list[list[_Day]]  # of each depth
-    levels: list[Level]  # of each depth
+    days: list[_Day]
+    levels: list[Level]
     hidden: Tensor  # [N, 8, C]
 
 
 class _Piece(NamedTuple):
     tokens: np.ndarray
-    walk: list[int]  # its place among the pieces of its depth, after those that lead to it
+    walk: list[int]  # its place among the pieces of its level, after those that lead to it
 
 
 class Trunk:
@@ -175,7 +180,7 @@ class Trunk:
         for day in days:
             if day.layers is None:
                 day.layers = []
-                by_size.setdefault(round_up(len(day.tokens), TOKEN_MULTIPLE), []).append(day)
+                by_size.setdefault(padded_length(len(day.tokens)), []).append(day)
         parts = (
             some
             for size, alike in by_size.items()
@@ -185,24 +190,27 @@ class Trunk:
 
     def _texts(self, prompts: PromptSet, rows: list[int], days: dict[int, _Day]) -> _TextWork:
         """The suffixes of `rows`, those of a day together, ready to go through."""
-        depths, walks = _tree(prompts, rows)
-        first = np.cumsum([0, *map(len, depths)])
-        levels, of_depth = [], []
-        for pieces in depths:
+        levels, walks = _tree(prompts, rows)
+        first = np.cumsum([0, *map(len, levels)]).repeat(_DEPTHS)  # of the pieces of each depth
+        mine = [*dict.fromkeys(prompts.pairs[rows, 0].tolist())]
+        made = []
+        for number, pieces in enumerate(levels):
             counts = Counter(day for day, _ in pieces)
-            of_depth.append([days[day] for day in counts])
             layout = SuffixLayout.build(
-                list(counts.values()),
-                [len(day.tokens) for day in of_depth[-1]],
+                [counts[day] for day in mine],
+                [len(days[day].tokens) for day in mine],
                 torch.full((len(pieces),), _PIECE, device=self._device),
                 _PIECE,
             )
-            path = np.array([piece.walk for piece in pieces.values()]).T
-            path += first[: len(path), None]
-            levels.append(Level(torch.from_numpy(path).to(self._device), layout))
-        hidden = self._embed([piece.tokens for pieces in depths for piece in pieces.values()])
+            slots = (number + 1) * _DEPTHS
+            walked = [piece.walk for piece in pieces.values()]
+            above = torch.tensor([_PIECE * (len(walk) - 1) for walk in walked], device=self._device)
+            path = np.array([walk + walk[-1:] * (slots - len(walk)) for walk in walked]).T
+            path = torch.from_numpy(path + first[:slots, None]).to(self._device)
+            made.append(Level(path, above, layout))
+        hidden = self._embed([piece.tokens for pieces in levels for piece in pieces.values()])
         paths = [(first[: len(walk)] + walk).tolist() for walk in walks]
-        return _TextWork(rows, paths, of_depth, levels, hidden)
+        return _TextWork(rows, paths, [days[day] for day in mine], made, hidden)
 
     def _run(self, days: list[_Day], texts: list[_TextWork]) -> None:
         """Layer by layer over all days, so that each matrix is unpacked from NF4 once: day by day,
@@ -213,13 +221,10 @@ class Trunk:
                 for some in unread:
                     lengths = [len(day.tokens) for day in some.days]
                     some.hidden, [layer] = prefix_pass([block], some.hidden, lengths)
-                    for day, (key, value) in zip(some.days, layer.days, strict=True):
-                        day.layers.append((key.clone(), value.clone()))
+                    for row, day in enumerate(some.days):
+                        day.layers.append(tuple(side[row].clone() for side in layer.blocks[0]))
                 for some in texts:
-                    prefixes = [
-                        Prefixes.of_days([day.layers[number] for day in of_depth])
-                        for of_depth in some.days
-                    ]
+                    prefixes = _read(some.days, number)
                     some.hidden = piece_pass(block, some.hidden, prefixes, some.levels)
         for some in unread:
             for day, hidden in zip(some.days, some.hidden, strict=True):
@@ -234,7 +239,7 @@ class Trunk:
 
     def _embed(self, texts: list[np.ndarray]) -> Tensor:
         """Token ids, padded on the right to a multiple of 8, -> [N, T, C] fp32."""
-        size = round_up(max(map(len, texts)), TOKEN_MULTIPLE)
+        size = padded_length(max(map(len, texts)))
         ids = torch.zeros(len(texts), size, dtype=torch.int64)
         for row, tokens in enumerate(texts):
             ids[row, : len(tokens)] = torch.from_numpy(tokens)
@@ -246,26 +251,32 @@ def digest_of(tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
+def _read(days: list[_Day], layer: int) -> Prefixes:
+    """What texts attend to of `days`."""
+    blocks = [tuple(side[None] for side in day.layers[layer]) for day in days]
+    return Prefixes(blocks, [len(day.tokens) for day in days])
+
+
 def _tree(
     prompts: PromptSet, rows: list[int]
 ) -> tuple[list[dict[tuple[int, bytes], _Piece]], list[list[int]]]:
     """The distinct pieces of the suffixes of `rows`, and the walk of each suffix.
 
-    A dictionary a depth, whose keys are the day and the tokens up to the piece's end.
+    A dictionary a level, whose keys are the day and the tokens up to the piece's end.
     """
-    depths: list[dict[tuple[int, bytes], _Piece]] = []
+    levels: list[dict[tuple[int, bytes], _Piece]] = []
     walks = []
     for row in rows:
         day, text = prompts.pairs[row].tolist()
         tokens, walk = prompts.suffixes[text], []
         for depth, start in enumerate(range(0, len(tokens), _PIECE)):
-            if depth == len(depths):
-                depths.append({})
-            pieces, end = depths[depth], start + _PIECE
+            if depth == len(levels) * _DEPTHS:
+                levels.append({})
+            pieces, end = levels[depth // _DEPTHS], start + _PIECE
             piece = _Piece(tokens[start:end], [*walk, len(pieces)])
             walk = pieces.setdefault((day, tokens[:end].tobytes()), piece).walk
         walks.append(walk)
-    return depths, walks
+    return levels, walks
 
 
 def _keys(prompts: PromptSet) -> list[bytes]:
