@@ -22,7 +22,7 @@ from fastflag.policy.llama import LINEARS
 from fastflag.policy.lora import FrozenLinear
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 
 class PlainPolicy:

@@ -395,7 +395,7 @@ def whole_lesson(vocabulary: int, device: torch.device) -> Any:
     """Every text on every day, and every action of each, with advantages at random."""
     from fastflag.learn.lesson import Lesson
     from fastflag.learn.objective import Samples
-    from fastflag.prompt.tokens import PromptSet
+    from fastflag.prompt.prompts import PromptSet
 
     random = np.random.default_rng(0)
     prefixes, suffixes = (

@@ -2,7 +2,7 @@
 
 Speed depends on shapes, not on what a model knows: the model has SmolLM2-135M's shape and random
 weights, the market is a random walk over the demo's days. The tokenizer is trained on the source of
-the prompts' templates, so that, as for SmolLM2's, a word is a token and a digit is one, and prompts
+the prompts' layouts, so that, as for SmolLM2's, a word is a token and a digit is one, and prompts
 are about as long.
 """
 
@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from bench.cases import MODELS, Model
 from fastflag.policy.model_config import Settings, json_config
 from fastflag.policy.weights import layer_shapes
-from fastflag.prompt import template
+from fastflag.prompt import headlines, layouts, prompter
 
 _LAYERS = 30  # of SmolLM2-135M
 _WORDS = 8000
@@ -94,7 +94,8 @@ def _tokenizer() -> Backend:
     trainer = trainers.BpeTrainer(
         vocab_size=_WORDS, initial_alphabet=alphabet, show_progress=False, min_frequency=1
     )
-    backend.train_from_iterator([inspect.getsource(template)], trainer)
+    sources = [inspect.getsource(module) for module in (layouts, headlines, prompter)]
+    backend.train_from_iterator(sources, trainer)
     return backend
 
 

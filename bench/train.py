@@ -49,7 +49,7 @@ from fastflag.policy.shared_prefix import SuffixLayout
 from fastflag.policy.table import Policy, Table
 from fastflag.policy.trunk import digest_of
 from fastflag.policy.weights import open_weights
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 _PART = 64  # samples that a baseline of many is measured on
 _BATCHES = (4, 8, 16, 32, 64)

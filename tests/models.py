@@ -15,7 +15,7 @@ from transformers import (
 
 from fastflag.config import PolicyConfig
 from fastflag.policy.model_config import ModelConfig
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 VOCABULARY = 50
 TINY = {

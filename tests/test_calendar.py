@@ -14,7 +14,7 @@ from fastflag.config import DataConfig, PromptConfig, SimulatorConfig
 from fastflag.market.bars import split_days
 from fastflag.market.sources import load
 from fastflag.policy.weights import open_weights
-from fastflag.prompt.template import Prompter
+from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
 
 ARRAYS = ("dates", "open", "high", "low", "close", "volume", "split", "dividend")

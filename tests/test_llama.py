@@ -27,7 +27,7 @@ from fastflag.policy.quant import NF4Weight
 from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import open_weights
-from fastflag.prompt.template import Prompter
+from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
 
 RAGGED = (1, 2, 15, 16, 17, 63)

@@ -30,8 +30,8 @@ from fastflag.market.bars import Market, News
 from fastflag.market.sources import load
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import open_weights
-from fastflag.prompt import template
-from fastflag.prompt.template import Prompter
+from fastflag.prompt import prompter as prompter_module
+from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
 
 DAYS = 26  # indicators of 20 bars are told
@@ -235,9 +235,11 @@ def _bars_of_tomorrow(market: Market, symbol: str) -> Bars:
 _closes = Market.__dict__["closes"].func
 LEAKS: dict[str, Callable[[], mock._patch]] = {
     "indicators of tomorrow": lambda: mock.patch.object(
-        template, "indicators", _tomorrows_indicators
+        prompter_module, "indicators", _tomorrows_indicators
     ),
-    "a mask of tomorrow": lambda: mock.patch.object(template, "allowed_codes", _tomorrows_mask),
+    "a mask of tomorrow": lambda: mock.patch.object(
+        prompter_module, "allowed_codes", _tomorrows_mask
+    ),
     "prices of tomorrow": lambda: mock.patch.object(Bars, "from_market", _bars_of_tomorrow),
     "news a second too early": lambda: mock.patch.object(
         Market, "closes", property(lambda market: _closes(market) + np.timedelta64(1, "s"))

@@ -14,7 +14,7 @@ import fastflag.policy.table as table_module
 from fastflag.config import AlgorithmConfig
 from fastflag.policy.activations import Activations
 from fastflag.policy.table import Policy
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

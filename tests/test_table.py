@@ -18,7 +18,7 @@ from fastflag.policy.heads import Statistics
 from fastflag.policy.table import Policy
 from fastflag.policy.trunk import digest_of
 from fastflag.policy.weights import open_weights
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 WORDS = (7, 11, 13)
 ONE = torch.tensor(1.0)

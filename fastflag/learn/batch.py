@@ -14,8 +14,8 @@ from fastflag.config import RolloutConfig, SimulatorConfig
 from fastflag.files import InputError
 from fastflag.market.accounts import Accounts, Bars
 from fastflag.market.tasks import schedule
-from fastflag.prompt.template import Prompter
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompter import Prompter
+from fastflag.prompt.prompts import PromptSet
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Times what is done inside, under a name."""

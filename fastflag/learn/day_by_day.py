@@ -15,7 +15,7 @@ from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.market.simulator import ACTIONS
 from fastflag.policy.table import Policy, Table
-from fastflag.prompt.tokens import PromptSet, merge
+from fastflag.prompt.prompts import PromptSet, merge
 
 
 def live_day_by_day(

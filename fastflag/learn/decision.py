@@ -9,8 +9,8 @@ from fastflag.learn.batch import World
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts, Bars
 from fastflag.market.simulator import ACTIONS
-from fastflag.prompt.template import Prompter
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompter import Prompter
+from fastflag.prompt.prompts import PromptSet
 
 
 def prompts_now(

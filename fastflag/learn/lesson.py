@@ -21,7 +21,7 @@ from fastflag.learn.advantage import generalised_advantage
 from fastflag.learn.batch import Batch, Phase
 from fastflag.learn.objective import Samples
 from fastflag.policy.table import Table
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fastflag.learn.stepping import step_through
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.policy.table import Policy, Table
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 _MANY_STEPS = 2**15
 # Steps that are simulated before what they teach is added up: 2^22 take 0.4 GB until then, and with

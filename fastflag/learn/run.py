@@ -22,7 +22,7 @@ from fastflag.policy.arithmetic import resolved
 from fastflag.policy.model_config import ModelConfig
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import Weights, open_weights
-from fastflag.prompt.template import Prompter
+from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
 
 OTHER_MARKET = "the training days' bars or news are not those that the run was trained on"

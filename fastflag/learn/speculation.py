@@ -18,7 +18,7 @@ from fastflag.learn.visited import Visited
 from fastflag.market import simulator
 from fastflag.market.simulator import ACTIONS, CODES
 from fastflag.policy.table import Policy, Table
-from fastflag.prompt.tokens import PromptSet, merge
+from fastflag.prompt.prompts import PromptSet, merge
 
 _SIDE_OF_CODE = simulator.side_of(np.arange(CODES))
 

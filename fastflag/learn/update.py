@@ -16,7 +16,7 @@ from fastflag.learn.lesson import Lesson
 from fastflag.learn.objective import Samples, loss_of
 from fastflag.policy.bnb import bitsandbytes
 from fastflag.policy.table import Policy, Table
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 STATISTICS = (
     "policy_loss",

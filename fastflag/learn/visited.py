@@ -6,7 +6,7 @@ Shapes: U prompts, A actions.
 import numpy as np
 
 from fastflag.policy.table import Policy, Table
-from fastflag.prompt.tokens import PromptSet, merge
+from fastflag.prompt.prompts import PromptSet, merge
 
 
 class Visited:

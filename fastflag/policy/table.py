@@ -48,7 +48,7 @@ from fastflag.policy.shared_prefix import (
 from fastflag.policy.stage import Stage, content_of, reference_of, side_index
 from fastflag.policy.trunk import Trunk, digest_of
 from fastflag.policy.weights import Weights
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 
 @dataclass(frozen=True)

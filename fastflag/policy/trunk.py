@@ -35,7 +35,7 @@ from fastflag.policy.shared_prefix import (
 )
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
 from fastflag.policy.weights import Weights
-from fastflag.prompt.tokens import PromptSet
+from fastflag.prompt.prompts import PromptSet
 
 T = TypeVar("T")
 

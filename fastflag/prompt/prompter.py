@@ -1,14 +1,10 @@
 """How the world is told: a day as a prefix, an account as the suffix that ends at the action.
 
-A prompt is a prefix and a suffix, tokenised apart and joined. Both layouts cut after a line break
-and before a letter or a quotation mark, where byte-level BPE splits anyway, so the joined text has
-the same tokens. The text of day t is made of bars up to t and of news available by the close of t.
+A prompt is a prefix and a suffix, tokenised apart and joined. The text of day t is made of bars up
+to t and of news available by the close of t.
 """
 
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,271 +22,15 @@ from fastflag.market.simulator import (
     decode,
     side_of,
 )
-from fastflag.prompt.markup import without_markup
-from fastflag.prompt.tokens import PromptSet, Tokenizer
+from fastflag.prompt.headlines import anonymiser, headline
+from fastflag.prompt.layouts import LAYOUTS, NO_MORE_DIGITS, AccountFacts, DayFacts
+from fastflag.prompt.prompts import PromptSet
+from fastflag.prompt.tokens import Tokenizer
 
 HEADLINE_TOKENS = 24
 """A headline is cut to this many tokens, so that several fit into the budget of news."""
 SHORTEST_CUT = 8
 """A headline is left out rather than cut to fewer tokens than this."""
-
-# All three are single tokens of SmolLM2, with and without the space; " Sell" would be two.
-ACTION_WORDS = ("sell", "hold", "buy")
-_SIDES = {-1: "short", 0: "flat", 1: "long"}
-
-
-@dataclass(frozen=True)
-class DayFacts:
-    """What a prefix tells."""
-
-    symbol: str
-    date: str
-    """Both empty: anonymous."""
-    tradable: bool
-    prices: tuple[float, ...]
-    """Last closes, newest last, in shares of this day; anonymous: the newest is 100."""
-    indicators: dict[str, float]
-    news_today: tuple[str, ...]
-    news_earlier: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AccountFacts:
-    """What a suffix of raw numbers tells."""
-
-    side: int
-    cash: float
-    position: float
-    """Shares; anonymous: in units that cost 100, so that position x price is still a value."""
-    value: float
-    profit: float
-    """Of the open position, as a fraction of its entry price."""
-    held: int
-    """Bars since the fill."""
-    rewards: tuple[float, ...]
-    net_values: tuple[float, ...]
-    actions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    prefix: Callable[[DayFacts, str], str]
-    """Of a day and the position mode."""
-    stepped: Callable[[int, float, int], str]
-    """Of side, profit and bars held."""
-    exact: Callable[[AccountFacts], str]
-    action_words: tuple[str, str, str]
-    has_news: bool
-    """The paper's template has none."""
-
-
-_RULES = {
-    "long_flat": "buy spends all cash, sell sells all, hold keeps",
-    "long_short": "buy is long, sell is short, hold is flat",
-}
-
-
-_INDICATORS = (
-    ("return_20", "20-day return {:+.1%}"),
-    ("volatility_20", "volatility {:.1%}"),
-    ("rsi_14", "RSI {:.0f}"),
-    ("drawdown_60", "from high {:+.1%}"),
-)
-
-
-def _default_prefix(day: DayFacts, positions: str) -> str:
-    asset = f"{day.symbol} on {day.date}" if day.symbol else "one asset"
-    lines = [f"Trade {asset}: {_RULES[positions]}."]
-    if not day.tradable:
-        lines.append("The market is closed today.")
-    if day.prices:
-        write = _significant if day.symbol else "{:.1f}".format
-        lines.append("Closes, newest last: " + " ".join(map(write, day.prices)))
-    else:
-        lines.append("No prices yet.")
-    told = [(text, day.indicators[name]) for name, text in _INDICATORS]
-    told = [text.format(value) for text, value in told if np.isfinite(value)]
-    if told:
-        lines.append(", ".join(told))
-    if day.news_today:
-        lines.append("News today: " + " | ".join(day.news_today))
-    if day.news_earlier:
-        lines.append("Earlier news: " + " | ".join(day.news_earlier))
-    return "\n".join(lines) + "\n"
-
-
-def _default_stepped(side: int, profit: float, held: int) -> str:
-    """At most 16 tokens of SmolLM2: its layers see every one of them for every distinct prompt."""
-    if side == 0:
-        return "Account: flat. Action:"
-    return f"Account: {_SIDES[side]} {_days(held)}, {profit:+.1%}. Action:"
-
-
-def _default_exact(account: AccountFacts) -> str:
-    parts = [f"Account: {_SIDES[account.side]}", f"cash {_fixed(account.cash, '.2f')}"]
-    if account.side != 0:
-        parts += [f"shares {_fixed(account.position, '.4f')}"]
-        parts += [f"profit {_fixed(100 * account.profit, '+.2f')}%", f"held {_days(account.held)}"]
-    return ", ".join([*parts, f"value {_fixed(account.value, '.2f')}"]) + ". Action:"
-
-
-def _paper_prefix(day: DayFacts, positions: str) -> str:
-    closed = "" if day.tradable else '"market_closed": true, '
-    prices = ", ".join(_cut(price, 6) for price in day.prices)
-    return (
-        "You are a trader. Buy when the asset is undervalued on historical trends, sell when it is "
-        "overvalued or risky, hold when uncertain. Maximise long-term return, manage risk, "
-        "minimise costs, follow momentum.\n"
-        f"Legal actions: {_RULES[positions]}.\n"
-        f'State: {{{closed}"historical_prices": [{prices}],\n'
-    )
-
-
-_PAPER_ANSWER = '}\nAnswer in JSON with one key, Action: {"Action": "'
-
-
-def _paper_stepped(side: int, profit: float, held: int) -> str:
-    open_position = f', "profit": "{profit:+.1%}", "days_held": {held}' if side else ""
-    return f'"account_status": {{"position": "{_SIDES[side]}"{open_position}}}' + _PAPER_ANSWER
-
-
-def _paper_exact(account: AccountFacts) -> str:
-    rewards = ", ".join(_cut(reward, 6) for reward in account.rewards)
-    net_values = ", ".join(_cut(value, 10) for value in account.net_values)
-    actions = ", ".join(f'"{ACTION_WORDS[action]}"' for action in account.actions)
-    return (
-        f'"account_status": {{"cash_balance": {_fixed(account.cash, ".2f")}, '
-        f'"asset_position": {_fixed(account.position, ".4f")}, '
-        f'"total_account_value": {_fixed(account.value, ".2f")}}},\n'
-        f'"previous_decision_metrics": {{"recent_rewards": [{rewards}], '
-        f'"net_values": [{net_values}], "actions": [{actions}]}}' + _PAPER_ANSWER
-    )
-
-
-LAYOUTS = {
-    "default": Layout(
-        _default_prefix,
-        _default_stepped,
-        _default_exact,
-        tuple(f" {word}" for word in ACTION_WORDS),
-        has_news=True,
-    ),
-    "paper": Layout(_paper_prefix, _paper_stepped, _paper_exact, ACTION_WORDS, has_news=False),
-}
-
-
-def _days(count: int) -> str:
-    return f"{count} day" if count == 1 else f"{count} days"
-
-
-def _significant(price: float) -> str:
-    """Five significant digits, never an exponent."""
-    return np.format_float_positional(price, 5, unique=False, fractional=False, trim="-")
-
-
-_NO_MORE_DIGITS = 1e16
-
-
-def _fixed(number: float, form: str) -> str:
-    """`number` in a form of fixed digits. From 10^16 on, where float64 has none after the point,
-    with an exponent: so there is a longest text."""
-    return format(number, form if abs(number) < _NO_MORE_DIGITS else ".6e")
-
-
-def _cut(number: float, characters: int) -> str:
-    """The paper's way of rounding; still a JSON number, and all of its digits before the point."""
-    whole = _fixed(number, ".0f")
-    return whole if len(whole) >= characters else f"{number:.8f}"[:characters].rstrip(".")
-
-
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-_NOT_TEXT = re.compile("[\\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
-_SENTIMENT = re.compile(r"\s*\(sentiment:\s*(\w+)\)$", re.IGNORECASE)
-# A full stop sooner than this is an abbreviation's more often than a sentence's.
-_SENTENCE = re.compile(r"(.{40,}?[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z])")
-_HEADLINE_CHARACTERS = 400  # several times what HEADLINE_TOKENS hold
-
-# Names by which a company is known in news, as beginnings of words.
-NAMES = {
-    "AAPL": ("apple",),
-    "MSFT": ("microsoft",),
-    "IBM": ("ibm", "international business machines"),
-    "GOOG": ("googl", "alphabet"),
-    "FB": ("facebook", "meta platforms"),
-    "JNJ": ("johnson & johnson", "j&j"),
-    "UVV": ("universal corp", "universal leaf"),
-    "HON": ("honeywell",),
-    "TSLA": ("tesla", "elon musk", "musk"),
-    "BTC": ("bitcoin", "btc", "xbt"),
-    "ETH": ("ethereum",),
-}
-OWN_NAME, OTHER_NAME = "the asset", "another asset"
-
-_MONTH = (
-    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
-    r"|sep(?:t(?:ember)?)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
-)
-_YEAR = r"(?:19|20)\d\d"
-_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
-_DATES = [
-    (re.compile(pattern, re.IGNORECASE), replacement)
-    for pattern, replacement in (
-        (rf"(?<!\d){_YEAR}[-/.]\d{{1,2}}[-/.]\d{{1,2}}(?!\d)", "a date"),
-        (r"(?<!\d)\d{1,2}[-/.]\d{1,2}[-/.](?:\d{4}|\d{2})(?!\d)", "a date"),
-        (rf"(?<!\d){_YEAR}\d{{4}}(?!\d)", "a date"),
-        (rf"\b{_MONTH}\s*{_DAY}\b(?:\s*,?\s*{_YEAR})?", "a date"),
-        (rf"\b{_DAY}\s+(?:of\s+)?{_MONTH}(?!\w)(?:\s*,?\s*{_YEAR})?", "a date"),
-        (rf"\b{_MONTH}\s*(?:,|of)?\s*['\u2019]?(?:{_YEAR}|\d\d\b)", "a month"),
-        (rf"\b(?:FY|[QH][1-4]|[1-4][QH])\s?(?:of\s)?['\u2019]?(?:{_YEAR}|\d\d)\b", "a period"),
-        (rf"(?<!\d){_YEAR}(?:\s?[-\u2013/]\s?\d{{2,4}})?(?!\d)", "a year"),
-    )
-]
-
-
-def anonymiser(symbol: str, others: Sequence[str]) -> Callable[[str], str]:
-    """A function of a text that takes out `symbol`, its names, `others` and theirs, and all dates.
-
-    Names are those in `NAMES`; products and people that point to a company are not known.
-    """
-    own = _name_pattern([symbol])
-    other = _name_pattern([*others, *NAMES])
-
-    def replace(text: str) -> str:
-        text = other.sub(OTHER_NAME, own.sub(OWN_NAME, text))
-        for pattern, replacement in _DATES:
-            text = pattern.sub(replacement, text)
-        return text
-
-    return replace
-
-
-def _name_pattern(symbols: Sequence[str]) -> re.Pattern:
-    alternatives = []
-    for symbol in symbols:
-        base = re.split(r"[-/.]", symbol)[0]
-        for ticker in filter(None, (symbol, base)):
-            # Short tickers are words in small letters (ALL, NOW).
-            flag = "i" if len(ticker) >= 4 else "-i"
-            alternatives.append(rf"(?{flag}:\$?{re.escape(ticker)})(?![^\W_])")
-        alternatives += [re.escape(name) + r"\w*" for name in NAMES.get(base.upper(), ())]
-    return re.compile(rf"(?<![^\W_])(?:{'|'.join(alternatives)})", re.IGNORECASE)
-
-
-def headline(text: str, anonymise: Callable[[str], str] | None = None) -> str:
-    """The first sentence of an untrusted text as one line without markup or control characters.
-
-    A sentiment that InvestorBench's files put at the end is moved to the front.
-    """
-    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", without_markup(text)))
-    text = _NOT_TEXT.sub(" ", text).strip()
-    sentiment = _SENTIMENT.search(text)
-    if sentiment:
-        text = f"{sentiment[1]}: {text[: sentiment.start()]}"
-    text = text[:_HEADLINE_CHARACTERS]
-    if anonymise is not None:
-        text = anonymise(text)
-    sentence = _SENTENCE.match(text)
-    return (sentence[1] if sentence else text).rstrip(" .,;:|")
 
 
 class Prompter:
@@ -472,7 +212,7 @@ class Prompter:
 
     def _longest_exact_text(self) -> str:
         """A short account's with all numbers as long as `_fixed` makes them."""
-        longest = -0.9 * _NO_MORE_DIGITS
+        longest = -0.9 * NO_MORE_DIGITS
         facts = AccountFacts(
             side=-1,
             cash=longest,

@@ -25,7 +25,9 @@ from fastflag.market.simulator import (
     reachable,
     step,
 )
-from fastflag.prompt.template import AccountFacts, Prompter, _cut, anonymiser, headline
+from fastflag.prompt.headlines import anonymiser, headline
+from fastflag.prompt.layouts import AccountFacts, _cut
+from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer, _from_gguf, read_gguf_metadata
 
 LONG_FLAT = SimulatorConfig()
