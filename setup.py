@@ -23,6 +23,7 @@ setup(
         "fastflag.policy",
         "fastflag.learn",
         "fastflag.evaluate",
+        "fastflag.cli",
         "fastflag.kernels",
     ],
     package_data={"fastflag.evaluate": ["report.html", "report.css", "report.js"]},

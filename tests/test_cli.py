@@ -133,7 +133,7 @@ def test_what_the_terminal_can_not_show_is_escaped(encoding, bars, tmp_path, mon
     error = done.stderr.decode(encoding)
     assert (done.returncode, done.stdout) == (2, b"")
     assert error == f"fastflag: error: unknown symbol 'B' of {shown}, market csv:{path}\n"
-    code = f"from fastflag import cli\ncli._usage = lambda: {'株Ü'!a}\ncli.main([])"
+    code = f"from fastflag import cli\ncli.arguments._usage = lambda: {'株Ü'!a}\ncli.main([])"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode(encoding) == f"{shown}\n"
@@ -264,5 +264,5 @@ def test_the_settings_of_a_run_from_before_there_was_a_choice_keep_dividends_in_
     path = tmp_path / "config.json"
     for document, dividends in (({"fastflag": "0.1.0"}, "cash"), ({}, "reinvest")):
         path.write_text(json.dumps({**document, "simulator": {"fill": "next_close"}}))
-        simulator = cli._train_default(["--config", str(path)]).settings.simulator
+        simulator = cli.arguments._train_default(["--config", str(path)]).settings.simulator
         assert (simulator.fill, simulator.dividends) == ("next_close", dividends)

@@ -1,27 +1,21 @@
-"""The command line: one dataclass a subcommand, its flags and help made from the fields.
+"""The commands: one dataclass each, its flags and help made from the fields.
 
 torch, Numba and pandas are imported by the commands that need them, so that --help answers at once.
-What is wrong is told in one line on stderr, with --json too: stdout is then empty, and warnings
-that came before are not told.
 """
 
 import dataclasses
 import errno
-import io
 import json
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import tyro
 
-from fastflag import caches
 from fastflag.config import (
     PRESETS,
     AlgorithmConfig,
@@ -31,10 +25,10 @@ from fastflag.config import (
     PolicyConfig,
     SimulatorConfig,
     TrainConfig,
-    from_dict,
-    from_run,
 )
-from fastflag.files import InputError, read_json
+from fastflag.files import InputError
+
+_LOG = logging.getLogger(__name__)
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 Device = Literal["auto", "cpu", "cuda"]
@@ -260,10 +254,6 @@ class Doctor:
                 print(f"  {name:<24}{value if isinstance(value, str) else _choice_line(**value)}")
 
 
-# tyro indents a flag's help below the flag by 8, and has these headings.
-_HELP_INDENT = 8
-_NOT_TOLD = ("For full helptext", "Argument helptext")
-
 COMMANDS: dict[str, type] = {
     "train": Train,
     "backtest": Backtest,
@@ -272,196 +262,6 @@ COMMANDS: dict[str, type] = {
     "report": Report,
     "doctor": Doctor,
 }
-
-
-_LOG = logging.getLogger(__name__)
-_REFUSED = 2  # exit status
-_NO_MEMORY = "not enough memory: lower --num-steps, --num-envs or --backtest-episodes, here"
-
-
-class _Stream:
-    """stdout or stderr that never fails, since a training must not end for its progress: what is
-    written after the first error is lost. `before` is called before anything is written."""
-
-    def __init__(self, stream: TextIO | None, before: Callable[[], None] = lambda: None):
-        # Python has none where the caller closed it (`>&-`).
-        self._stream = stream or open(os.devnull)  # noqa: SIM115 (until the process ends)
-        self.error: OSError | None = None
-        self._before = before
-
-    def write(self, text: str) -> int:
-        self._before()
-        self._attempt(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._attempt(self._stream.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _attempt(self, act: Callable[..., object], *arguments: str) -> None:
-        if self.error is not None:
-            return
-        try:
-            try:
-                act(*arguments)
-            except UnicodeEncodeError as error:  # of which nothing has been written
-                (text,) = arguments
-                act(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
-        except OSError as error:
-            self.error = error
-            # Else Python complains once more when it flushes at its exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-
-class _Held(logging.Handler):
-    """Warnings, kept until `tell` and from then on told at once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._kept: list[logging.LogRecord] | None = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._kept is not None:
-            self._kept.append(record)
-        else:
-            logging.lastResort.handle(record)  # on stderr, as without a handler
-
-    def tell(self) -> None:
-        kept, self._kept = self._kept, None
-        for record in kept or ():
-            self.emit(record)
-
-
-@contextmanager
-def _warnings_held() -> Iterator[Callable[[], None]]:
-    """Keeps this package's warnings back until what it gives is called, or the context is left
-    otherwise than by a refusal, which is one line alone."""
-    held, log = _Held(), logging.getLogger("fastflag")
-    log.addHandler(held)
-    try:
-        yield held.tell
-        held.tell()
-    except BaseException as end:
-        if not isinstance(end, SystemExit) or end.code != _REFUSED:
-            held.tell()
-        raise
-    finally:
-        log.removeHandler(held)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command line. Exits with 2 and one line on stderr for what the user gave wrong."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    with (
-        redirect_stderr(_Stream(sys.stderr)),
-        _warnings_held() as tell,
-        redirect_stdout(_Stream(sys.stdout, before=tell)) as out,
-    ):
-        command = _guard(words)
-        out.flush()
-        if out.error is not None:
-            _tell_lost_output(out.error, is_result=not isinstance(command, Train | Report))
-
-
-def _guard(words: list[str]) -> Any:
-    """Runs a command line as `_run`; what goes wrong becomes one line and an exit status."""
-    try:
-        return _run(words)
-    except InputError as error:
-        _refuse(str(error))
-    except OSError as error:
-        _refuse(f"{error.strerror or error}, {error.filename or 'while writing'}")
-    except UnicodeEncodeError as error:
-        _refuse(f"{error.object[:80]!r} has no form in {error.encoding}, in a name or a text")
-    except (MemoryError, RuntimeError) as error:
-        from fastflag.policy.activations import ran_out
-
-        if not ran_out(error):
-            raise
-        _refuse(_NO_MEMORY)
-    except KeyboardInterrupt:
-        hint = "; --resume goes on from the last checkpoint" if words[:1] == ["train"] else ""
-        print(f"\nfastflag: interrupted{hint}", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _run(arguments: list[str]) -> Any:
-    """Runs a command line. Returns the command that ran; None where it was help or the version."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return None
-    name, rest = arguments[0], arguments[1:]
-    if name == "--version":
-        import fastflag
-
-        print(fastflag.__version__)
-        return None
-    if name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}, one of {', '.join(COMMANDS)} is expected")
-    command = _parse(COMMANDS[name], f"fastflag {name}", rest)
-    if command is not None:
-        command = _at_home(command)
-        caches.settle(os.environ)
-        command.run()
-    return command
-
-
-def _at_home(command: Any) -> Any:
-    """The command with ~ in its paths as the shell writes it; not every shell does after =."""
-    paths = {name: value for name, value in vars(command).items() if isinstance(value, Path)}
-    expanded = {name: Path(os.path.expanduser(path)) for name, path in paths.items()}
-    return dataclasses.replace(command, **expanded)
-
-
-def _usage() -> str:
-    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: fastflag COMMAND [flags]",
-            "",
-            *lines,
-            "",
-            "fastflag COMMAND --help lists its flags.",
-        ]
-    )
-
-
-def _parse(command: type, program: str, arguments: list[str]) -> Any:
-    """The command with its flags, None where they asked for its help.
-
-    Raises InputError, in one line, for a flag that does not fit.
-    """
-    default = {"default": _train_default(arguments)} if command is Train else {}
-    shown = io.StringIO()
-    try:
-        with redirect_stderr(shown):
-            return tyro.cli(command, prog=program, args=arguments, **default)
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        raise InputError(f"{_complaint(shown.getvalue())}, see {program} --help") from None
-
-
-def _train_default(arguments: list[str]) -> Any:
-    """Train's defaults: the preset that the arguments name, the config file's values over it; a run
-    that is to go on has its own, where they name neither."""
-    preset, config = _value_of("--preset", arguments) or "default", _value_of("--config", arguments)
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}, one of {', '.join(PRESETS)} is expected")
-    settings = PRESETS[preset]
-    if config:
-        config = os.path.expanduser(config)
-        document = read_json(config)
-        of_run = isinstance(document, dict) and "fastflag" in document
-        settings = (from_run if of_run else from_dict)(document, config, settings)
-    elif "--resume" in arguments and _value_of("--preset", arguments) is None:
-        own = Path(os.path.expanduser(_value_of("--out", arguments) or "."), "config.json")
-        document = read_json(own) if own.exists() else None
-        if isinstance(document, dict) and "fastflag" in document:
-            settings = from_run(document, str(own), settings)
-    return Train(out=tyro.MISSING, settings=settings)
 
 
 def _here(config: TrainConfig, asked: Any) -> TrainConfig:
@@ -495,47 +295,6 @@ def _keep(run: Path, document: dict[str, Any]) -> None:
 
 def _choice_line(implementation: str, reason: str, evidence: str) -> str:
     return f"{implementation} ({reason}; evidence: {evidence})"
-
-
-def _value_of(flag: str, arguments: list[str]) -> str | None:
-    """The flag's value; of several the last, as tyro takes it."""
-    value = None
-    for argument, following in pairwise([*arguments, None]):
-        if argument == flag:
-            value = following
-        elif argument.startswith(f"{flag}="):
-            value = argument.removeprefix(f"{flag}=")
-    return value
-
-
-def _complaint(boxed: str) -> str:
-    """What tyro says, in one line: without its box, the flags' help and where to find more."""
-    sections: list[list[str]] = [[]]
-    for line in boxed.splitlines()[1:]:
-        row = line.strip("│╭╮╰╯")
-        text = row.strip()
-        if not text.strip("─-"):
-            sections.append([])
-        elif len(row) - len(row.lstrip()) < _HELP_INDENT:
-            sections[-1].append(text)
-    told = [" ".join(rows).rstrip(".") for rows in sections if rows]
-    return "; ".join(text for text in told if not text.startswith(_NOT_TOLD))
-
-
-def _refuse(message: str) -> None:
-    print(f"fastflag: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(_REFUSED)
-
-
-def _tell_lost_output(error: OSError, is_result: bool) -> None:
-    """Of a command that writes files, what it prints is not its result."""
-    told = f"{error.strerror or error}, standard output"
-    if not is_result:
-        print(f"fastflag: {told}", file=sys.stderr)
-    elif isinstance(error, BrokenPipeError):  # nobody reads on (`| head`)
-        raise SystemExit(141)
-    else:
-        _refuse(told)
 
 
 def _progress(text: str) -> Callable[[Iterable[int]], Iterable[int]]:
