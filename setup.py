@@ -19,6 +19,7 @@ setup(
     packages=[
         "fastflag",
         "fastflag.market",
+        "fastflag.market.compiled",
         "fastflag.prompt",
         "fastflag.policy",
         "fastflag.learn",

@@ -1,5 +1,6 @@
 """How files are written and refused: atomically, and with one line that says what and where."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -66,3 +67,12 @@ def read_json(path: str | os.PathLike) -> Any:
         raise InputError(f"{error.strerror or error}, {path}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error}), {path}") from None
+
+
+def digest_of_sources(folder: Path) -> str:
+    """A name, 16 characters, for the Python files of a folder and all below it, by content."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.rglob("*.py")):
+        source = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(source)} ".encode() + source)
+    return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Where caches lie for users with and without a home, and that nothing ends for want of one."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,13 +12,13 @@ import pytest
 from commands import ROOT
 
 from fastflag import caches
-from fastflag.market import machine_code
+from fastflag.market.compiled import kernel as kernels_module
 
 VARIABLES = (
     "HOME XDG_CACHE_HOME NUMBA_CACHE_DIR TRITON_HOME TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR "
     "HF_HOME LOGNAME USER LNAME USERNAME"
 )
-SOURCES = Path(machine_code.__file__).parent
+SOURCES = kernels_module.SOURCES
 
 
 @pytest.fixture
@@ -115,11 +116,45 @@ def doubled(x):
 @pytest.mark.parametrize("read", [False, True])
 def test_machine_code_is_kept_and_found_again(nobody, read_only, read):
     before = numba.config.CACHE_DIR
-    kernels = [machine_code.kernel(nogil=True)(doubled) for _ in range(1 + read)]
+    kernels = [kernels_module.kernel()(doubled) for _ in range(1 + read)]
     assert [kernel(4) for kernel in kernels] == [8] * len(kernels)
     assert before == numba.config.CACHE_DIR
     assert list(nobody.rglob("*.nbi")) and "NUMBA_CACHE_DIR" not in os.environ
     assert not read or sum(kernels[1].stats.cache_hits.values()) == 1
+
+
+def test_an_edit_of_a_constant_is_seen_in_the_files_that_read_it(tmp_path):
+    """Numba itself watches the file that a function is in alone."""
+    tree, cache = tmp_path / "tree", tmp_path / "cache"
+    shutil.copytree(ROOT / "fastflag", tree / "fastflag")
+    constants = tree / "fastflag/market/compiled/constants.py"
+    code = (
+        "import numpy as np\n"
+        "from fastflag.market.compiled.codes import code_nb\n"
+        "print(int(code_nb(1.0, 100.0, np.int64(0), 110.0, np.int64(0))))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tree), "NUMBA_CACHE_DIR": str(cache)}
+    told = []
+    for step in ("0.005", "0.005", "0.05"):
+        source = constants.read_text().replace("PROFIT_STEP = 0.005", f"PROFIT_STEP = {step}")
+        constants.write_text(source)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        told.append((int(done.stdout), len([*cache.iterdir()])))
+    # A profit of a tenth: 20 steps of 0.005, or 2 of 0.05; a step is 8 codes of days held.
+    row = 1 + 8 * (81 + 40)
+    assert told == [(row + 8 * 20, 1), (row + 8 * 20, 1), (row + 8 * 2, 2)]
+
+
+def test_old_machine_code_is_trimmed(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    sources, made = tmp_path / "sources", []
+    sources.mkdir()
+    for number in range(5):
+        (sources / "a.py").write_text(f"A = {number}")
+        made.append(kernels_module.folder_of(sources))
+        os.utime(made[-1], (number, number))
+    assert [folder.exists() for folder in made] == [False, False, True, True, True]
 
 
 def test_without_any_folder_it_is_compiled_each_time(nobody, read_only, monkeypatch):
@@ -127,7 +162,7 @@ def test_without_any_folder_it_is_compiled_each_time(nobody, read_only, monkeypa
         raise FileNotFoundError("No usable temporary directory")
 
     monkeypatch.setattr(caches, "_temporary_root", no_folder)
-    assert machine_code.kernel()(doubled)(4) == 8
+    assert kernels_module.kernel()(doubled)(4) == 8
 
 
 def open_to_all(path):

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
-from fastflag.market import compiled, simulator
+from fastflag.market import simulator
 from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.compiled import lanes
 from fastflag.market.simulator import ACTIONS, BUY, CODES, HISTORY, HOLD, SELL
 
 FILLS = ("next_open", "next_close", "same_close")
@@ -546,7 +547,7 @@ def case_of(fill, positions, seed=2, size=64, **rules):
     return bars, config, accounts, days, restarts, policy
 
 
-LANES = compiled.LANES
+LANES = lanes.LANES
 SIZES = [1, 7, LANES - 1, LANES + 3, 2 * LANES]
 
 
@@ -676,9 +677,9 @@ def test_an_action_of_probability_zero_is_not_drawn_at_the_edge():
     for scale in np.exp(rng.normal(0, 3, 500)):
         first = rng.random() * scale
         cdf = np.array([[first, scale, scale], [0.0, 0.0, scale], [scale, scale, scale]])
-        drawn = [int(compiled._sample_nb(cdf, row, u)) for row in range(3)]
+        drawn = [int(lanes._sample_nb(cdf, row, u)) for row in range(3)]
         assert drawn == [1, 2, 0]
-        assert [int(compiled._sample_nb(cdf, row, 0.0)) for row in range(3)] == [0, 2, 0]
+        assert [int(lanes._sample_nb(cdf, row, 0.0)) for row in range(3)] == [0, 2, 0]
 
 
 def test_rollout_refuses_what_can_not_be():

@@ -5,7 +5,6 @@ import os
 import platform
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import fastflag
 from fastflag import caches
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
-from fastflag.market import machine_code
+from fastflag.market.compiled import kernel
 from fastflag.policy import graphs, memory
 from fastflag.policy.arithmetic import measured
 from fastflag.policy.ops import OPS
@@ -103,7 +102,7 @@ def _caches() -> dict[str, caches.Place]:
     libraries = caches.of_libraries()
     return {
         "frozen activations": caches.own("trunk"),
-        "numba": caches.numba(Path(machine_code.__file__).parent),
+        "numba": caches.numba(kernel.SOURCES),
         "triton": libraries["TRITON_CACHE_DIR"],
         "torch": libraries["TORCHINDUCTOR_CACHE_DIR"],
         "hugging face hub": libraries["HF_HOME"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastflag.market.compiled import COLUMNS, HISTORY
+from fastflag.market.compiled.constants import COLUMNS, HISTORY
 
 if TYPE_CHECKING:
     from fastflag.market.bars import Market

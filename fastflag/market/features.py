@@ -1,10 +1,8 @@
 """Indicators, each known at the close of its own bar: no value depends on what follows it."""
 
-import math
-
 import numpy as np
 
-from fastflag.market.machine_code import kernel
+from fastflag.market.compiled.indicators import drawdown_nb, returns_nb, rsi_nb, volatility_nb
 
 RETURN_BARS = (1, 5, 20)
 VOLATILITY_BARS = 20
@@ -41,57 +39,9 @@ def indicators(close: np.ndarray, high: np.ndarray) -> dict[str, np.ndarray]:
     closes = np.ascontiguousarray(close[is_bar], dtype=np.float64)
     # A bar without a usable high has at least traded at its close.
     highs = np.fmax(np.asarray(high, dtype=np.float64)[is_bar], closes)
-    of_bars = {f"return_{bars}": _returns_nb(closes, bars) for bars in RETURN_BARS}
-    of_bars["volatility_20"] = _volatility_nb(closes, VOLATILITY_BARS)
-    of_bars["rsi_14"] = _rsi_nb(closes, RSI_BARS)
-    of_bars["drawdown_60"] = _drawdown_nb(closes, highs, DRAWDOWN_BARS)
+    of_bars = {f"return_{bars}": returns_nb(closes, bars) for bars in RETURN_BARS}
+    of_bars["volatility_20"] = volatility_nb(closes, VOLATILITY_BARS)
+    of_bars["rsi_14"] = rsi_nb(closes, RSI_BARS)
+    of_bars["drawdown_60"] = drawdown_nb(closes, highs, DRAWDOWN_BARS)
     last_bar = np.cumsum(is_bar)  # 1-based, so that 0 stands for "no bar yet"
     return {name: np.append(np.nan, values)[last_bar] for name, values in of_bars.items()}
-
-
-# Plain loops in time order: a value's additions are the same ones whatever the array's length,
-# which NumPy's blocked sums don't promise.
-
-
-@kernel()
-def _returns_nb(close, bars):
-    result = np.full(close.size, np.nan)
-    for t in range(bars, close.size):
-        result[t] = close[t] / close[t - bars] - 1.0
-    return result
-
-
-@kernel()
-def _volatility_nb(close, bars):
-    result = np.full(close.size, np.nan)
-    for t in range(bars, close.size):
-        mean = math.log(close[t] / close[t - bars]) / bars
-        squares = 0.0
-        for i in range(t - bars + 1, t + 1):
-            squares += (math.log(close[i] / close[i - 1]) - mean) ** 2
-        result[t] = math.sqrt(squares / (bars - 1))
-    return result
-
-
-@kernel()
-def _rsi_nb(close, bars):
-    result = np.full(close.size, np.nan)
-    weight = 1.0 / bars
-    gain = 0.0
-    loss = 0.0
-    for t in range(1, close.size):
-        change = close[t] - close[t - 1]
-        keep = 1.0 if t <= bars else 1.0 - weight
-        gain = gain * keep + weight * max(change, 0.0)
-        loss = loss * keep + weight * max(-change, 0.0)
-        if t >= bars:
-            result[t] = 50.0 if gain + loss == 0.0 else 100.0 * gain / (gain + loss)
-    return result
-
-
-@kernel()
-def _drawdown_nb(close, high, bars):
-    result = np.full(close.size, np.nan)
-    for t in range(bars - 1, close.size):
-        result[t] = close[t] / high[t - bars + 1 : t + 1].max() - 1.0
-    return result

@@ -23,7 +23,7 @@ With `cash` a dividend is idle until a position is next opened. With `reinvest`:
 - With lots whole lots are bought, the rest stays cash (shorts pay it of theirs); `entry` is divided
   as without lots, so that what a prompt tells does not depend on the account's size.
 
-The rules are compiled in compiled.py. Money is float64.
+The rules are compiled, in compiled/account.py. Money is float64.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -34,13 +34,14 @@ from numba import config as numba_config
 
 from fastflag.config import SimulatorConfig
 from fastflag.market.accounts import Accounts, Bars
-from fastflag.market.compiled import (
+from fastflag.market.compiled.account import step_nb
+from fastflag.market.compiled.codes import codes_nb, reachable_nb
+from fastflag.market.compiled.constants import (
     BUY,
     CODES,
     HELD_BUCKETS,
     HISTORY,
     HOLD,
-    LANES,
     NEXT_CLOSE,
     NEXT_OPEN,
     PROFIT_LIMIT,
@@ -50,13 +51,10 @@ from fastflag.market.compiled import (
     SELL,
     Outputs,
     Rules,
-    codes_nb,
-    equities_nb,
-    reachable_nb,
-    rollout_nb,
-    step_nb,
-    uniforms_nb,
 )
+from fastflag.market.compiled.lanes import LANES
+from fastflag.market.compiled.random import uniforms_nb
+from fastflag.market.compiled.rollout import equities_nb, rollout_nb
 
 __all__ = [
     "ACTIONS",
