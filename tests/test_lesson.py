@@ -25,7 +25,7 @@ from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
-from fastflag.market.tasks import schedule
+from fastflag.market.schedule import schedule
 from fastflag.policy.heads import masked_log_softmax
 from fastflag.policy.table import Table
 

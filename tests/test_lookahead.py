@@ -25,8 +25,7 @@ from fastflag.evaluate.decide import decide
 from fastflag.learn.batch import World
 from fastflag.learn.decision import prompts_now
 from fastflag.market import simulator
-from fastflag.market.accounts import Bars
-from fastflag.market.bars import Market, News
+from fastflag.market.bars import Bars, Market, News
 from fastflag.market.sources import load
 from fastflag.policy.table import Policy
 from fastflag.policy.weights import open_weights

@@ -6,7 +6,8 @@ from small import holey_market, small_market
 
 from fastflag.config import SimulatorConfig
 from fastflag.learn.reference import reference_accounts
-from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.accounts import Accounts
+from fastflag.market.bars import Bars
 from fastflag.market.simulator import account_code, step
 
 RULES = {

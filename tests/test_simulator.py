@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
 from fastflag.market import simulator
-from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.accounts import Accounts
+from fastflag.market.bars import Bars
 from fastflag.market.compiled import lanes
 from fastflag.market.simulator import ACTIONS, BUY, CODES, HISTORY, HOLD, SELL
 

@@ -182,11 +182,11 @@ class Metrics:
     """Print one JSON document."""
 
     def run(self) -> None:
-        from fastflag.market.accounts import Bars
+        from fastflag.market.bars import Bars
+        from fastflag.market.baselines import fixed_action_equity
         from fastflag.market.metrics import metrics
         from fastflag.market.simulator import BUY
         from fastflag.market.sources import load
-        from fastflag.market.tasks import fixed_action_equity
 
         market = load(
             DataConfig(

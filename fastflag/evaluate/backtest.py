@@ -16,9 +16,9 @@ from fastflag.evaluate.episodes import Chooser, Episodes, greedy, run_episodes, 
 from fastflag.files import InputError, write_atomic
 from fastflag.learn.batch import World
 from fastflag.market.bars import Market, days_of, split_days
+from fastflag.market.baselines import fixed_action_equity, random_equities
 from fastflag.market.metrics import CONVENTIONS, metrics
 from fastflag.market.simulator import ACTIONS, BUY
-from fastflag.market.tasks import fixed_action_equity, random_equities
 from fastflag.policy.table import Policy
 
 RANDOM_EPISODES = 1000

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastflag.config import RolloutConfig, SimulatorConfig
 from fastflag.files import InputError
-from fastflag.market.accounts import Accounts, Bars
-from fastflag.market.tasks import schedule
+from fastflag.market.accounts import Accounts
+from fastflag.market.bars import Bars
+from fastflag.market.schedule import schedule
 from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.prompts import PromptSet
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from fastflag.learn.batch import World
 from fastflag.market import simulator
-from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.accounts import Accounts
+from fastflag.market.bars import Bars
 from fastflag.market.simulator import ACTIONS
 from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.prompts import PromptSet

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastflag.config import SimulatorConfig
-from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.accounts import Accounts
+from fastflag.market.bars import Bars
 from fastflag.market.simulator import BUY, HOLD, SELL, step
 
 # Days for which the position has been held, by turns of the day's index: a text of a position tells

@@ -1,13 +1,15 @@
-"""The market: aligned arrays and dated texts, checked once so that nothing later checks again."""
+"""The market: aligned arrays and dated texts, checked once so that nothing later checks again; and
+one symbol's bars as flat arrays. T days."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from fastflag.files import InputError
+from fastflag.market.compiled.constants import COLUMNS
 from fastflag.market.metrics import SATURDAY, Calendar, calendar_of, weekday
 
 ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -175,6 +177,83 @@ class Market:
         if not found:
             raise InputError(f"no day of the market, {name} {start}..{end}")
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class Bars:
+    """One symbol's bars, all [T]; raw prices, NaN where there is no bar.
+
+    `mark` is the close, or on days without a bar the last mark divided by the day's split (NaN
+    before the first bar). `split` multiplies shares before the open, `dividend` is cash per
+    (post-split) share paid before the open. `payable` is the dividend as it can be reinvested: that
+    of a day without a bar waits for the next bar, per share of that day. Raises ValueError for
+    columns of unequal length.
+    """
+
+    open: np.ndarray
+    close: np.ndarray
+    mark: np.ndarray
+    split: np.ndarray
+    dividend: np.ndarray
+    tradable: np.ndarray
+    """bool."""
+    payable: np.ndarray = field(init=False)
+    table: np.ndarray = field(init=False, repr=False)
+    """The columns side by side, [T, 7] float64, as the kernels read them."""
+
+    def __post_init__(self) -> None:
+        for name in COLUMNS[:-1]:
+            column = np.asarray(getattr(self, name), np.bool_ if name == "tradable" else np.float64)
+            if column.shape != (len(self.close),):
+                raise ValueError(f"bars.{name} has shape {column.shape}, not {(len(self.close),)}")
+            object.__setattr__(self, name, column)
+        object.__setattr__(self, "payable", _payable(self.split, self.dividend, self.tradable))
+        table = np.column_stack([getattr(self, name) for name in COLUMNS])
+        object.__setattr__(self, "table", table)
+
+    @classmethod
+    def from_columns(
+        cls,
+        open: np.ndarray,
+        close: np.ndarray,
+        split: np.ndarray,
+        dividend: np.ndarray,
+        tradable: np.ndarray,
+    ) -> "Bars":
+        """Bars with their marks worked out."""
+        close, split = np.asarray(close, float), np.asarray(split, float)
+        mark = np.full(len(close), np.nan)
+        last = np.nan
+        for day in range(len(close)):
+            last = close[day] if tradable[day] else last / split[day]
+            mark[day] = last
+        return cls(open, close, mark, split, dividend, tradable)
+
+    @classmethod
+    def from_market(cls, market: Market, symbol: str) -> "Bars":
+        """The bars of `symbol`; InputError where the market has no such symbol."""
+        n = market.column(symbol)
+        prices = (market.open, market.high, market.low, market.close)
+        tradable = np.logical_and.reduce([np.isfinite(price[:, n]) for price in prices])
+        return cls.from_columns(
+            market.open[:, n],
+            market.close[:, n],
+            market.split[:, n],
+            market.dividend[:, n],
+            tradable,
+        )
+
+    def __len__(self) -> int:
+        return len(self.close)
+
+
+def _payable(split: np.ndarray, dividend: np.ndarray, tradable: np.ndarray) -> np.ndarray:
+    payable, waiting = np.zeros(len(split)), 0.0
+    for day in range(len(split)):
+        waiting = waiting / split[day] + dividend[day]
+        if tradable[day]:
+            payable[day], waiting = waiting, 0.0
+    return payable
 
 
 def parse_period(text: str, name: str = "period") -> tuple[str, str]:

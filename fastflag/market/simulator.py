@@ -33,7 +33,8 @@ import numpy as np
 from numba import config as numba_config
 
 from fastflag.config import SimulatorConfig
-from fastflag.market.accounts import Accounts, Bars
+from fastflag.market.accounts import Accounts
+from fastflag.market.bars import Bars
 from fastflag.market.compiled.account import step_nb
 from fastflag.market.compiled.codes import codes_nb, reachable_nb
 from fastflag.market.compiled.constants import (

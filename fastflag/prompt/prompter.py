@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fastflag.config import PromptConfig, SimulatorConfig
-from fastflag.market.accounts import Accounts, Bars
-from fastflag.market.bars import Market
+from fastflag.market.accounts import Accounts
+from fastflag.market.bars import Bars, Market
 from fastflag.market.features import forward_adjusted, indicators
 from fastflag.market.simulator import (
     CODES,

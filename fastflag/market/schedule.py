@@ -1,15 +1,12 @@
-"""Which days an episode lives, and the policies that need no model: random, and one action only."""
+"""Which days an episode lives."""
 
 import numpy as np
 
-from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
-from fastflag.market.accounts import Bars
-from fastflag.market.simulator import equities, uniform
+from fastflag.market.simulator import uniform
 
-# Start days and random policies must not draw the numbers that the rollouts of the same seed draw.
+# Start days must not be drawn by the numbers that the rollouts of the same seed draw.
 _START_SEED = 0x5354 << 48
-_RANDOM_SEED = 0x524E << 48
 
 
 def schedule(
@@ -33,19 +30,3 @@ def schedule(
     }
     start = np.array([start_of[k] for k in episode.tolist()], np.int64)
     return start + offset, offset == 0, offset == length - 1
-
-
-def random_equities(
-    bars: Bars, config: SimulatorConfig, days: range, episodes: int, seed: int
-) -> np.ndarray:
-    """Equity at the close of each day, [episodes, len(days)], of accounts that start on `days[0]`
-    and draw each action uniformly from those allowed. Episode i of seed s is episode 0 of s + i."""
-    return equities(bars, config, days, episodes, int(seed) + _RANDOM_SEED)
-
-
-def fixed_action_equity(
-    bars: Bars, config: SimulatorConfig, days: range, action: int
-) -> np.ndarray:
-    """Equity at the close of each day, [len(days)], of always taking `action` (Hold where it is
-    not allowed): with Buy, buy and hold."""
-    return equities(bars, config, days, 1, 0, action)[0]
