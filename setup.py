@@ -21,6 +21,7 @@ setup(
         "fastflag.market",
         "fastflag.market.compiled",
         "fastflag.prompt",
+        "fastflag.model",
         "fastflag.policy",
         "fastflag.learn",
         "fastflag.evaluate",

@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.results import Row
-from fastflag.policy.arithmetic import measured
-from fastflag.policy.products import HAS_ONEDNN
+from fastflag.model.arithmetic import measured
+from fastflag.model.products import HAS_ONEDNN
 
 _KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise"),
@@ -73,7 +73,7 @@ def update_rows(
 
 
 def _product_operations(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    """Of a product by oneDNN (policy/products.py), which PyTorch does not count."""
+    """Of a product by oneDNN (model/products.py), which PyTorch does not count."""
     return 2 * math.prod(x) * weight[0]
 
 

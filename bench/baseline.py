@@ -17,11 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastflag.config import AlgorithmConfig
 from fastflag.learn.objective import Samples, loss_of
+from fastflag.model.linear import FrozenLinear
+from fastflag.model.llama import LINEARS
+from fastflag.model.weights import Weights
 from fastflag.policy.heads import Reference, Statistics, masked_log_softmax
-from fastflag.policy.llama import LINEARS
-from fastflag.policy.lora import FrozenLinear
 from fastflag.policy.table import Policy
-from fastflag.policy.weights import Weights
 from fastflag.prompt.prompts import PromptSet
 
 

@@ -361,9 +361,9 @@ def _update_task(variant: str) -> list[dict]:
     from bench.train import configuration, seconds
     from fastflag.config import PlanConfig
     from fastflag.learn.update import make_optimizer, update
+    from fastflag.model.weights import open_weights
     from fastflag.policy import memory
     from fastflag.policy.table import Policy
-    from fastflag.policy.weights import open_weights
 
     config = configuration(64)
     weights = open_weights(config.policy.model)

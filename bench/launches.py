@@ -22,12 +22,12 @@ from torch.autograd.profiler_util import FunctionEvent
 from bench.cases import MODELS, PREFIX, SUFFIX, SUFFIXES
 from bench.compile import compile_instead
 from bench.results import Row, publish
-from fastflag.policy import attention, ops
-from fastflag.policy.llama import Block, suffix_pass
-from fastflag.policy.lora import FrozenLinear, LoRALinear
-from fastflag.policy.model_config import Settings, json_config
-from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
-from fastflag.policy.weights import layer_shapes
+from fastflag.model import attention, ops
+from fastflag.model.linear import FrozenLinear, LoRALinear
+from fastflag.model.llama import Block, suffix_pass
+from fastflag.model.model_config import Settings, json_config
+from fastflag.model.shared_prefix import Prefixes, SuffixLayout
+from fastflag.model.weights import layer_shapes
 
 _FREE = """
     _reshape_alias _unsafe_view alias as_strided chunk contiguous detach empty empty_like

@@ -36,7 +36,7 @@ from fastflag.evaluate.backtest import backtest
 from fastflag.market.bars import Market
 from fastflag.market.metrics import annual_days
 from fastflag.market.sources import load
-from fastflag.policy.arithmetic import DTYPES
+from fastflag.model.arithmetic import DTYPES
 from tests.planted import planted_market
 
 _TRAIN_DAYS, _TEST_DAYS = 128, 250

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bench.cases import MODELS, Model
-from fastflag.policy.model_config import Settings, json_config
-from fastflag.policy.weights import layer_shapes
+from fastflag.model.model_config import Settings, json_config
+from fastflag.model.weights import layer_shapes
 from fastflag.prompt import headlines, layouts, prompter
 
 _LAYERS = 30  # of SmolLM2-135M

@@ -42,13 +42,13 @@ from fastflag.learn.run import build
 from fastflag.learn.update import _gather, make_optimizer, update
 from fastflag.market.bars import Market, split_days
 from fastflag.market.sources import load
-from fastflag.policy.arithmetic import DTYPES, resolved
+from fastflag.model.arithmetic import DTYPES, resolved
+from fastflag.model.llama import prefix_pass, suffix_pass
+from fastflag.model.shared_prefix import SuffixLayout
+from fastflag.model.weights import open_weights
 from fastflag.policy.heads import Reference, Statistics
-from fastflag.policy.llama import prefix_pass, suffix_pass
-from fastflag.policy.shared_prefix import SuffixLayout
 from fastflag.policy.table import Policy, Table
 from fastflag.policy.trunk import digest_of
-from fastflag.policy.weights import open_weights
 from fastflag.prompt.prompts import PromptSet
 
 _PART = 64  # samples that a baseline of many is measured on

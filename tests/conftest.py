@@ -62,7 +62,7 @@ def tiny_model(smollm, tmp_path_factory) -> Path:
     """The folder of a random llama of 2 layers that reads text with SmolLM2's tokenizer."""
     from planted import write_tiny_model
 
-    from fastflag.policy.weights import open_weights
+    from fastflag.model.weights import open_weights
     from fastflag.prompt.tokens import Tokenizer
 
     tokenizer = Tokenizer.load(open_weights(smollm).tokenizer_path)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from fastflag.config import PolicyConfig
-from fastflag.policy.model_config import ModelConfig
+from fastflag.model.model_config import ModelConfig
 from fastflag.prompt.prompts import PromptSet
 
 VOCABULARY = 50

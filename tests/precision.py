@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastflag.policy import attention, llama, products
-from fastflag.policy.ops import OPS, frozen_linear, prefix_attention
+from fastflag.model import attention, llama, products
+from fastflag.model.ops import OPS, frozen_linear, prefix_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

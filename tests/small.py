@@ -22,8 +22,8 @@ from fastflag.config import (
 from fastflag.learn.batch import World
 from fastflag.learn.run import build
 from fastflag.market.bars import Market, split_days
+from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
-from fastflag.policy.weights import open_weights
 
 DAYS = 40
 TRAIN_DAYS = 24

@@ -12,8 +12,8 @@ import fastflag.policy.table as table_module
 from fastflag.learn.batch import start_accounts
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
+from fastflag.model.recompute import Activations, ran_out
 from fastflag.policy import memory
-from fastflag.policy.activations import Activations, ran_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,7 +80,7 @@ def test_passes_are_kept_while_they_fit_into_half_the_budget(monkeypatch):
         again.append(part.stop - part.start)
         return work(part)
 
-    monkeypatch.setattr("fastflag.policy.activations.checkpoint", checkpoint)
+    monkeypatch.setattr("fastflag.model.recompute.checkpoint", checkpoint)
     ran = []
 
     def work(part):

@@ -10,10 +10,10 @@ from small import small_config, small_market, write_csv
 
 from fastflag import cli
 from fastflag.config import PolicyConfig, to_dict
-from fastflag.policy import arithmetic
-from fastflag.policy.arithmetic import DTYPES, Speeds, measured, resolved
+from fastflag.model import arithmetic
+from fastflag.model.arithmetic import DTYPES, Speeds, measured, resolved
+from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
-from fastflag.policy.weights import open_weights
 
 CPU = torch.device("cpu")
 

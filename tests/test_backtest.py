@@ -19,7 +19,7 @@ from fastflag.learn.train import train
 from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.market.simulator import ACTIONS, BUY, HOLD, SELL
-from fastflag.policy.weights import open_weights
+from fastflag.model.weights import open_weights
 
 TEST_DAYS = range(TRAIN_DAYS, DAYS)
 

@@ -37,7 +37,7 @@ from bench.providers import adapted
 from bench.standin import write_market, write_model
 from fastflag.config import PRESETS
 from fastflag.learn.update import make_optimizer, update
-from fastflag.policy.model_config import Settings, json_config
+from fastflag.model.model_config import Settings, json_config
 from fastflag.policy.table import Policy
 
 ROOT = Path(__file__).resolve().parents[1]

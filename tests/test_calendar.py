@@ -13,7 +13,7 @@ from fastflag import cli
 from fastflag.config import DataConfig, PromptConfig, SimulatorConfig
 from fastflag.market.bars import split_days
 from fastflag.market.sources import load
-from fastflag.policy.weights import open_weights
+from fastflag.model.weights import open_weights
 from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
 

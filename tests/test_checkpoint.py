@@ -34,7 +34,7 @@ from fastflag.learn.run import load_policy
 from fastflag.learn.train import train
 from fastflag.learn.update import make_optimizer, update
 from fastflag.market.simulator import CODES
-from fastflag.policy.weights import open_weights
+from fastflag.model.weights import open_weights
 
 FINGERPRINT = "of some model"
 

@@ -17,7 +17,7 @@ import fastflag
 from fastflag import cli
 from fastflag.config import PlanConfig, PolicyConfig
 from fastflag.evaluate.doctor import plan
-from fastflag.policy.ops import OPS
+from fastflag.model.ops import OPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

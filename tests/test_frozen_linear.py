@@ -8,10 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.anatomy import _product_operations
-from fastflag.policy import ops, products
-from fastflag.policy.arithmetic import keep_freed_memory
-from fastflag.policy.lora import FrozenLinear
-from fastflag.policy.quant import NF4Weight
+from fastflag.model import ops, products
+from fastflag.model.arithmetic import keep_freed_memory
+from fastflag.model.linear import FrozenLinear
+from fastflag.model.quant import NF4Weight
 
 
 def random(*shape, seed):

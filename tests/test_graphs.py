@@ -11,9 +11,9 @@ from models import EXACT, Given, prompt_set, relative, texts, tiny
 from precision import compute_as_on_a_gpu
 
 from fastflag.files import InputError
+from fastflag.model.model_config import Settings, json_config
+from fastflag.model.recompute import Activations
 from fastflag.policy import graphs
-from fastflag.policy.activations import Activations
-from fastflag.policy.model_config import Settings, json_config
 from fastflag.policy.stage import content_of
 from fastflag.policy.table import Policy
 from fastflag.policy.trunk import Trunk

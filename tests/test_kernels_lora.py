@@ -15,7 +15,7 @@ from precision import DEVICE, DTYPES, assert_no_worse, poisoned
 
 from fastflag.kernels import lora, tiles
 from fastflag.kernels.lora import lora_linear, lora_linear_reference
-from fastflag.policy.quant import NF4Weight
+from fastflag.model.quant import NF4Weight
 
 NARROW = [dtype for dtype in DTYPES if dtype.itemsize == 2]
 SCALE = 1.7

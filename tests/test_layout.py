@@ -20,6 +20,7 @@ LEVELS = (
     "config",
     "market",
     "prompt",
+    "model",
     "policy",
     "learn",
     "evaluate",
@@ -83,7 +84,7 @@ def _forbidden(module: str, other: str) -> str:
     if module.startswith(KERNELS):
         return "" if other.startswith(KERNELS) else "kernels know nothing of fastflag"
     if other.startswith(KERNELS):
-        return "" if module == "fastflag.policy.ops" else "only policy/ops.py chooses kernels"
+        return "" if module == "fastflag.model.ops" else "only model/ops.py chooses kernels"
     if module.startswith("fastflag.market.compiled"):
         of_kernel = module.endswith(".kernel") and other in ("fastflag.caches", "fastflag.files")
         inside = other.startswith("fastflag.market.compiled")
@@ -92,9 +93,11 @@ def _forbidden(module: str, other: str) -> str:
         )
     if other != "fastflag" and _level(other) > _level(module):
         return "imports go down the levels only"
-    if module.startswith("fastflag.policy."):
+    if module.startswith(("fastflag.model.", "fastflag.policy.")):
         if other.startswith("fastflag.market"):
             return "the policy knows nothing of markets"
+        if module.startswith("fastflag.model.") and other == "fastflag.prompt.prompts":
+            return "the model knows nothing of prompts"
         if other.startswith("fastflag.prompt.") and other.split(".")[2] not in _OF_POLICY:
             return "the policy knows no more of prompts than their tokens"
     return ""
@@ -129,8 +132,9 @@ def test_imports_follow_the_design():
         ("fastflag.policy.table", "from fastflag.market.bars import Market", "nothing of markets"),
         ("fastflag.policy.table", "from fastflag.prompt.prompter import Prompter", "tokens"),
         ("fastflag.policy.table", "from fastflag.kernels.rmsnorm import rms_norm", "ops.py"),
-        ("fastflag.policy.llama", "from fastflag import kernels", "ops.py"),
-        ("fastflag.policy.ops", "import kernels.rmsnorm", "not by this name"),
+        ("fastflag.model.llama", "from fastflag import kernels", "ops.py"),
+        ("fastflag.model.llama", "from fastflag.prompt.prompts import PromptSet", "of prompts"),
+        ("fastflag.model.ops", "import kernels.rmsnorm", "not by this name"),
         ("fastflag.kernels.rmsnorm", "from fastflag.files import InputError", "know nothing"),
         ("fastflag.learn.train", "from . import update", "not by this name"),
         ("fastflag.learn.train", "import bench.train", "no part"),

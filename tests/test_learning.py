@@ -17,7 +17,7 @@ from fastflag.config import (
 )
 from fastflag.evaluate.backtest import backtest
 from fastflag.learn.train import train
-from fastflag.policy.weights import open_weights
+from fastflag.model.weights import open_weights
 
 TEST_DAYS = 250
 

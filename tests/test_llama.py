@@ -18,15 +18,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.config import PolicyConfig, PromptConfig, SimulatorConfig
 from fastflag.market.simulator import CODES
-from fastflag.policy import attention
-from fastflag.policy.activations import Activations
-from fastflag.policy.llama import rotary_tables
-from fastflag.policy.lora import FrozenLinear, LoRALinear
-from fastflag.policy.model_config import ModelConfig
-from fastflag.policy.quant import NF4Weight
-from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
+from fastflag.model import attention
+from fastflag.model.linear import FrozenLinear, LoRALinear
+from fastflag.model.llama import rotary_tables
+from fastflag.model.model_config import ModelConfig
+from fastflag.model.quant import NF4Weight
+from fastflag.model.recompute import Activations
+from fastflag.model.shared_prefix import Prefixes, SuffixLayout
+from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
-from fastflag.policy.weights import open_weights
 from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
 

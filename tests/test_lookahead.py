@@ -27,8 +27,8 @@ from fastflag.learn.decision import prompts_now
 from fastflag.market import simulator
 from fastflag.market.bars import Bars, Market, News
 from fastflag.market.sources import load
+from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
-from fastflag.policy.weights import open_weights
 from fastflag.prompt import prompter as prompter_module
 from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer

@@ -13,12 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastflag.config import AlgorithmConfig, PlanConfig, PolicyConfig
 from fastflag.learn.update import make_optimizer
+from fastflag.model.linear import FrozenLinear
+from fastflag.model.model_config import Settings, json_config
+from fastflag.model.quant import NF4Weight
+from fastflag.model.weights import open_weights
 from fastflag.policy import memory
-from fastflag.policy.lora import FrozenLinear
-from fastflag.policy.model_config import Settings, json_config
-from fastflag.policy.quant import NF4Weight
 from fastflag.policy.table import Policy
-from fastflag.policy.weights import open_weights
 
 BATCH = PlanConfig(days=3, texts=7, prefix_tokens=41, suffix_tokens=12)
 ADAPTED = [

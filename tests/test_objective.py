@@ -15,7 +15,7 @@ from fastflag.learn.objective import (
     squared_error,
     whitened,
 )
-from fastflag.policy import ops
+from fastflag.model import ops
 from fastflag.policy.heads import masked_log_softmax
 
 COUNT, ACTIONS = 24, 3

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fastflag.files import InputError
-from fastflag.policy import graphs, ops
-from fastflag.policy.ops import Op
+from fastflag.model import ops
+from fastflag.model.ops import Op
+from fastflag.policy import graphs
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 

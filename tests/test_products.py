@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastflag.policy import products
+from fastflag.model import products
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # SmolLM2's: down and up, keys, an adapter's first side.

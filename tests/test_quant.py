@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from fastflag.policy.quant import NF4Weight
+from fastflag.model.quant import NF4Weight
 
 # The 16 levels of NF4 (Dettmers et al. 2023, QLoRA, appendix E).
 CODE = torch.tensor(
@@ -110,7 +110,7 @@ def test_a_gpu_dequantises_the_same(shape, dtype):
 
 def test_import_of_bitsandbytes_is_late_and_silent():
     code = (
-        "import sys, torch; from fastflag.policy.quant import NF4Weight;"
+        "import sys, torch; from fastflag.model.quant import NF4Weight;"
         "assert 'bitsandbytes' not in sys.modules; NF4Weight.quantise(torch.ones(8, 8))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

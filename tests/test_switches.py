@@ -12,7 +12,7 @@ from test_train import trained
 import fastflag.learn.rollout as rollout_module
 import fastflag.policy.table as table_module
 from fastflag.config import AlgorithmConfig
-from fastflag.policy.activations import Activations
+from fastflag.model.recompute import Activations
 from fastflag.policy.table import Policy
 from fastflag.prompt.prompts import PromptSet
 

@@ -11,13 +11,13 @@ from torch.nn.utils import rnn
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
-from fastflag.policy import ops
+from fastflag.model import ops
+from fastflag.model.weights import open_weights
 from fastflag.policy import table as table_module
 from fastflag.policy import trunk as trunk_module
 from fastflag.policy.heads import Statistics
 from fastflag.policy.table import Policy
 from fastflag.policy.trunk import digest_of
-from fastflag.policy.weights import open_weights
 from fastflag.prompt.prompts import PromptSet
 
 WORDS = (7, 11, 13)

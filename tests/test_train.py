@@ -20,7 +20,7 @@ from fastflag.learn.checkpoint import read_checkpoint
 from fastflag.learn.progress import Log, PhaseTimer
 from fastflag.learn.run import read_config
 from fastflag.learn.train import _seed, train
-from fastflag.policy.weights import open_weights
+from fastflag.model.weights import open_weights
 
 TIMINGS = ("seconds", "steps_per_second")
 

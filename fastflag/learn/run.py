@@ -18,10 +18,10 @@ from fastflag.learn.batch import World
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
 from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.fingerprint import fingerprint
-from fastflag.policy.arithmetic import resolved
-from fastflag.policy.model_config import ModelConfig
+from fastflag.model.arithmetic import resolved
+from fastflag.model.model_config import ModelConfig
+from fastflag.model.weights import Weights, open_weights
 from fastflag.policy.table import Policy
-from fastflag.policy.weights import Weights, open_weights
 from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
 

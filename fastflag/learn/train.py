@@ -27,8 +27,8 @@ from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
 from fastflag.market.fingerprint import fingerprint
 from fastflag.market.metrics import annual_days
+from fastflag.model.weights import Weights
 from fastflag.policy.table import Policy
-from fastflag.policy.weights import Weights
 
 
 def train(

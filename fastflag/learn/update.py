@@ -14,7 +14,7 @@ from fastflag.files import InputError
 from fastflag.learn.advantage import explained_variance
 from fastflag.learn.lesson import Lesson
 from fastflag.learn.objective import Samples, loss_of
-from fastflag.policy.bnb import bitsandbytes
+from fastflag.model.bnb import bitsandbytes
 from fastflag.policy.table import Policy, Table
 from fastflag.prompt.prompts import PromptSet
 

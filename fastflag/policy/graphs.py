@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflag.files import InputError
-from fastflag.policy.ops import Choice
+from fastflag.model.ops import Choice
 from fastflag.policy.stage import Stage
 
 _VARIABLE = "FASTFLAG_GRAPHS"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from fastflag.policy.lora import TrainedLinear
+from fastflag.model.linear import TrainedLinear
 
 ACTIONS = 3
 SIDES = 3

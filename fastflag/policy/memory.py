@@ -8,12 +8,12 @@ import math
 from dataclasses import dataclass
 
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
-from fastflag.policy.bnb import BLOCKSIZE
+from fastflag.model.bnb import BLOCKSIZE
+from fastflag.model.llama import LINEARS
+from fastflag.model.model_config import ModelConfig
+from fastflag.model.shared_prefix import padded_length
+from fastflag.model.weights import layer_shapes
 from fastflag.policy.heads import ACTIONS, MLP_WIDTH, SIDES
-from fastflag.policy.llama import LINEARS
-from fastflag.policy.model_config import ModelConfig
-from fastflag.policy.shared_prefix import padded_length
-from fastflag.policy.weights import layer_shapes
 
 _FP32 = 4
 _BYTES = {"bf16": 2, "fp32": _FP32}
@@ -69,7 +69,7 @@ def parts(
 
 
 def _between(policy: PolicyConfig) -> int:
-    """Bytes of an activation between products: a CPU's is fp32 (policy/products.py)."""
+    """Bytes of an activation between products: a CPU's is fp32 (model/products.py)."""
     return _FP32 if policy.device == "cpu" else _BYTES[policy.dtype]
 
 
@@ -133,7 +133,7 @@ def suffix_bytes(
 
 
 def _evaluation(model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, fused: bool) -> int:
-    """Padded, as rows and tokens are (policy/shared_prefix.py)."""
+    """Padded, as rows and tokens are (model/shared_prefix.py)."""
     prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
     prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
     of_prefixes = prefix_bytes(model, policy, batch.days, prefix, fused)

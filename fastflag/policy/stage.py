@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastflag.model.shared_prefix import SuffixLayout, padded_up, round_up
 from fastflag.policy.heads import Reference
-from fastflag.policy.shared_prefix import SuffixLayout, padded_up, round_up
 from fastflag.prompt.prompts import PromptSet
 
 # Most windows of a market then share a shape: of 1,500 prompts 4% are padding at most.

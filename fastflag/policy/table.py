@@ -15,9 +15,30 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
-from fastflag.policy import graphs, memory, ops
-from fastflag.policy.activations import Activations
-from fastflag.policy.arithmetic import DTYPES, device_of, keep_freed_memory
+from fastflag.model import ops
+from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory
+from fastflag.model.linear import (
+    FrozenLinear,
+    LoRALinear,
+    TrainedLinear,
+)
+from fastflag.model.llama import (
+    Block,
+    LinearFactory,
+    prefix_pass,
+    suffix_pass,
+)
+from fastflag.model.quant import NF4Weight
+from fastflag.model.recompute import Activations
+from fastflag.model.shared_prefix import (
+    TOKEN_MULTIPLE,
+    Prefixes,
+    SuffixLayout,
+    padded_length,
+    padded_up,
+)
+from fastflag.model.weights import Weights
+from fastflag.policy import graphs, memory
 from fastflag.policy.graphs import Graphs
 from fastflag.policy.heads import (
     RunningStatistics,
@@ -26,28 +47,8 @@ from fastflag.policy.heads import (
     make_value_head,
     masked_log_softmax,
 )
-from fastflag.policy.llama import (
-    Block,
-    LinearFactory,
-    prefix_pass,
-    suffix_pass,
-)
-from fastflag.policy.lora import (
-    FrozenLinear,
-    LoRALinear,
-    TrainedLinear,
-)
-from fastflag.policy.quant import NF4Weight
-from fastflag.policy.shared_prefix import (
-    TOKEN_MULTIPLE,
-    Prefixes,
-    SuffixLayout,
-    padded_length,
-    padded_up,
-)
 from fastflag.policy.stage import Stage, content_of, reference_of, side_index
 from fastflag.policy.trunk import Trunk, digest_of
-from fastflag.policy.weights import Weights
 from fastflag.prompt.prompts import PromptSet
 
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fastflag import caches
 from fastflag.config import PolicyConfig
-from fastflag.policy import ops
-from fastflag.policy.arithmetic import DTYPES
-from fastflag.policy.llama import Block, piece_pass, prefix_pass
-from fastflag.policy.lora import matrix_numbers, unpacked
-from fastflag.policy.shared_prefix import (
+from fastflag.model import ops
+from fastflag.model.arithmetic import DTYPES
+from fastflag.model.linear import matrix_numbers, unpacked
+from fastflag.model.llama import Block, piece_pass, prefix_pass
+from fastflag.model.shared_prefix import (
     TOKEN_MULTIPLE,
     KeysValues,
     Level,
@@ -33,8 +33,8 @@ from fastflag.policy.shared_prefix import (
     SuffixLayout,
     padded_length,
 )
+from fastflag.model.weights import Weights
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
-from fastflag.policy.weights import Weights
 from fastflag.prompt.prompts import PromptSet
 
 T = TypeVar("T")

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastflag.policy import ops
-from fastflag.policy.arithmetic import activations_dtype
-from fastflag.policy.shared_prefix import Level, Prefixes, SuffixLayout
-from fastflag.policy.weights import Weights
+from fastflag.model import ops
+from fastflag.model.arithmetic import activations_dtype
+from fastflag.model.shared_prefix import Level, Prefixes, SuffixLayout
+from fastflag.model.weights import Weights
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin of the rotary angles, each [N or 1, 1, T, E / 2]."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastflag.policy.shared_prefix import KEY_MULTIPLE, Prefixes, SuffixLayout, padded_up
+from fastflag.model.shared_prefix import KEY_MULTIPLE, Prefixes, SuffixLayout, padded_up
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
-from fastflag.policy import ops
-from fastflag.policy.model_config import ModelConfig
+from fastflag.model import ops
+from fastflag.model.model_config import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Rounds of each dtype, in turn; of several times the least is the machine's own.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from fastflag.files import InputError, read_json
-from fastflag.policy.gguf_file import GGUFFile
-from fastflag.policy.model_config import ModelConfig, Settings, json_config
+from fastflag.model.gguf_file import GGUFFile
+from fastflag.model.model_config import ModelConfig, Settings, json_config
 
 HUB_SECONDS = 4  # for each of connecting and answering, before the hub counts as out of reach
 HUB_LIMIT = 9  # in all: name look-up, which no HTTP timeout covers, can hang for longer

@@ -21,8 +21,8 @@ from fastflag.kernels import prefix_attention as kernel_attention
 from fastflag.kernels import swiglu as swiglu_file
 from fastflag.kernels.language import HAS_TRITON
 from fastflag.kernels.tiles import interpreted
-from fastflag.policy import attention, bnb, products
-from fastflag.policy.shared_prefix import Prefixes, SuffixLayout
+from fastflag.model import attention, bnb, products
+from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
 __all__ = [
     "OPS",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastflag.files import InputError
-from fastflag.policy.model_config import ModelConfig, Settings, checked_config
+from fastflag.model.model_config import ModelConfig, Settings, checked_config
 from fastflag.prompt.gguf_header import GGUFHeader, StoredTensor
 
 _NAMES = {

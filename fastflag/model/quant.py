@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastflag.policy import bnb, ops
+from fastflag.model import bnb, ops
 
 
 @dataclass(frozen=True, eq=False)

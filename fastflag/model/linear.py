@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastflag.policy import ops
-from fastflag.policy.quant import NF4Weight
+from fastflag.model import ops
+from fastflag.model.quant import NF4Weight
 
 
 class FrozenLinear(nn.Module):

@@ -1,0 +1,1 @@
+"""A language model: names -> tensors -> hidden states. It knows nothing of prompts or markets."""
