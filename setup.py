@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fastflag",
+        "fastflag.config",
         "fastflag.market",
         "fastflag.market.compiled",
         "fastflag.prompt",

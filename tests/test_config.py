@@ -12,7 +12,6 @@ from fastflag.config import (
     PRESETS,
     AlgorithmConfig,
     DataConfig,
-    Range,
     RolloutConfig,
     SimulatorConfig,
     TrainConfig,
@@ -20,6 +19,7 @@ from fastflag.config import (
     from_run,
     to_dict,
 )
+from fastflag.config.fields import Range
 from fastflag.files import InputError
 
 

