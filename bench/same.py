@@ -37,24 +37,33 @@ def differences(one: Path, other: Path) -> list[str]:
     """A line for each file in which two runs are not the same."""
     told = []
     for tensors in sorted((one / "checkpoint").glob("*.safetensors")):
-        mine, theirs = load_file(tensors), load_file(other / "checkpoint" / tensors.name)
+        beside = other / "checkpoint" / tensors.name
+        if not beside.exists():
+            told.append(f"{tensors.name}: not in the other")
+            continue
+        mine, theirs = load_file(tensors), load_file(beside)
         if mine.keys() != theirs.keys():
             told.append(f"{tensors.name}: tensors {sorted(mine.keys() ^ theirs.keys())[:3]}")
-        wrong = [name for name in mine if not _same(mine[name], theirs.get(name))]
+        wrong = [
+            name for name in mine.keys() & theirs.keys() if not _same(mine[name], theirs[name])
+        ]
         if wrong:
             told.append(f"{tensors.name}: {len(wrong)} of {len(mine)} tensors, {wrong[0]} first")
     for name in ("metrics.jsonl", "backtest.json"):
-        pairs = zip(_documents(one / name), _documents(other / name), strict=True)
-        for line, (mine, theirs) in enumerate(pairs, 1):
+        both = _documents(one / name), _documents(other / name)
+        if len(both[0]) != len(both[1]):
+            told.append(f"{name}: {len(both[0])} documents, {len(both[1])} in the other")
+            continue
+        for line, (mine, theirs) in enumerate(zip(*both, strict=True), 1):
             if mine != theirs:
-                keys = [key for key in mine if mine[key] != theirs.get(key)]
+                keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
                 told.append(f"{name}, document {line}: {', '.join(keys)}")
                 break
     return told
 
 
-def _same(one: np.ndarray, other: np.ndarray | None) -> bool:
-    return other is not None and one.dtype == other.dtype and one.tobytes() == other.tobytes()
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
