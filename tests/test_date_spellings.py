@@ -93,7 +93,8 @@ def test_month_or_day_first_is_refused_where_no_row_tells():
         (["20240113", "20240114", "20240132"], "'20240132' is not a date (YYYYMMDD), "),
         (["2024/1/13", "2024/1/14", "2024/13/1"], "'2024/13/1' is not a date (YYYY/MM/DD), "),
         (["1/13/2024", "1/14/2024", "1/15/24"], "'1/15/24' is not a date (MM/DD/YYYY), "),
-        (["1/13/2024", "1/14/2024", "1.15.2024 x"], "'1.15.2024 x' is not a date"),
+        (["1/13/2024", "1/14/2024", "1.15.2024"], "'1.15.2024' is not a date (MM/DD/YYYY), "),
+        (["13.1.2024", "14.1.2024", "2/3/2024"], "'2/3/2024' is not a date (DD/MM/YYYY), "),
     ],
 )
 def test_a_column_has_one_spelling(cells, told):

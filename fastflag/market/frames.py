@@ -182,7 +182,7 @@ def _other_format(content: bytes) -> str:
         return "a workbook, as Excel writes: save its sheet as CSV"
     if zipped:
         return "a zip archive: unpack it and name the file inside"
-    if content[_TAR_AT:].startswith(_TAR):
+    if content[_TAR_AT : _TAR_AT + len(_TAR)] == _TAR:
         return "a tar archive: unpack it and name the file inside"
     return ""
 

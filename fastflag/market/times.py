@@ -167,9 +167,11 @@ def _spelt(column: pd.Series, cells: np.ndarray, where: str) -> _Written:
     for pattern, form in ((_DIGITS, "YYYYMMDD"), (_YEAR_FIRST, "YYYY/MM/DD")):
         if pattern.fullmatch(first):
             return _in_parts(spelt.str.extract(f"^{pattern.pattern}$"), "month", "day", form)
-    if not _YEAR_LAST.fullmatch(first):
+    if not (spelling := _YEAR_LAST.fullmatch(first)):
         return _in_iso(spelt)
-    parts = spelt.str.extract(f"^{_YEAR_LAST.pattern}$")
+    # 01.02.2024 after 01/02/2024 is another country's.
+    separated = _YEAR_LAST.pattern.replace("([/.-])", f"({re.escape(spelling[2])})")
+    parts = spelt.str.extract(f"^{separated}$")
     month_first = _in_parts(parts, "a", "b", "MM/DD/YYYY")
     day_first = _in_parts(parts, "b", "a", "DD/MM/YYYY")
     return _only_reading(column, month_first, day_first, where)
