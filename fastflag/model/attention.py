@@ -28,9 +28,9 @@ def by_tiles(
     prefixes: Prefixes,
     layout: SuffixLayout,
 ) -> Tensor:
-    """By PyTorch's attention over tiles, each of some suffixes of one prefix, which sees all of
-    their own keys and is told which are whose. What is computed for a padded prefix length is of
-    one shape a tile, so what else is there changes no bit of a suffix."""
+    """By PyTorch's attention over tiles, each of some suffixes of one prefix. A tile's queries are
+    given the own keys of all its suffixes; the mask hides those of others. What is computed for a
+    padded prefix length is of one shape a tile, so what else is there changes no bit of one."""
     visible = padded_up(_visible(first, query.shape[2], own_key.shape[2]), 2, KEY_MULTIPLE)
     own_key, own_value = (padded_up(side, 2, KEY_MULTIPLE) for side in (own_key, own_value))
     attended = []

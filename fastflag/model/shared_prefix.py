@@ -70,11 +70,14 @@ class Prefixes:
 
 def _cut(block: KeysValues, rows: list[int], size: int) -> KeysValues:
     """Some rows of a block, with P made `size`."""
-    sides = block if len(rows) == len(block[0]) else tuple(side[rows] for side in block)
+    if len(rows) < len(block[0]):
+        # Not side[rows]: its index is kept for the backward pass, and work that is done again in
+        # that pass, where the rows lie ready, would keep one tensor less.
+        block = tuple(torch.stack([side[row] for row in rows]) for side in block)
     missing = size - block[0].shape[2]
     if missing > 0:
-        return tuple(functional.pad(side, (0, 0, 0, missing)) for side in sides)
-    return tuple(side[:, :, :size] for side in sides)
+        return tuple(functional.pad(side, (0, 0, 0, missing)) for side in block)
+    return tuple(side[:, :, :size] for side in block)
 
 
 def _one_after_another(blocks: Sequence[KeysValues]) -> KeysValues:
@@ -172,8 +175,8 @@ def padded_up(block: Tensor, axis: int, multiple: int) -> Tensor:
 
 def padded_length(tokens: IntegersT) -> IntegersT:
     """Up to a multiple of 8, of a number or of an array."""
-    return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    return round_up(tokens, TOKEN_MULTIPLE)
 
 
-def round_up(size: int, multiple: int) -> int:
+def round_up(size: IntegersT, multiple: int) -> IntegersT:
     return -(-size // multiple) * multiple

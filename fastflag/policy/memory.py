@@ -133,7 +133,7 @@ def suffix_bytes(
 
 
 def _evaluation(model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, fused: bool) -> int:
-    """Padded, as rows and tokens are (model/shared_prefix.py)."""
+    """Of tokens as they are padded (model/shared_prefix.py)."""
     prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
     prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
     of_prefixes = prefix_bytes(model, policy, batch.days, prefix, fused)

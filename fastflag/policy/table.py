@@ -290,7 +290,8 @@ class Policy(nn.Module):
         Texts of one padded length go together: a softmax over another number of keys, though the
         others are masked, has other last bits.
         """
-        longest = int(self._check_lengths(prompts)[0].max())
+        self._check_lengths(prompts)
+        longest = max(days.layers[0].lengths)  # a GPU pads all to it
         of_day = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
         of_row = of_day[prompts.pairs[:, 0]]
         states = self.trunk.suffix_states(prompts)
@@ -323,15 +324,13 @@ class Policy(nn.Module):
         places = torch.from_numpy(np.argsort(order)).to(self.device)
         return torch.cat(features).index_select(0, places)
 
-    def _check_lengths(self, prompts: PromptSet) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of each prefix and each suffix."""
+    def _check_lengths(self, prompts: PromptSet) -> None:
+        """Raises InputError as `check_length` does, for the longest of `prompts`."""
         prefixes, suffixes = (
             np.array([*map(len, texts)]) for texts in (prompts.prefixes, prompts.suffixes)
         )
-        self.check_length(
-            int((prefixes[prompts.pairs[:, 0]] + suffixes[prompts.pairs[:, 1]]).max())
-        )
-        return prefixes, suffixes
+        longest = prefixes[prompts.pairs[:, 0]] + suffixes[prompts.pairs[:, 1]]
+        self.check_length(int(longest.max()))
 
     def check_length(self, longest: int) -> None:
         """Raises InputError for a prompt of more tokens than the model reads."""

@@ -44,8 +44,8 @@ _ARITHMETIC = 7
 # Days that go through together. Keys and values of 64 days of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _DAYS = 64
-# Prompts of one pass, of 2 to 4 pieces: 256 of 14 tokens over prefixes of 150 keep the attention's
-# keys and values near 100 MB a layer on SmolLM2-135M.
+# Prompts of one pass, of 1 or 2 pieces where they are stepped: 256 of 14 tokens over prefixes of
+# 150 keep the attention's keys and values near 100 MB a layer on SmolLM2-135M.
 _PROMPTS = 256
 # Tokens of one pass over prefixes: as many as 256 suffixes of 16 have.
 _TOKENS = 4096
