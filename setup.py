@@ -21,6 +21,7 @@ setup(
         "fastflag.config",
         "fastflag.market",
         "fastflag.market.compiled",
+        "fastflag.market.tasks",
         "fastflag.prompt",
         "fastflag.model",
         "fastflag.policy",

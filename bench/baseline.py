@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastflag.config import AlgorithmConfig
-from fastflag.learn.objective import Samples, loss_of
+from fastflag.learn.objective import loss_of
+from fastflag.learn.samples import Samples
 from fastflag.model.linear import FrozenLinear
 from fastflag.model.llama import LINEARS
 from fastflag.model.weights import Weights

@@ -394,7 +394,7 @@ def _update_task(variant: str) -> list[dict]:
 def whole_lesson(vocabulary: int, device: torch.device) -> Any:
     """Every text on every day, and every action of each, with advantages at random."""
     from fastflag.learn.lesson import Lesson
-    from fastflag.learn.objective import Samples
+    from fastflag.learn.samples import Before, Samples
     from fastflag.prompt.prompts import PromptSet
 
     random = np.random.default_rng(0)
@@ -412,25 +412,20 @@ def whole_lesson(vocabulary: int, device: torch.device) -> Any:
         np.ones((count, _ACTIONS), bool),
         np.arange(0, count, _TEXTS, dtype=np.int32),
     )
-    rows = torch.arange(count).repeat_interleave(_ACTIONS)
-    action = torch.arange(_ACTIONS).repeat(count)
-    one = torch.ones(len(rows))
-    uniform = -one * float(np.log(_ACTIONS))
+    rows, one = np.arange(count).repeat(_ACTIONS), np.ones(count * _ACTIONS)
+    value, uniform = torch.zeros(count), torch.full((count, _ACTIONS), -float(np.log(_ACTIONS)))
     samples = Samples(
-        action=action,
+        row=rows,
+        action=np.tile(np.arange(_ACTIONS), count),
         weight=one,
-        advantage=torch.randn(len(rows), generator=torch.Generator().manual_seed(0)),
+        advantage=random.standard_normal(len(rows)),
         advantage_spread=0 * one,
         target=0 * one,
         target_spread=0 * one,
-        old_log_probability=uniform,
-        old_value=0 * one,
-        initial=uniform[:, None].expand(-1, _ACTIONS).contiguous(),
+        old_log_probability=-one * np.log(_ACTIONS),
+        before=Before(value.to(device), uniform.to(device)),
     )
-    placed = {
-        name: c.to(device) for name, c in vars(samples).items() if isinstance(c, torch.Tensor)
-    }
-    return Lesson(prompts, rows.to(device), Samples(**placed), len(rows), 0.0)
+    return Lesson(prompts, samples.placed(), len(rows), 0.0)
 
 
 def _loop_task(variant: str) -> list[dict]:

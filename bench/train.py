@@ -102,7 +102,7 @@ class Trainer:
     def collect(self, config: TrainConfig) -> tuple[Table, Iterator[Batch]]:
         self.updates += 1
         world, number = self.world, self.updates - 1
-        return rollout(self.policy, world, self.days, self.accounts, config, number, self.phase)
+        return rollout(self.policy, world, [self.days], self.accounts, config, number, self.phase)
 
     def every_step(self) -> tuple[Table, Lesson]:
         """A rollout whose samples are not added up."""
@@ -144,7 +144,7 @@ class Baseline:
         self.algorithm = trainer.config.algorithm
         self.prompts = lesson.prompts
         # They come day by day: a part of them is of one day, whose prefix the cache holds.
-        self.rows, self.samples = lesson.rows.cpu().numpy(), lesson.samples
+        self.rows, self.samples = lesson.samples.row.cpu().numpy(), lesson.samples
         self.statistics = dataclasses.replace(
             table.statistics,
             mean=table.statistics.mean.detach(),
@@ -274,8 +274,8 @@ def gradient_rows(dtype: str) -> list[Row]:
     table, lesson = trainer.every_step()
     algorithm: AlgorithmConfig = trainer.config.algorithm
     trainer.policy.zero_grad()
-    loss_of(*_gather(table, lesson.rows), lesson.samples, algorithm)[0].backward()
-    given = lesson.prompts, lesson.rows.cpu().numpy(), lesson.samples, algorithm
+    loss_of(*_gather(table, lesson.samples.row), lesson.samples, algorithm)[0].backward()
+    given = lesson.prompts, lesson.samples.row.cpu().numpy(), lesson.samples, algorithm
     exact = PlainPolicy(trainer.policy, trainer.weights, torch.float64).gradient(*given)
     made = {
         "fastflag": {name: p.grad for name, p in trainer.policy.named_parameters()},
@@ -301,7 +301,7 @@ def ablation_rows(rounds: int) -> list[Row]:
     _, lesson = trainer.every_step()
     trainer.update()
     policy, prompts = trainer.policy, lesson.prompts
-    every = np.concatenate([prompts.reference, lesson.rows.cpu().numpy()])
+    every = np.concatenate([prompts.reference, lesson.samples.row.cpu().numpy()])
     variants: dict[str, tuple[Policy, PromptSet, Callable[..., Table]]] = {
         "fastflag": (policy, prompts, Policy.evaluate),
         "without sharing prefixes": (policy, _unshared(prompts), Policy.evaluate),
@@ -394,7 +394,7 @@ def variance_rows(updates: int = 10, seeds: int = 16) -> list[Row]:
         accounts = start_accounts(config.rollout, config.simulator.cash)
         branching = dataclasses.replace(config, algorithm=every)
         table, batches = rollout(
-            trainer.policy, world, trainer.days, accounts, branching, 0, trainer.phase
+            trainer.policy, world, [trainer.days], accounts, branching, 0, trainer.phase
         )
         (batch,) = batches
         for name, some in {
@@ -403,7 +403,7 @@ def variance_rows(updates: int = 10, seeds: int = 16) -> list[Row]:
         }.items():
             lesson = estimate(table, [some[0]], some[1], trainer.phase)
             trainer.policy.zero_grad()
-            loss = loss_of(*_gather(table, lesson.rows), lesson.samples, some[1])[0]
+            loss = loss_of(*_gather(table, lesson.samples.row), lesson.samples, some[1])[0]
             loss.backward(retain_graph=name == "sampled")
             parameters = [p for p in trainer.policy.parameters() if p.grad is not None]
             found[name].append(torch.cat([p.grad.flatten() for p in parameters]))

@@ -19,11 +19,11 @@ from fastflag.config import (
     SimulatorConfig,
     TrainConfig,
 )
-from fastflag.learn.batch import World
 from fastflag.learn.run import build
 from fastflag.market.bars import Market, split_days
 from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
+from fastflag.prompt.world import World
 
 DAYS = 40
 TRAIN_DAYS = 24

@@ -35,7 +35,7 @@ def evaluated(model, budget, **changes):
 
     known = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        table, batches = rollout(policy, world, days, accounts, config, 0, PhaseTimer())
+        table, batches = rollout(policy, world, [days], accounts, config, 0, PhaseTimer())
         list(batches)
     gc.collect()
     kept = sum(

@@ -16,9 +16,9 @@ from fastflag.evaluate.backtest import (
 from fastflag.evaluate.episodes import greedy, run_episodes, sampler
 from fastflag.files import InputError
 from fastflag.learn.train import train
-from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
-from fastflag.market.simulator import ACTIONS, BUY, HOLD, SELL
+from fastflag.market.random_numbers import uniform
+from fastflag.market.tasks.single import ACTIONS, BUY, HOLD, SELL, Single
 from fastflag.model.weights import open_weights
 
 TEST_DAYS = range(TRAIN_DAYS, DAYS)
@@ -111,7 +111,7 @@ def test_episodes_are_the_decisions_of_the_running_statistics(
     lived = run_episodes(policy, world, TEST_DAYS, 3, sampler(5, 3))
     assert lived.equity.shape == lived.shares.shape == (3, len(TEST_DAYS))
     for b in range(3):
-        one = Accounts.start(1, world.simulator.cash)
+        one = Accounts.start(1, world.task.rules.cash)
         for number, day in enumerate(TEST_DAYS[:-1]):
             assert lived.equity[b, number] == one.equity[0]
             assert lived.shares[b, number] == one.shares[0]
@@ -119,10 +119,10 @@ def test_episodes_are_the_decisions_of_the_running_statistics(
             with torch.no_grad():
                 table = policy.evaluate(prompts, policy.running.current())
             np.testing.assert_array_equal(lived.probabilities[b, number], table.probabilities[row])
-            uniform = simulator.uniform(5, np.array([b]), number)[0]
+            drawn = uniform(5, np.array([b]), number)[0]
             cumulative = lived.probabilities[b, number].cumsum()
-            assert lived.action[b, number] == np.searchsorted(cumulative, uniform, side="right")
-            simulator.step(world.bars, world.simulator, one, day, lived.action[b, number])
+            assert lived.action[b, number] == np.searchsorted(cumulative, drawn, side="right")
+            world.task.step(one, day, lived.action[b, number])
         assert lived.equity[b, -1] == one.equity[0]
 
 
@@ -137,12 +137,12 @@ def test_many_decisions_are_answered_in_a_few_batches(tiny_model):
 def prompts_of(world, account, day):
     prompter = world.prompter
     if prompter.config.account == "exact":
-        prompts, row = prompter.exact_prompts(day, account)
+        prompts, row = world.shown(account, day)
         return prompts, row[0]
-    code = simulator.account_code(world.bars, account, day)[0]
-    present = np.zeros((1, simulator.CODES), bool)
+    code = world.task.code(account, day)[0]
+    present = np.zeros((1, Single.codes), bool)
     present[0, code] = True
-    prompts, row_of = prompter.stepped_prompts([day], present)
+    prompts, row_of = world.stepped([day], present)
     return prompts, row_of[0, code]
 
 
@@ -181,7 +181,7 @@ def test_the_document_tells_what_the_greedy_policy_did(document):
         assert sum(probabilities) == pytest.approx(1)
         chosen = ACTIONS.index(best["actions"][number])
         assert probabilities[chosen] == max(probabilities)
-        simulator.step(world.bars, config.simulator, account, day, chosen)
+        world.task.step(account, day, chosen)
     assert best["equity"][-1] == account.equity[0]
     assert set(best["actions"]) > {"Buy"}
 
@@ -196,7 +196,7 @@ def test_the_news_told_is_that_of_the_prompts(document):
 def test_buy_and_hold_by_hand(document):
     """All cash at the first open after the first close, fee and slippage paid once."""
     config, world, told = document
-    bars = world.bars
+    bars = world.task.bars
     price = bars.open[TEST_DAYS[1]] * (1 + 2e-4) * (1 + 1e-4)
     shares = config.simulator.cash / price
     equity = np.array([config.simulator.cash, *(shares * bars.close[TEST_DAYS[1] :])])

@@ -267,7 +267,7 @@ def test_the_lesson_of_an_update_is_whole():
     weights = Given(config, {name: t.detach() for name, t in model.state_dict().items()})
     policy = Policy(weights, EXACT, range(3), 0)
     lesson = whole_lesson(config.vocabulary, policy.device)
-    assert len(lesson.prompts.pairs) == 64 * 24 and len(lesson.rows) == 3 * 64 * 24
+    assert len(lesson.prompts.pairs) == 64 * 24 and len(lesson.samples) == 3 * 64 * 24
     assert len(set(map(tuple, lesson.prompts.pairs.tolist()))) == 64 * 24
     assert {*map(len, lesson.prompts.prefixes)} == {150}
     assert {*map(len, lesson.prompts.suffixes)} == {16}

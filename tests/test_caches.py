@@ -180,7 +180,7 @@ def test_an_unknown_user_of_a_read_only_installation():
         "import os\n"
         "from fastflag.cli import main\n"
         "os.setgroups([]); os.setgid(54321); os.setuid(54321)\n"
-        "import fastflag.market.simulator\n"
+        "import fastflag.market.tasks.single\n"
         "main(['metrics', '--json'])\n"
         "import torch._inductor.runtime.cache_dir_utils as inductor\n"
         "print(inductor.cache_dir())\n"

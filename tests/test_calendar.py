@@ -14,8 +14,8 @@ from fastflag.config import DataConfig, PromptConfig, SimulatorConfig
 from fastflag.market.bars import split_days
 from fastflag.market.sources import load
 from fastflag.model.weights import open_weights
-from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
+from fastflag.prompt.world import World
 
 ARRAYS = ("dates", "open", "high", "low", "close", "volume", "split", "dividend")
 
@@ -68,11 +68,11 @@ def test_the_file_s_other_symbols_change_nothing(symbol, stock_and_coin, tokeniz
     assert split_days(alone, "", "") == split_days(beside, "", "")
     rules = SimulatorConfig(fill="same_close")
     for config in (PromptConfig(window=3), PromptConfig(window=3, anonymise=False)):
-        tellers = [Prompter(config, each, symbol, rules, tokenizer) for each in (alone, beside)]
+        worlds = [World.of(config, each, symbol, rules, tokenizer, 0) for each in (alone, beside)]
         for day in range(len(alone.dates)):
-            texts = [teller.prefix_text(day) for teller in tellers]
+            texts = [world.prompter.prefix_text(day) for world in worlds]
             assert texts[0] == texts[1]
-        assert tellers[0].bars.table.tobytes() == tellers[1].bars.table.tobytes()
+        assert worlds[0].task.bars.table.tobytes() == worlds[1].task.bars.table.tobytes()
     figures = []
     for words in ([stock_and_coin[symbol.lower()]], [stock_and_coin["both"], "--symbol", symbol]):
         cli.main(["metrics", "--json", "--data", *words])
@@ -86,7 +86,7 @@ def test_a_stock_beside_a_coin_is_decided_at_its_close(stock_and_coin, tokenizer
     # Empty rows are days without a bar, days without a row are none; the other's are none either.
     assert len(market.dates) == 39 and np.isnan(market.close[[7, 20], 0]).all()
     named = PromptConfig(window=3, anonymise=False)
-    teller = Prompter(named, market, "STOCK", SimulatorConfig(), tokenizer)
+    teller = World.of(named, market, "STOCK", SimulatorConfig(), tokenizer, 0).prompter
     day = 5
     text = teller.prefix_text(day).split("Earlier")[0]
     number = market.dates[day].astype(int)
@@ -102,7 +102,8 @@ def test_the_other_symbol_s_name_is_hidden_from_its_first_bar_on(tmp_path, token
     text = "published,available,symbol,text\n" + "\n".join(news) + "\n"
     (tmp_path / "bars.news.csv").write_text(text)
     market = load(DataConfig(data=f"csv:{tmp_path}/bars.csv", symbol="ONE"))
-    teller = Prompter(PromptConfig(window=2), market, "ONE", SimulatorConfig(), tokenizer)
+    config = PromptConfig(window=2)
+    teller = World.of(config, market, "ONE", SimulatorConfig(), tokenizer, 0).prompter
     told = [teller.headlines(day)[0][0] for day in range(6)]
     assert told == [f"OTHR sues ({number}" + ")" for number in range(5)] + [
         "another asset sues (5)"

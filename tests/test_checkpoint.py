@@ -33,7 +33,7 @@ from fastflag.learn.rollout import rollout
 from fastflag.learn.run import load_policy
 from fastflag.learn.train import train
 from fastflag.learn.update import make_optimizer, update
-from fastflag.market.simulator import CODES
+from fastflag.market.compiled.constants import CODES
 from fastflag.model.weights import open_weights
 
 FINGERPRINT = "of some model"
@@ -54,7 +54,7 @@ class Trainer:
     def update(self, step):
         config, phase = self.config, PhaseTimer()
         table, batches = rollout(
-            self.policy, self.world, self.days, self.accounts, config, step, phase
+            self.policy, self.world, [self.days], self.accounts, config, step, phase
         )
         lesson = estimate(table, batches, config.algorithm, phase)
         return update(self.policy, self.optimizer, table, lesson, config.algorithm, step)
@@ -408,7 +408,7 @@ def test_a_loaded_policy_answers_as_the_trained_one(tiny_model, tmp_path):
     weights = open_weights(config.policy.model)
     world, trained = train(config, small_market(), weights, tmp_path / "run", resume=False)
     _, loaded = load_policy(tmp_path / "run", config, small_market())
-    prompts, _ = world.prompter.stepped_prompts([5, 6], np.arange(CODES)[None] < [[1], [3]])
+    prompts, _ = world.stepped([5, 6], np.arange(CODES)[None] < [[1], [3]])
     with torch.no_grad():
         ours, theirs = (p.evaluate(prompts, p.running.current()) for p in (loaded, trained))
     assert torch.equal(ours.log_probabilities, theirs.log_probabilities)

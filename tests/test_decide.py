@@ -12,8 +12,7 @@ from fastflag.config import PromptConfig, SimulatorConfig
 from fastflag.evaluate import episodes
 from fastflag.evaluate.decide import decide
 from fastflag.files import InputError
-from fastflag.market import simulator
-from fastflag.market.simulator import BUY, HOLD, SELL
+from fastflag.market.tasks.single import BUY, HOLD, SELL, Single
 
 DAYS = range(4, 36)
 PRICES = ("open", "high", "low", "close")
@@ -52,14 +51,16 @@ def small(tiny_model):
 def lived_through(world, policy, choose):
     """The episode, and the account as it was at each decision."""
     accounts = {}
-    real = simulator.step
+    real = Single.step
 
-    def step(bars, rules, account, day, action):
-        """A day is lived through in guesses first: the last time counts."""
-        accounts[day] = {name: array[0] for name, array in account.arrays().items()}
-        return real(bars, rules, account, day, action)
+    def step(task, account, day, action):
+        """A day is lived through in guesses first: the last time counts. Accounts that centre the
+        features step at many moments at once."""
+        if not np.ndim(day):
+            accounts[day] = {name: array[0] for name, array in account.arrays().items()}
+        return real(task, account, day, action)
 
-    with mock.patch.object(simulator, "step", step):
+    with mock.patch.object(Single, "step", step):
         return episodes.run_episodes(policy, world, DAYS, 1, choose), list(accounts.values())
 
 
@@ -119,14 +120,14 @@ def test_a_split_since_the_entry_is_no_loss(small):
     assert accounts.entry[0] == pytest.approx(paid / 2 / 1.05, rel=1e-15)
     on_the_day = accounts_told(decide, policy, world, market, day, "long", paid, after)
     assert on_the_day.entry[0] == pytest.approx(paid / 1.05, rel=1e-15)
-    worth = world.simulator.cash * market.close[14, 0] * 2 * 1.05 / paid
+    worth = world.task.rules.cash * market.close[14, 0] * 2 * 1.05 / paid
     assert accounts.equity[0] == pytest.approx(worth, rel=1e-12)
 
 
 def test_a_short_position_owes_what_it_sold(small):
     market, made = small
     world, policy = made["long_short"]
-    day, got, cash = str(market.dates[30]), float(market.close[30, 0]), world.simulator.cash
+    day, got, cash = str(market.dates[30]), float(market.close[30, 0]), world.task.rules.cash
     accounts = accounts_told(decide, policy, world, market, day, "short", got, day)
     assert accounts.equity[0] == pytest.approx(cash, rel=1e-12)
     assert accounts.shares[0] == pytest.approx(-cash / got, rel=1e-12)
@@ -137,11 +138,11 @@ def accounts_told(call, *arguments):
     """The accounts that a decision's prompt is made of."""
     seen = []
 
-    def code(bars, accounts, day, real=simulator.account_code):
+    def code(task, accounts, day, real=Single.code):
         seen.append(accounts)
-        return real(bars, accounts, day)
+        return real(task, accounts, day)
 
-    with mock.patch.object(simulator, "account_code", code):
+    with mock.patch.object(Single, "code", code):
         call(*arguments)
     return seen[0]
 

@@ -15,12 +15,11 @@ from test_simulator import FILLS, FREE, MODES, bars_of, one, run
 
 from fastflag import cli
 from fastflag.config import DataConfig, SimulatorConfig
-from fastflag.market import simulator
 from fastflag.market.bars import Bars
-from fastflag.market.baselines import fixed_action_equity
 from fastflag.market.events import recover_splits_and_dividends
-from fastflag.market.simulator import BUY, HOLD, SELL
 from fastflag.market.sources import SAMPLES, load
+from fastflag.market.tasks.baselines import fixed_action_equity
+from fastflag.market.tasks.single import BUY, HOLD, SELL, Single
 
 LONG_SHORT = {"positions": "long_short", **FREE}
 
@@ -69,7 +68,7 @@ def test_holding_earns_the_adjusted_closes_return(columns, config):
     """And open profit is that of the account, whose cash is all in the position."""
     bars, adjusted = Bars.from_columns(*columns), adjusted_closes(columns)
     days = days_held(bars)
-    equity = fixed_action_equity(bars, config, range(len(bars)), BUY)
+    equity = fixed_action_equity(Single.of(config, bars), range(len(bars)), BUY)
     if len(days):
         earned, wanted = equity[days] / equity[days[0]], adjusted[days] / adjusted[days[0]]
         np.testing.assert_allclose(earned, wanted, rtol=1e-12)
@@ -108,7 +107,7 @@ def test_holding_earns_what_the_adjusted_closes_of_a_file_say(columns):
     bars = Bars.from_columns(open_, close, *stream, tradable)
     for fill in FILLS:
         config = SimulatorConfig(fill=fill, ruin=1e-9, **FREE)
-        equity = fixed_action_equity(bars, config, range(len(bars)), BUY)
+        equity = fixed_action_equity(Single.of(config, bars), range(len(bars)), BUY)
         np.testing.assert_allclose(equity[1:] / equity[1], adjusted[1:] / adjusted[1], rtol=1e-11)
 
 
@@ -146,7 +145,7 @@ def test_metrics_of_stockbench_are_its_adjusted_closes(symbol, stockbench, capsy
     bars = Bars.from_market(market, symbol)
     for fill in FILLS:
         config = SimulatorConfig(fill=fill, **FREE)
-        equity = fixed_action_equity(bars, config, range(len(bars)), BUY)[bars.tradable]
+        equity = fixed_action_equity(Single.of(config, bars), range(len(bars)), BUY)[bars.tradable]
         np.testing.assert_allclose(equity[1:] / equity[1], adjusted[1:] / adjusted[1], rtol=1e-6)
 
 
@@ -303,7 +302,7 @@ def test_growth_is_what_the_entry_is_divided_by(fill, positions, dividends):
     states, _ = run(bars, config, np.full((1, 39), BUY))
     held = [(day, state) for day, state in enumerate(states, 1) if state["opened"][0] >= 0]
     opened = int(held[0][1]["opened"][0])
-    growth = [simulator.growth(bars, config, opened, day) for day, _ in held]
+    growth = [Single.of(config, bars).growth(opened, day) for day, _ in held]
     entry = [state["entry"][0] for _, state in held]
     np.testing.assert_allclose(entry, entry[0] * growth[0] / np.array(growth), rtol=1e-13)
-    assert simulator.growth(bars, config, opened, opened) == 1
+    assert Single.of(config, bars).growth(opened, opened) == 1

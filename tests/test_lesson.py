@@ -11,19 +11,11 @@ from small import make_opinionated, small_config, small_market, small_world
 import fastflag.learn.rollout as rollout_module
 from fastflag.config import AlgorithmConfig
 from fastflag.learn.batch import Branches, start_accounts
-from fastflag.learn.lesson import (
-    _condensed,
-    _joined,
-    _of_every_action,
-    _Points,
-    _samples,
-    advantages,
-    estimate,
-)
+from fastflag.learn.lesson import _of_every_action, advantages, estimate
 from fastflag.learn.objective import loss_of
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
-from fastflag.market import simulator
+from fastflag.learn.samples import Before, Samples
 from fastflag.market.accounts import Accounts
 from fastflag.market.schedule import schedule
 from fastflag.policy.heads import masked_log_softmax
@@ -48,20 +40,22 @@ def points_of(random, table, count):
     none = np.zeros(count)
     drawn = table.log_probabilities.detach().numpy()[row, action]
     weight, advantage, target = random.uniform(0.1, 2, count), *random.normal(size=(2, count))
-    return _Points(row, action, weight, advantage, none, target, none, drawn)
+    initial = masked_log_softmax(torch.zeros(ROWS, ACTIONS), ALLOWED)
+    before = Before(table.value.detach(), initial)
+    return Samples(row, action, weight, advantage, none, target, none, drawn, before)
 
 
 def learnt(logits, table, points, config):
     """The loss, its gradients and its statistics."""
-    initial = masked_log_softmax(torch.zeros(ROWS, ACTIONS), ALLOWED)
-    rows, samples = _samples(table, initial, points)
+    samples = points.placed()
     wide = {
         name: column.double()
-        for name, column in vars(samples).items()
-        if name not in ("action", "mean_weight")
+        for name, column in samples.columns().items()
+        if name not in ("row", "action")
     }
-    samples = dataclasses.replace(samples, **wide)
-    chosen = table.log_probabilities[rows], table.value[rows]
+    before = Before(*map(torch.Tensor.double, samples.before))
+    samples = dataclasses.replace(samples, **wide, before=before)
+    chosen = table.log_probabilities[samples.row], table.value[samples.row]
     loss, statistics = loss_of(*chosen, samples, config)
     gradients = torch.autograd.grad(loss, (logits, table.value), retain_graph=True)
     return [loss, *gradients], statistics
@@ -76,7 +70,7 @@ def test_samples_added_up_teach_what_they_teach_one_by_one(algorithm, norm_adv, 
     logits, table = table_of(random)
     points = points_of(random, table, count)
     whole, statistics = learnt(logits, table, points, config)
-    added, same = learnt(logits, table, _condensed(points), config)
+    added, same = learnt(logits, table, points.added_up(), config)
     for one, other in zip(whole, added, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert same == pytest.approx(statistics, rel=1e-5, abs=1e-6)
@@ -86,14 +80,12 @@ def test_samples_added_up_teach_what_they_teach_one_by_one(algorithm, norm_adv, 
 def test_it_does_not_matter_in_how_many_parts_they_are_added_up(seed, cut):
     random = np.random.default_rng(seed)
     points = points_of(random, table_of(random)[1], 30)
-    parts = [
-        _Points(*(column[part] for column in vars(points).values()))
-        for part in (slice(cut), slice(cut, None))
-    ]
-    whole, by_parts = _condensed(points), _condensed(_joined(list(map(_condensed, parts))))
+    parts = [points.take(part) for part in (slice(cut), slice(cut, None))]
+    whole = points.added_up()
+    by_parts = Samples.joined([part.added_up() for part in parts]).added_up()
     assert len(set(zip(whole.row, whole.action, strict=True))) == len(whole.row)
-    for name, column in vars(whole).items():
-        np.testing.assert_allclose(vars(by_parts)[name], column, atol=1e-12, err_msg=name)
+    for name, column in whole.columns().items():
+        np.testing.assert_allclose(by_parts.columns()[name], column, atol=1e-12, err_msg=name)
 
 
 def lived(model, piece_steps=None, monkeypatch=None, **changes):
@@ -105,7 +97,7 @@ def lived(model, piece_steps=None, monkeypatch=None, **changes):
     world, policy, days = small_world(config, small_market())
     make_opinionated(policy)
     accounts = start_accounts(config.rollout, config.simulator.cash)
-    table, batches = rollout(policy, world, days, accounts, config, 0, PhaseTimer())
+    table, batches = rollout(policy, world, [days], accounts, config, 0, PhaseTimer())
     batches = list(batches)
     return (
         config,
@@ -128,10 +120,10 @@ def test_a_rollout_in_pieces_teaches_what_one_does(tiny_model, monkeypatch, esti
     assert (len(one), len(several)) == (1, 4)  # 6 environments of each group: 4 and 2
     assert lesson.env_steps == whole.env_steps == 12 * 6
     assert lesson.reward == pytest.approx(whole.reward)
-    assert lesson.rows.tolist() == whole.rows.tolist()
-    for name, column in vars(whole.samples).items():
-        torch.testing.assert_close(vars(lesson.samples)[name], column, rtol=1e-5, atol=1e-6)
-    assert lesson.samples.mean_weight == pytest.approx(12 * 6 / len(lesson.rows))
+    assert lesson.samples.row.tolist() == whole.samples.row.tolist()
+    for name, column in whole.samples.columns().items():
+        torch.testing.assert_close(lesson.samples.columns()[name], column, rtol=1e-5, atol=1e-6)
+    assert lesson.samples.mean_weight == pytest.approx(12 * 6 / len(lesson.samples))
     for before, after in zip(moved, same, strict=True):
         for name, array in before.arrays().items():
             np.testing.assert_array_equal(after.arrays()[name], array)
@@ -153,31 +145,29 @@ def test_all_actions_are_weighed_by_what_each_would_bring(
     )
     value = table.value.detach().double().numpy()
     row_of = {key: row for row, key in enumerate(batch.prompts.keys())}
-    day, restart, _ = schedule(days, config.simulator.horizon, world.seed, 0, 0, 6)
+    day, restart, _ = schedule([days], config.simulator.horizon, world.seed, 0, 0, 6)
     expected = []
     for h in range(6):
         for b in range(config.rollout.num_envs):
             expected.append((b, h))
-    samples = iter(range(len(lesson.rows)))
+    samples = iter(range(len(lesson.samples)))
     sampled = advantages(table, batch, config.algorithm)
     replayed = [Accounts.start(1, config.simulator.cash) for _ in range(config.rollout.num_envs)]
     for b, h in expected:
         account = replayed[b]
         if restart[h]:
             account.reset(np.ones(1, bool))
-        row = batch.row[b, h]
+        row = batch.steps.row[b, h]
         for action in np.flatnonzero(batch.prompts.allowed[row]):
             after = account.take(np.zeros(1, int))
-            reward, ruined = simulator.step(
-                world.bars, config.simulator, after, day[h], int(action)
-            )
-            code = simulator.account_code(world.bars, after, day[h] + 1)
-            present = np.zeros((1, simulator.CODES), bool)
+            reward, ruined = world.task.step(after, day[h], int(action))
+            code = world.task.code(after, day[h] + 1)
+            present = np.zeros((1, world.task.codes), bool)
             present[0, code] = True
-            prompts, _ = world.prompter.stepped_prompts([int(day[h]) + 1], present)
+            prompts, _ = world.stepped([int(day[h]) + 1], present)
             following = 0 if ruined[0] else value[row_of[prompts.keys()[0]]]
             n = next(samples)
-            assert (lesson.rows[n], lesson.samples.action[n]) == (row, action)
+            assert (lesson.samples.row[n], lesson.samples.action[n]) == (row, action)
             advantage = reward[0] + config.algorithm.gamma * following - value[row]
             assert lesson.samples.advantage[n].item() == pytest.approx(advantage, abs=1e-6)
             assert lesson.samples.weight[n].item() == pytest.approx(
@@ -185,7 +175,7 @@ def test_all_actions_are_weighed_by_what_each_would_bring(
             )
             target = sampled[b, h] + value[row]
             assert lesson.samples.target[n].item() == pytest.approx(target, abs=1e-6)
-        simulator.step(world.bars, config.simulator, account, day[h], batch.action[b, h])
+        world.task.step(account, day[h], batch.steps.action[b, h])
     assert next(samples, None) is None
 
 
@@ -203,7 +193,7 @@ def test_the_all_actions_gradient_is_that_of_the_expected_advantage(tiny_model):
     policy_gradient = {}
     for algorithm in ("ppo", "reinforce"):
         chosen = dataclasses.replace(config.algorithm, algorithm=algorithm)
-        made = table.log_probabilities[lesson.rows], table.value[lesson.rows]
+        made = table.log_probabilities[lesson.samples.row], table.value[lesson.samples.row]
         loss, _ = loss_of(*made, lesson.samples, chosen)
         (policy_gradient[algorithm],) = torch.autograd.grad(
             loss, table.log_probabilities, retain_graph=True
@@ -211,8 +201,8 @@ def test_the_all_actions_gradient_is_that_of_the_expected_advantage(tiny_model):
     value = table.value.detach().double().numpy()
     branches = batch.branches
     following = value[branches.next_row] * ~branches.terminated
-    gain = branches.reward + config.algorithm.gamma * following - value[batch.row][..., None]
-    rows = torch.from_numpy(batch.row.ravel().astype(np.int64))
+    gain = branches.reward + config.algorithm.gamma * following - value[batch.steps.row][..., None]
+    rows = torch.from_numpy(batch.steps.row.ravel().astype(np.int64))
     probabilities = table.log_probabilities.exp()[rows]
     expected = -(probabilities * torch.from_numpy(gain.reshape(-1, 3))).sum(1).mean()
     (gradient,) = torch.autograd.grad(expected, table.log_probabilities, retain_graph=True)
@@ -228,11 +218,12 @@ def test_minibatches_of_all_actions_teach_on_average_what_the_whole_does():
     logits, table = table_of(random)
     points = points_of(random, table, 24)
     points.weight[:12] *= 1e-3
-    rows, samples = _samples(table, masked_log_softmax(torch.zeros(ROWS, 3), ALLOWED), points)
+    samples = points.placed()
 
     def gradient(index):
-        made = table.log_probabilities[rows[index]], table.value[rows[index]]
-        loss, _ = loss_of(*made, samples.take(index), config)
+        some = samples.take(index)
+        made = table.log_probabilities[some.row], table.value[some.row]
+        loss, _ = loss_of(*made, some, config)
         return torch.autograd.grad(loss, logits, retain_graph=True)[0]
 
     parts = torch.stack([gradient(index) for index in torch.randperm(24).split(2)])
@@ -246,7 +237,7 @@ def test_after_an_action_that_ruins_there_is_no_value():
         reward=np.array([[[0.1, 0.2, -1.0]]]),
         terminated=np.array([[[False, False, True]]]),
     )
-    batch = SimpleNamespace(row=np.array([[0]]), branches=branches)
+    batch = SimpleNamespace(steps=SimpleNamespace(row=np.array([[0]])), branches=branches)
     advantage = _of_every_action(table, batch, AlgorithmConfig(gamma=0.9))
     expected = [0.1 + 0.9 * 0.5 - 0.5, 0.2 + 0.9 * 2.0 - 0.5, -1.0 - 0.5]
     np.testing.assert_allclose(advantage[0, 0], expected, rtol=1e-12)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.config import PolicyConfig, PromptConfig, SimulatorConfig
-from fastflag.market.simulator import CODES
+from fastflag.market.compiled.constants import CODES
 from fastflag.model import attention
 from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.llama import rotary_tables
@@ -27,8 +27,8 @@ from fastflag.model.recompute import Activations
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
-from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
+from fastflag.prompt.world import World
 
 RAGGED = (1, 2, 15, 16, 17, 63)
 LAYERS = {"num_hidden_layers": 3}
@@ -502,12 +502,11 @@ def theirs(kept):
 @pytest.mark.parametrize("news_tokens", [0, 64])
 def test_smollm2_logits_equal_transformers(kept, theirs, news_tokens):
     market, simulator = planted_market(40, 0), SimulatorConfig()
-    prompter = Prompter(
-        PromptConfig(news_tokens=news_tokens), market, "PLANTED", simulator, kept.tokenizer
-    )
+    config = PromptConfig(news_tokens=news_tokens)
+    world = World.of(config, market, "PLANTED", simulator, kept.tokenizer, seed=0)
     reachable = np.zeros((2, CODES), dtype=bool)
     reachable[0, 700] = reachable[:, 0] = True
-    prompts, _ = prompter.stepped_prompts([25, 33], reachable)
+    prompts, _ = world.stepped([25, 33], reachable)
     assert len(prompts.pairs) == 3
     assert ("forecast" in kept.tokenizer.decode(prompts.tokens(0))) or news_tokens == 0
     policy = Policy(kept, replace(EXACT, top_layers=2), (1, 2, 3), 0)

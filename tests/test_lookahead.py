@@ -22,16 +22,14 @@ from small import make_opinionated
 from fastflag.config import DataConfig, PolicyConfig, PromptConfig, SimulatorConfig
 from fastflag.evaluate import episodes
 from fastflag.evaluate.decide import decide
-from fastflag.learn.batch import World
-from fastflag.learn.decision import prompts_now
-from fastflag.market import simulator
 from fastflag.market.bars import Bars, Market, News
 from fastflag.market.sources import load
+from fastflag.market.tasks.single import Single
 from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
 from fastflag.prompt import prompter as prompter_module
-from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
+from fastflag.prompt.world import World
 
 DAYS = 26  # indicators of 20 bars are told
 EPISODES = 2
@@ -51,8 +49,7 @@ class Stack:
     tokenizer: Tokenizer
 
     def world(self, market: Market, prompt: PromptConfig, rules: SimulatorConfig) -> World:
-        prompter = Prompter(prompt, market, market.symbols[0], rules, self.tokenizer)
-        return World(prompter.bars, rules, prompter, seed=5)
+        return World.of(prompt, market, market.symbols[0], rules, self.tokenizer, seed=5)
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -65,9 +62,9 @@ def stack(tiny_model, request) -> Stack:
     make_opinionated(policy)
     stack = Stack(policy, tokenizer)
     world = stack.world(lively_market(0), PromptConfig(window=3), SimulatorConfig())
-    codes = np.zeros((DAYS, simulator.CODES), bool)
+    codes = np.zeros((DAYS, Single.codes), bool)
     codes[:, 0] = True
-    prompts, _ = world.prompter.stepped_prompts(range(DAYS), codes, codes)
+    prompts, _ = world.stepped(range(DAYS), codes, codes)
     policy.running.track(policy.evaluate(prompts).statistics)
     return stack
 
@@ -134,20 +131,23 @@ def live(stack: Stack, world: World, days: range) -> list[dict[str, np.ndarray]]
     """What a backtest shows and does, one dictionary of bytes a day: known at its close."""
     decisions: dict[int, dict[str, np.ndarray]] = {}
     steps: dict[int, dict[str, np.ndarray]] = {}
-    real_step = simulator.step
+    real_step = Single.step
 
-    def recorded_step(bars, rules, accounts, day, action):
-        """A day is lived through in guesses first: the last time counts."""
+    def recorded_step(task, accounts, day, action):
+        """A day is lived through in guesses first: the last time counts. Accounts that centre the
+        features step at many moments at once."""
+        if np.ndim(day):
+            return real_step(task, accounts, day, action)
         shown = {f"account {name}": array.copy() for name, array in accounts.arrays().items()}
-        prompts, row = prompts_now(world.prompter, bars, accounts, day)
+        prompts, row = world.shown(accounts, day)
         shown |= {f"prompt {b}": prompts.tokens(at) for b, at in enumerate(row)}
         shown |= {"mask": prompts.allowed[row], "prefix": world.prompter.prefix(day)}
         decisions[day] = shown | {"action": action.copy()}
-        reward, terminated = real_step(bars, rules, accounts, day, action)
+        reward, terminated = real_step(task, accounts, day, action)
         steps[day] = {"reward": reward, "terminated": terminated}
         return reward, terminated
 
-    with mock.patch.object(simulator, "step", recorded_step):
+    with mock.patch.object(Single, "step", recorded_step):
         choose = episodes.sampler(world.seed, EPISODES)
         lived = episodes.run_episodes(stack.policy, world, days, EPISODES, choose)
     for number, day in enumerate(days[:-1]):
@@ -214,12 +214,12 @@ def _tomorrows_indicators(*columns: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.roll(values, -1) for name, values in indicators(*columns).items()}
 
 
-def _tomorrows_mask(bars, rules, day, codes):
-    return simulator.allowed_codes(bars, rules, np.minimum(day + 1, DAYS - 1), codes)
+def _tomorrows_mask(task, day, side, real=Single.allowed):
+    return real(task, np.minimum(day + 1, DAYS - 1), side)
 
 
-def _tomorrows_code(bars, accounts, day, real=simulator.account_code):
-    return real(bars, accounts, np.minimum(day + 1, DAYS - 1))
+def _tomorrows_code(task, accounts, day, real=Single.code):
+    return real(task, accounts, np.minimum(day + 1, DAYS - 1))
 
 
 def _bars_of_tomorrow(market: Market, symbol: str) -> Bars:
@@ -236,16 +236,12 @@ LEAKS: dict[str, Callable[[], mock._patch]] = {
     "indicators of tomorrow": lambda: mock.patch.object(
         prompter_module, "indicators", _tomorrows_indicators
     ),
-    "a mask of tomorrow": lambda: mock.patch.object(
-        prompter_module, "allowed_codes", _tomorrows_mask
-    ),
+    "a mask of tomorrow": lambda: mock.patch.object(Single, "allowed", _tomorrows_mask),
     "prices of tomorrow": lambda: mock.patch.object(Bars, "from_market", _bars_of_tomorrow),
     "news a second too early": lambda: mock.patch.object(
         Market, "closes", property(lambda market: _closes(market) + np.timedelta64(1, "s"))
     ),
-    "profit at tomorrow's price": lambda: mock.patch.object(
-        simulator, "account_code", _tomorrows_code
-    ),
+    "profit at tomorrow's price": lambda: mock.patch.object(Single, "code", _tomorrows_code),
 }
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from fastflag.config import AlgorithmConfig
 from fastflag.learn.objective import (
-    Samples,
     loss_of,
     squared_error,
     whitened,
 )
+from fastflag.learn.samples import Before, Samples
 from fastflag.model import ops
 from fastflag.policy.heads import masked_log_softmax
 
@@ -99,6 +99,7 @@ def tensors(p):
     wide = {name: torch.from_numpy(np.asarray(array)) for name, array in p.items()}
     logits, value = wide["logits"].requires_grad_(), wide["value"].requires_grad_()
     samples = Samples(
+        row=torch.arange(COUNT),
         action=wide["action"],
         weight=torch.ones(COUNT, dtype=torch.float64),
         advantage=wide["advantage"],
@@ -106,8 +107,7 @@ def tensors(p):
         target=wide["target"],
         target_spread=torch.zeros(COUNT, dtype=torch.float64),
         old_log_probability=wide["old"],
-        old_value=wide["old_value"],
-        initial=wide["initial"],
+        before=Before(wide["old_value"], wide["initial"]),
     )
     return logits, value, masked_log_softmax(logits, wide["allowed"]), samples
 
@@ -227,7 +227,7 @@ def weighed(advantage, weight, spread):
     none = torch.zeros(len(weight))
     weight, spread = columns
     advantage = torch.as_tensor(advantage, dtype=torch.float64)
-    return Samples(none, weight, advantage, spread, none, none, none, none, none)
+    return Samples(none, none, weight, advantage, spread, none, none, none, Before(none, none))
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=20))

@@ -14,21 +14,15 @@ from test_tokens import GGUF
 
 from fastflag.config import PromptConfig, SimulatorConfig
 from fastflag.files import InputError
+from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, News
-from fastflag.market.simulator import (
-    BUY,
-    CODES,
-    Accounts,
-    account_code,
-    allowed,
-    decode,
-    reachable,
-    step,
-)
+from fastflag.market.compiled.constants import CODES
+from fastflag.market.tasks.account_codes import decode
+from fastflag.market.tasks.single import ACTIONS, BUY
 from fastflag.prompt.headlines import anonymiser, headline
 from fastflag.prompt.layouts import AccountFacts, _cut
-from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer, _from_gguf, read_gguf_metadata
+from fastflag.prompt.world import World
 
 LONG_FLAT = SimulatorConfig()
 LONG_SHORT = SimulatorConfig(positions="long_short")
@@ -79,7 +73,11 @@ TINY = one_symbol(
 
 
 def prompter(tokenizer, market=TINY, simulator=LONG_FLAT, **config):
-    return Prompter(PromptConfig(**{"window": 3, **config}), market, "", simulator, tokenizer)
+    return world(tokenizer, market, simulator, **config).prompter
+
+
+def world(tokenizer, market=TINY, simulator=LONG_FLAT, **config):
+    return World.of(PromptConfig(**{"window": 3, **config}), market, "", simulator, tokenizer, 0)
 
 
 def text(tokenizer, day, code=0, **config):
@@ -90,7 +88,7 @@ def text(tokenizer, day, code=0, **config):
 def code_of(shares, entry, opened, day, market=TINY, tokenizer=None):
     accounts = Accounts.start(1, 1000.0)
     accounts.shares[:], accounts.entry[:], accounts.opened[:] = shares, entry, opened
-    return int(account_code(prompter(tokenizer, market).bars, accounts, day)[0])
+    return int(world(tokenizer, market).task.code(accounts, day)[0])
 
 
 def test_default_layout_stepped(smollm):
@@ -285,7 +283,7 @@ def test_memoised(smollm):
 
 def test_unknown_symbol(smollm):
     with pytest.raises(InputError):
-        Prompter(PromptConfig(), TINY, "NONE", LONG_FLAT, smollm)
+        World.of(PromptConfig(), TINY, "NONE", LONG_FLAT, smollm, 0)
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
@@ -508,14 +506,14 @@ def test_the_present_changes_the_prefix(smollm):
 
 @pytest.mark.parametrize("simulator", [LONG_FLAT, LONG_SHORT], ids=["long_flat", "long_short"])
 def test_stepped_prompts(smollm, simulator):
-    told = prompter(smollm, random_market(5), simulator)
-    days = range(4, 16)
+    shown = world(smollm, random_market(5), simulator)
+    told, task, days = shown.prompter, shown.task, range(4, 16)
     accounts = Accounts.start(64, 1000.0)
-    reached = reachable(told.bars, simulator, days, accounts)
+    reached = task.reachable(days, accounts)
     reference = np.zeros_like(reached)
     reference[:, 0] = True
     reference[np.arange(12), np.arange(700, 1000, 25)] = True
-    prompts, row_of = told.stepped_prompts(days, reached, reference)
+    prompts, row_of = shown.stepped(days, reached, reference)
 
     assert len(prompts.prefixes) == len(days) and row_of.shape == (12, CODES)
     present = reached | reference
@@ -534,40 +532,41 @@ def test_stepped_prompts(smollm, simulator):
 
     rng = np.random.default_rng(0)
     for day in days[:-1]:
-        rows = row_of[day - 4, account_code(told.bars, accounts, day)]
-        mask = allowed(told.bars, simulator, accounts.shares, day)
+        rows = row_of[day - 4, task.code(accounts, day)]
+        mask = task.allowed(day, np.sign(accounts.shares))
         assert (rows >= 0).all() and np.array_equal(prompts.allowed[rows], mask)
         action = np.where(mask, rng.random(mask.shape), -1).argmax(1).astype(np.int8)
-        step(told.bars, simulator, accounts, np.full(64, day), action)
+        task.step(accounts, day, action)
     assert len(np.unique(rows)) > 4
 
 
 def test_stepped_prompts_of_days_in_any_order(smollm):
-    told = prompter(smollm)
+    shown = world(smollm)
     reached = np.zeros((2, CODES), dtype=bool)
     reached[0, 7] = reached[:, 0] = True
-    prompts, row_of = told.stepped_prompts([5, 2], reached)
+    prompts, row_of = shown.stepped([5, 2], reached)
     assert prompts.pairs.tolist() == [[0, 0], [0, 1], [1, 0]]
     assert row_of[0, 0] == 0 and row_of[0, 7] == 1 and row_of[1, 0] == 2
     assert (row_of >= 0).sum() == 3
     assert prompts.reference.tolist() == []
     with pytest.raises(ValueError, match="twice"):
-        told.stepped_prompts([2, 2], reached)
+        shown.stepped([2, 2], reached)
 
 
 @pytest.mark.parametrize("layout", ["default", "paper"])
 def test_exact_prompts(smollm, layout):
-    told = prompter(smollm, simulator=LONG_SHORT, layout=layout, **EXACT)
+    at = world(smollm, simulator=LONG_SHORT, layout=layout, **EXACT)
+    told, task = at.prompter, at.task
     accounts = Accounts.start(5, LONG_SHORT.cash)
     for day, action in ((1, [BUY, BUY, 0, 1, 1]), (2, [BUY, BUY, BUY, 1, 1])):
-        step(told.bars, LONG_SHORT, accounts, np.full(5, day), np.array(action, dtype=np.int8))
-    prompts, row = told.exact_prompts(3, accounts)
+        task.step(accounts, day, np.array(action, dtype=np.int8))
+    prompts, row = at.shown(accounts, 3)
     assert row[0] == row[1] != row[2] and row[3] == row[4]
     assert len(prompts.pairs) == len({told.exact_text(accounts, b, 3) for b in range(5)})
     for b in range(5):
         expected = smollm.encode(told.exact_text(accounts, b, 3))
         assert np.array_equal(prompts.tokens(row[b]), np.concatenate([told.prefix(3), expected]))
-    assert np.array_equal(prompts.allowed[row], allowed(told.bars, LONG_SHORT, accounts.shares, 3))
+    assert np.array_equal(prompts.allowed[row], task.allowed(3, np.sign(accounts.shares)))
     assert prompts.side[row].tolist() == np.sign(accounts.shares).tolist() == [1, 1, 1, 0, 0]
     assert prompts.reference.tolist() == []
 
@@ -578,18 +577,19 @@ def test_no_exact_prompt_is_longer_than_the_longest(pre, layout):
     """Accounts that trade every day for a while, in amounts from cents to the end of float64."""
     fields = read_gguf_metadata(GGUF, "tokenizer.")
     tokenizer = Tokenizer(_from_gguf({**fields, "tokenizer.ggml.pre": pre}, GGUF))
-    told = prompter(tokenizer, random_market(5), LONG_SHORT, layout=layout, **EXACT)
+    at = world(tokenizer, random_market(5), LONG_SHORT, layout=layout, **EXACT)
+    told, task = at.prompter, at.task
     days = range(4, 20)
     longest = told.longest(days)
     rng = np.random.default_rng(0)
     for cash in (0.01, 1e5, 1e15, 1e17, 1e300):
         accounts = Accounts.start(8, cash)
         for day in days:
-            prompts, _ = told.exact_prompts(day, accounts)
+            prompts, _ = at.shown(accounts, day)
             assert max(len(prompts.tokens(row)) for row in range(len(prompts.pairs))) <= longest
-            mask = allowed(told.bars, LONG_SHORT, accounts.shares, day)
+            mask = task.allowed(day, np.sign(accounts.shares))
             action = np.where(mask, rng.random(mask.shape), -1).argmax(1).astype(np.int8)
-            step(told.bars, LONG_SHORT, accounts, np.full(8, day), action)
+            task.step(accounts, day, action)
 
 
 NUMBERS = st.floats() | st.sampled_from([sign * n for sign in (1, -1) for n in (1e16, 9e15, 1e-9)])
@@ -597,7 +597,7 @@ NUMBERS = st.floats() | st.sampled_from([sign * n for sign in (1, -1) for n in (
 
 @given(
     numbers=st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS),
-    history=st.lists(st.tuples(NUMBERS, NUMBERS, st.sampled_from(range(3))), max_size=10),
+    history=st.lists(st.tuples(NUMBERS, NUMBERS, st.sampled_from(ACTIONS)), max_size=10),
     side=st.sampled_from([-1, 0, 1]),
     held=st.integers(0, len(TINY.dates)),
     layout=st.sampled_from(["default", "paper"]),
@@ -614,10 +614,10 @@ def test_no_exact_text_is_longer_than_the_longest(smollm, numbers, history, side
 
 def test_exact_prompts_tell_apart_what_looks_flat(smollm):
     """Long of 0.00001 shares reads as none in the paper's JSON, and may sell."""
-    told = prompter(smollm, **PAPER, **EXACT, **NAMED)
+    at = world(smollm, **PAPER, **EXACT, **NAMED)
     accounts = Accounts.start(2, LONG_FLAT.cash)
     accounts.shares[1], accounts.entry[1], accounts.opened[1] = 1e-5, 66.0, 3
-    prompts, row = told.exact_prompts(3, accounts)
+    prompts, row = at.shown(accounts, 3)
     assert row.tolist() == [0, 1] and len(prompts.suffixes) == 1
     assert prompts.side.tolist() == [0, 1]
     assert prompts.allowed.tolist() == [[False, True, True], [True, True, False]]

@@ -13,7 +13,7 @@ from fastflag import config as settings
 from fastflag.evaluate.figures import ACTION_COLOURS
 from fastflag.evaluate.report import write_report
 from fastflag.files import InputError
-from fastflag.market.simulator import ACTIONS
+from fastflag.market.tasks.single import ACTIONS
 
 HOSTILE = (
     """<script>alert("1")</script> 'a' & </script><img src="https://evil.example/"> <!-- $name"""

@@ -9,11 +9,11 @@ import fastflag.learn.rollout as rollout_module
 from fastflag.config import RolloutConfig
 from fastflag.files import InputError
 from fastflag.learn.batch import start_accounts
-from fastflag.learn.decision import choose, prompts_now
+from fastflag.learn.decision import choose
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
-from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
+from fastflag.market.random_numbers import uniform
 from fastflag.market.schedule import schedule
 
 UPDATES = 4
@@ -24,9 +24,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def only_batch(policy, world, days, accounts, config, step):
     """The table and the only batch of a rollout."""
-    table, batches = rollout(policy, world, days, accounts, config, step, PhaseTimer())
+    table, batches = rollout(policy, world, [days], accounts, config, step, PhaseTimer())
     (batch,) = batches
     return table, batch
+
+
+def columns(batch):
+    return vars(batch.steps) | {"truncated": batch.truncated}
 
 
 def roll(model, market, updates=UPDATES, uniform=False, **changes):
@@ -52,21 +56,19 @@ def replay(config, world, days, done):
         account = Accounts.start(1, config.simulator.cash)
         for update, (table, batch) in enumerate(done):
             day, restart, last = schedule(
-                days, config.simulator.horizon, world.seed, b // size, update * steps, steps
+                [days], config.simulator.horizon, world.seed, b // size, update * steps, steps
             )
             for h in range(steps):
                 if restart[h]:
                     account = Accounts.start(1, config.simulator.cash)
                 yield batch, table, b, h, update * steps + h, account, int(day[h])
-                assert batch.valid[b, h] == account.alive[0]
-                reward, terminated = simulator.step(
-                    world.bars, config.simulator, account, day[h], batch.action[b, h]
-                )
-                assert batch.reward[b, h] == reward[0]
-                assert batch.terminated[b, h] == terminated[0]
+                assert batch.steps.valid[b, h] == account.alive[0]
+                reward, terminated = world.task.step(account, day[h], batch.steps.action[b, h])
+                assert batch.steps.reward[b, h] == reward[0]
+                assert batch.steps.terminated[b, h] == terminated[0]
                 assert batch.truncated[b, h] == last[h]
                 expected = text(world, account, int(day[h]) + 1)
-                assert decoded(world, batch, batch.next_row[b, h]) == expected
+                assert decoded(world, batch, batch.steps.next_row[b, h]) == expected
 
 
 def text(world, account, day):
@@ -74,7 +76,7 @@ def text(world, account, day):
     if prompter.config.account == "exact":
         suffix = prompter.exact_text(account, 0, day)
     else:
-        suffix = prompter.stepped_text(int(simulator.account_code(world.bars, account, day)[0]))
+        suffix = prompter.stepped_text(int(world.task.code(account, day)[0]))
     return prompter.prefix_text(day) + suffix
 
 
@@ -108,25 +110,25 @@ def test_rows_are_the_states_that_the_recorded_actions_lead_through(tiny_model, 
     days = range(24)
     seen = 0
     for batch, table, b, h, number, account, day in replay(config, world, days, done):
-        row = batch.row[b, h]
+        row = batch.steps.row[b, h]
         assert decoded(world, batch, row) == text(world, account, day)
-        allowed = simulator.allowed(world.bars, config.simulator, account.shares, day)[0]
+        allowed = world.task.allowed(day, np.sign(account.shares))[0]
         np.testing.assert_array_equal(batch.prompts.allowed[row], allowed)
         if account.alive[0]:
             # An independent draw of the same number from the row's distribution.
-            uniform = simulator.uniform(world.seed, np.array([b]), number)[0]
-            probabilities = table.probabilities[row]
-            drawn = next(a for a in range(3) if uniform < probabilities[: a + 1].sum() or a == 2)
-            assert batch.action[b, h] == drawn
+            drawn_number = uniform(world.seed, np.array([b]), number)[0]
+            cumulative = table.probabilities[row].cumsum()
+            drawn = next(a for a in range(3) if drawn_number < cumulative[a] or a == 2)
+            assert batch.steps.action[b, h] == drawn
             assert allowed[drawn]
         seen += 1
     assert seen == config.rollout.num_envs * config.rollout.num_steps * UPDATES
     if "ruined" in name:
-        assert any(not batch.valid.all() for _, batch in done)
-        assert any(batch.terminated.any() for _, batch in done)
+        assert any(not batch.steps.valid.all() for _, batch in done)
+        assert any(batch.steps.terminated.any() for _, batch in done)
     else:
-        assert all(batch.valid.all() for _, batch in done)
-    rows = np.concatenate([batch.action.ravel() for _, batch in done])
+        assert all(batch.steps.valid.all() for _, batch in done)
+    rows = np.concatenate([batch.steps.action.ravel() for _, batch in done])
     assert set(rows) == {0, 1, 2}
 
 
@@ -137,8 +139,8 @@ def test_steps_can_be_cut_into_updates_anywhere(tiny_model):
     _, _, cut = roll(tiny_model, small_market(), **settings)
     _, _, whole = roll(tiny_model, small_market(), 1, rollout__num_steps=24, **settings)
     for name in ("action", "reward", "truncated"):
-        parts = np.concatenate([getattr(batch, name) for _, batch in cut], axis=1)
-        np.testing.assert_array_equal(parts, getattr(whole[0][1], name))
+        parts = np.concatenate([columns(batch)[name] for _, batch in cut], axis=1)
+        np.testing.assert_array_equal(parts, columns(whole[0][1])[name])
 
 
 def test_groups_start_on_days_of_their_own(tiny_model):
@@ -146,8 +148,8 @@ def test_groups_start_on_days_of_their_own(tiny_model):
     batch = done[0][1]
     flat = Accounts.start(1, 1.0)
     day_of = {text(world, flat, day): day for day in range(24)}
-    starts = [day_of[decoded(world, batch, row)] for row in batch.row[:, 0]]
-    assert starts == [schedule(range(24), 9, world.seed, group, 0, 6)[0][0] for group in range(4)]
+    starts = [day_of[decoded(world, batch, row)] for row in batch.steps.row[:, 0]]
+    assert starts == [schedule([range(24)], 9, world.seed, group, 0, 6)[0][0] for group in range(4)]
     assert len(set(starts)) > 1
 
 
@@ -163,7 +165,7 @@ def test_stepped_and_exact_accounts_live_alike_under_the_untrained_policy(tiny_m
             batches.append(batch)
     for stepped, exact in zip(batches[:3], batches[3:], strict=True):
         for name in ("action", "reward", "terminated", "truncated", "valid"):
-            np.testing.assert_array_equal(getattr(stepped, name), getattr(exact, name))
+            np.testing.assert_array_equal(columns(stepped)[name], columns(exact)[name])
 
 
 @pytest.mark.parametrize("account", ["stepped", "exact"])
@@ -204,21 +206,21 @@ def test_prompts_listed_before_or_found_by_guessing_give_the_same_steps(
         }
         config, world, rolled = roll(tiny_model, holey_market(missing), **settings)
         for batch, _, b, h, _, account, day in replay(config, world, range(24), rolled):
-            assert decoded(world, batch, batch.row[b, h]) == text(world, account, day)
+            assert decoded(world, batch, batch.steps.row[b, h]) == text(world, account, day)
         done.append(rolled)
     for (one, lived), (other, listed) in zip(*done, strict=True):
         assert len(lived.prompts.pairs) < len(listed.prompts.pairs)
         assert len(lived.prompts.pairs) == len(one.value)
         for name in ("action", "reward", "terminated", "truncated", "valid"):
-            np.testing.assert_array_equal(getattr(lived, name), getattr(listed, name))
+            np.testing.assert_array_equal(columns(lived)[name], columns(listed)[name])
         for name in ("row", "next_row"):
             np.testing.assert_allclose(
-                one.probabilities[getattr(lived, name)],
-                other.probabilities[getattr(listed, name)],
+                one.probabilities[columns(lived)[name]],
+                other.probabilities[columns(listed)[name]],
                 atol=2e-6,
             )
         for batch, table in ((lived, one), (listed, other)):
-            told = table.log_probabilities.numpy()[batch.row, batch.action]
+            told = table.log_probabilities.numpy()[batch.steps.row, batch.steps.action]
             np.testing.assert_array_equal(batch.log_probability, told)
 
 
@@ -242,7 +244,7 @@ def test_guesses_find_what_is_visited_in_a_few_batches(tiny_model, estimator, mo
     accounts = start_accounts(config.rollout, config.simulator.cash)
     table, batch = only_batch(policy, world, days, accounts, config, 0)
     assert 2 <= len(batches) <= 6
-    visited = np.union1d(batch.row, batch.next_row)
+    visited = np.union1d(batch.steps.row, batch.steps.next_row)
     if batch.branches:
         visited = np.union1d(visited, batch.branches.next_row)
     reference = batch.prompts.reference
@@ -262,8 +264,8 @@ def test_environments_act_as_often_as_the_table_says(tiny_model):
     )
     table, batch = done[0]
     for step in range(2):
-        for row in np.unique(batch.row[:, step]):
-            actions = batch.action[batch.row[:, step] == row, step]
+        for row in np.unique(batch.steps.row[:, step]):
+            actions = batch.steps.action[batch.steps.row[:, step] == row, step]
             share = np.bincount(actions, minlength=3) / len(actions)
             expected = table.probabilities[row]
             deviation = np.sqrt(expected * (1 - expected) / len(actions))
@@ -279,7 +281,7 @@ def test_another_seed_shares_no_environment(tiny_model):
         world, policy, days = small_world(config, small_market())
         accounts = start_accounts(config.rollout, config.simulator.cash)
         _, batch = only_batch(policy, world, days, accounts, config, 0)
-        actions.append(batch.action)
+        actions.append(batch.steps.action)
     assert not np.array_equal(actions[0][1:], actions[1][:-1])
 
 
@@ -298,14 +300,14 @@ def test_choose_never_takes_an_action_of_probability_0(scale):
     probabilities = random.random((3000, 3)) * (random.random((3000, 3)) < 0.6)
     probabilities[probabilities.sum(1) == 0, 1] = 1
     probabilities *= scale / probabilities.sum(1, keepdims=True)
-    for uniform in (0.0, 0.5, np.nextafter(1.0, 0.0)):
-        drawn = choose(probabilities, np.full(3000, uniform))
+    for number in (0.0, 0.5, np.nextafter(1.0, 0.0)):
+        drawn = choose(probabilities, np.full(3000, number))
         assert (probabilities[np.arange(3000), drawn] > 0).all()
 
 
 def test_choose_draws_each_action_as_often_as_its_probability():
-    uniform = simulator.uniform(5, np.arange(20000), 3)
-    drawn = choose(np.tile([0.15, 0.6, 0.25], (20000, 1)), uniform)
+    numbers = uniform(5, np.arange(20000), 3)
+    drawn = choose(np.tile([0.15, 0.6, 0.25], (20000, 1)), numbers)
     share = np.array([Counter(drawn.tolist())[action] for action in range(3)]) / 20000
     np.testing.assert_allclose(share, [0.15, 0.6, 0.25], atol=0.013)
 
@@ -315,8 +317,8 @@ def test_prompts_now_name_what_each_account_shows(tiny_model, account):
     config = small_config(tiny_model, prompt__account=account)
     world, _, _ = small_world(config, small_market())
     accounts = Accounts.start(3, config.simulator.cash)
-    simulator.step(world.bars, config.simulator, accounts, 5, np.array([1, 2, 2]))
-    prompts, row = prompts_now(world.prompter, world.bars, accounts, 6)
+    world.task.step(accounts, 5, np.array([1, 2, 2]))
+    prompts, row = world.shown(accounts, 6)
     assert row[1] == row[2] != row[0]
     for b in range(3):
         one = Accounts.from_arrays({k: v[b : b + 1] for k, v in accounts.arrays().items()})

@@ -6,10 +6,11 @@ import pytest
 
 from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
-from fastflag.market import baselines
 from fastflag.market.bars import Bars
+from fastflag.market.random_numbers import uniform
 from fastflag.market.schedule import schedule
-from fastflag.market.simulator import ACTIONS, BUY, HOLD, SELL, uniform
+from fastflag.market.tasks.baselines import _RANDOM_SEED, fixed_action_equity, random_equities
+from fastflag.market.tasks.single import ACTIONS, BUY, HOLD, SELL, Single
 
 MODES = list(
     itertools.product(("next_open", "next_close", "same_close"), ("long_flat", "long_short"))
@@ -18,7 +19,7 @@ MODES = list(
 
 def test_episodes_follow_one_another():
     days = range(100, 130)
-    day, restart, last = schedule(days, 7, seed=3, group=1, first_step=0, num_steps=70)
+    day, restart, last = schedule([days], 7, seed=3, group=1, first_step=0, num_steps=70)
     assert np.flatnonzero(restart).tolist() == list(range(0, 70, 7))
     assert np.flatnonzero(last).tolist() == list(range(6, 70, 7))
     assert (np.diff(day)[~last[:-1]] == 1).all()
@@ -28,15 +29,15 @@ def test_episodes_follow_one_another():
 
 def test_any_part_of_the_schedule_is_that_part():
     days = range(5, 60)
-    whole = schedule(days, 9, 0, 2, 0, 100)
+    whole = schedule([days], 9, 0, 2, 0, 100)
     for first, count in [(0, 1), (13, 40), (98, 2), (50, 0)]:
-        part = schedule(days, 9, 0, 2, first, count)
+        part = schedule([days], 9, 0, 2, first, count)
         for got, wanted in zip(part, whole, strict=True):
             np.testing.assert_array_equal(got, wanted[first : first + count])
 
 
 def test_a_long_horizon_covers_every_day():
-    day, restart, last = schedule(range(10, 74), 65, 1, 0, 0, 126)
+    day, restart, last = schedule([range(10, 74)], 65, 1, 0, 0, 126)
     assert day.tolist() == [*range(10, 73)] * 2
     assert np.flatnonzero(restart).tolist() == [0, 63] and np.flatnonzero(last).tolist() == [
         62,
@@ -46,21 +47,21 @@ def test_a_long_horizon_covers_every_day():
 
 def test_start_days_are_uniform_and_differ_by_group_and_seed():
     days, episodes = range(20, 31), 20_000
-    day, restart, _ = schedule(days, 3, 7, 0, 0, 3 * episodes)
+    day, restart, _ = schedule([days], 3, 7, 0, 0, 3 * episodes)
     counts = np.bincount(day[restart] - 20)
     assert len(counts) == 8
     # The 99.99% point of chi-square with 7 degrees of freedom.
     assert ((counts - episodes / 8) ** 2 / (episodes / 8)).sum() < 29.9
     starts = day[restart][:50].tolist()
     for seed, group in ((8, 0), (7, 1)):
-        other, restart, _ = schedule(days, 3, seed, group, 0, 150)
+        other, restart, _ = schedule([days], 3, seed, group, 0, 150)
         assert other[restart].tolist() != starts
 
 
 @pytest.mark.parametrize("days,horizon", [(range(4, 5), 3), (range(4, 4), 3), (range(9), 0)])
 def test_an_episode_needs_a_decision(days, horizon):
     with pytest.raises(InputError, match="episode"):
-        schedule(days, horizon, 0, 0, 0, 1)
+        schedule([days], horizon, 0, 0, 0, 1)
 
 
 @pytest.mark.parametrize("fill,positions", MODES)
@@ -68,7 +69,7 @@ def test_random_and_fixed_policies_equal_the_oracle(fill, positions):
     config = SimulatorConfig(fill=fill, positions=positions, ruin=0.3)
     bars = Bars.from_columns(*oracles.random_bars(8, days=30, volatility=0.15))
     days = range(4, 28)
-    equities = baselines.random_equities(bars, config, days, 12, seed=6)
+    equities = random_equities(Single.of(config, bars), days, 12, seed=6)
     for episode, values in enumerate(equities):
         twin = oracles.Account(oracles.days_of(bars), config)
         wanted = [twin.equity]
@@ -77,7 +78,7 @@ def test_random_and_fixed_policies_equal_the_oracle(fill, positions):
             if choices == ["Hold"]:
                 action = "Hold"
             else:
-                u = uniform(6 + baselines._RANDOM_SEED, episode, s)[0]
+                u = uniform(6 + _RANDOM_SEED, episode, s)[0]
                 action = choices[int(u * len(choices))]
             twin.step(day, action)
             wanted.append(twin.equity)
@@ -88,7 +89,7 @@ def test_random_and_fixed_policies_equal_the_oracle(fill, positions):
         for day in days[:-1]:
             twin.step(day, ACTIONS[action])
             wanted.append(twin.equity)
-        got = baselines.fixed_action_equity(bars, config, days, action)
+        got = fixed_action_equity(Single.of(config, bars), days, action)
         np.testing.assert_allclose(got, wanted, rtol=1e-12)
 
 
@@ -96,22 +97,22 @@ def test_buy_and_hold_by_hand():
     close = np.array([10.0, 11, 9, 12])
     bars = Bars.from_columns(close - 0.5, close, np.ones(4), np.zeros(4), np.ones(4, bool))
     config = SimulatorConfig(fee_bps=10, slippage_bps=20)
-    equity = baselines.fixed_action_equity(bars, config, range(4), BUY)
+    equity = fixed_action_equity(Single.of(config, bars), range(4), BUY)
     shares = 100_000 / (10.5 * 1.002 * 1.001)
     np.testing.assert_allclose(equity, [100_000, shares * 11, shares * 9, shares * 12], rtol=1e-14)
-    assert (baselines.fixed_action_equity(bars, config, range(4), HOLD) == 100_000).all()
+    assert (fixed_action_equity(Single.of(config, bars), range(4), HOLD) == 100_000).all()
 
 
 def test_random_policies_use_every_action_and_each_has_its_own_seed():
     bars = Bars.from_columns(*oracles.random_bars(3, days=20, missing=0))
     config = SimulatorConfig(positions="long_short")
-    equities = baselines.random_equities(bars, config, range(20), 200, seed=1)
+    equities = random_equities(Single.of(config, bars), range(20), 200, seed=1)
     assert (equities[:, 0] == config.cash).all()
     assert len(np.unique(equities[:, -1])) == 200
     # After one step: long, flat or short.
     assert len(np.unique(equities[:, 1])) == 3
     np.testing.assert_array_equal(
-        baselines.random_equities(bars, config, range(20), 5, seed=4), equities[3:8]
+        random_equities(Single.of(config, bars), range(20), 5, seed=4), equities[3:8]
     )
 
 
@@ -125,14 +126,14 @@ def test_the_future_changes_nothing_before_it():
         )
         for positions in ("long_flat", "long_short"):
             config = SimulatorConfig(positions=positions)
-            first = baselines.random_equities(bars, config, range(20), 8, 0)[:, : day + 1]
-            second = baselines.random_equities(other, config, range(20), 8, 0)[:, : day + 1]
+            first = random_equities(Single.of(config, bars), range(20), 8, 0)[:, : day + 1]
+            second = random_equities(Single.of(config, other), range(20), 8, 0)[:, : day + 1]
             np.testing.assert_array_equal(first, second)
 
 
 def test_refusals():
     bars = Bars.from_columns(*oracles.random_bars(3, days=20))
-    with pytest.raises(ValueError, match="days"):
-        baselines.random_equities(bars, SimulatorConfig(), range(5, 21), 1, 0)
+    with pytest.raises(ValueError, match="moment"):
+        random_equities(Single.of(SimulatorConfig(), bars), range(5, 21), 1, 0)
     with pytest.raises(ValueError, match="actions"):
-        baselines.fixed_action_equity(bars, SimulatorConfig(), range(5), 3)
+        fixed_action_equity(Single.of(SimulatorConfig(), bars), range(5), 3)

@@ -16,11 +16,14 @@ from hypothesis import strategies as st
 
 from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
-from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Bars
 from fastflag.market.compiled import lanes
-from fastflag.market.simulator import ACTIONS, BUY, CODES, HISTORY, HOLD, SELL
+from fastflag.market.compiled.constants import CODES, HISTORY
+from fastflag.market.random_numbers import uniform
+from fastflag.market.tasks import single
+from fastflag.market.tasks.account_codes import decode, side_of
+from fastflag.market.tasks.single import ACTIONS, BUY, HOLD, SELL, Single
 
 FILLS = ("next_open", "next_close", "same_close")
 POSITIONS = ("long_flat", "long_short")
@@ -66,7 +69,7 @@ def run(bars, config, actions, start=0):
     accounts = Accounts.start(len(actions), config.cash)
     states, rewards = [], []
     for s, action in enumerate(actions.T):
-        reward, _ = simulator.step(bars, config, accounts, start + s, action)
+        reward, _ = Single.of(config, bars).step(accounts, start + s, action)
         rewards.append(reward)
         states.append({k: v.copy() for k, v in accounts.arrays().items()})
     return states, np.array(rewards).T
@@ -95,15 +98,15 @@ def compare(bars, config, seed, num_accounts=4):
     for day in range(len(bars) - 1):
         action = rng.integers(0, 3, num_accounts)
         action = np.where(rng.random(num_accounts) < 0.3, HOLD, action)
-        mask = simulator.allowed(bars, config, accounts.shares, day)
-        codes = simulator.account_code(bars, accounts, day)
+        mask = Single.of(config, bars).allowed(day, np.sign(accounts.shares))
+        codes = Single.of(config, bars).code(accounts, day)
         for b, twin in enumerate(twins):
             assert [ACTIONS[a] for a in np.flatnonzero(mask[b])] == twin.allowed(day)
-            assert simulator.decode(codes[b]) == twin.shown(day)
-        by_code = simulator.allowed_codes(bars, config, day, codes)
+            assert decode(codes[b]) == twin.shown(day)
+        by_code = Single.of(config, bars).allowed(day, side_of(codes))
         np.testing.assert_array_equal(by_code, mask)
 
-        reward, terminated = simulator.step(bars, config, accounts, day, action)
+        reward, terminated = Single.of(config, bars).step(accounts, day, action)
         for b, twin in enumerate(twins):
             expected, ruined = twin.step(day, ACTIONS[action[b]])
             assert terminated[b] == ruined and accounts.alive[b] == twin.alive
@@ -193,10 +196,10 @@ def test_a_masked_action_is_hold_and_an_allowed_one_executes(bars, config, seed)
     for day in range(len(bars) - 1):
         shares = accounts.shares.copy()
         action = rng.integers(0, 3, 6)
-        mask = simulator.allowed(bars, config, shares, day)[np.arange(6), action]
+        mask = Single.of(config, bars).allowed(day, np.sign(shares))[np.arange(6), action]
         twin = Accounts.from_arrays(accounts.arrays())
-        simulator.step(bars, config, accounts, day, action)
-        simulator.step(bars, config, twin, day, np.where(mask, action, HOLD))
+        Single.of(config, bars).step(accounts, day, action)
+        Single.of(config, bars).step(twin, day, np.where(mask, action, HOLD))
         assert_same(accounts.arrays(), twin.arrays())
         filled = accounts.pending < 0
         executed = mask & filled & accounts.alive & bars.tradable[day]
@@ -360,8 +363,8 @@ def test_ruin_closes_the_account_for_good(reward, jump):
     bars = bars_of([10, 10, 10 * jump, 5, 20, 5])
     config = SimulatorConfig(positions="long_short", fill="next_close", reward=reward)
     accounts = Accounts.start(2, config.cash)
-    simulator.step(bars, config, accounts, 0, np.array([SELL, HOLD]))
-    got, terminated = simulator.step(bars, config, accounts, 1, np.array([SELL, HOLD]))
+    Single.of(config, bars).step(accounts, 0, np.array([SELL, HOLD]))
+    got, terminated = Single.of(config, bars).step(accounts, 1, np.array([SELL, HOLD]))
     equity = accounts.equity[0]
     assert terminated.tolist() == [True, False] and accounts.alive.tolist() == [False, True]
     assert np.isfinite(got).all() and got[0] < 0 and 0 <= equity <= 1000
@@ -369,7 +372,7 @@ def test_ruin_closes_the_account_for_good(reward, jump):
     before = accounts.arrays()
     before = {k: v[0].copy() for k, v in before.items()}
     for day in (2, 3, 4):
-        got, terminated = simulator.step(bars, config, accounts, day, np.array([BUY, BUY]))
+        got, terminated = Single.of(config, bars).step(accounts, day, np.array([BUY, BUY]))
         assert got[0] == 0 and not terminated[0]
     assert_same(before, {k: v[0] for k, v in accounts.arrays().items()})
     accounts.reset(np.array([True, False]))
@@ -385,22 +388,22 @@ def test_refusals():
     accounts = Accounts.start(1, 1000.0)
     for change in ({"fee_bps": -1.0}, {"slippage_bps": 1e4}, {"lot": -1.0}, {"ruin": 0.0}):
         with pytest.raises(InputError, match=next(iter(change))):
-            simulator.step(bars, SimulatorConfig(**change), accounts, 0, np.array([HOLD]))
+            Single.of(SimulatorConfig(**change), bars).step(accounts, 0, np.array([HOLD]))
     config = SimulatorConfig()
-    with pytest.raises(ValueError, match="days"):
-        simulator.step(bars, config, accounts, 1, np.array([HOLD]))
+    with pytest.raises(ValueError, match="moment"):
+        Single.of(config, bars).step(accounts, 1, np.array([HOLD]))
     with pytest.raises(ValueError, match="actions"):
-        simulator.step(bars, config, accounts, 0, np.array([3]))
+        Single.of(config, bars).step(accounts, 0, np.array([3]))
     with pytest.raises(ValueError, match="open"):
-        Bars(np.ones(2), np.ones(3), np.ones(3), np.ones(3), np.zeros(3), np.ones(3, bool))
+        Bars(np.ones(2), *[np.ones(3)] * 4, np.ones(3, bool), np.ones(3))
     with pytest.raises(ValueError, match="cash"):
         Accounts.from_arrays(accounts.arrays() | {"cash": np.zeros((1, 2))})
     with pytest.raises(ValueError, match="codes"):
-        simulator.decode(CODES)
+        decode(CODES)
 
 
 def test_codes_decode_to_distinct_states():
-    states = [simulator.decode(code) for code in range(CODES)]
+    states = [decode(code) for code in range(CODES)]
     assert len(set(states)) == CODES and states[0] == (0, 0, 0)
     assert {s[0] for s in states} == {-1, 0, 1}
 
@@ -453,13 +456,13 @@ def test_nothing_depends_on_the_future(fill, positions, how, dividends):
     bars = Bars.from_columns(*columns)
     actions = np.random.default_rng(3).integers(0, 3, (32, 15))
     states, rewards = run(bars, config, actions)
-    reached = simulator.reachable(bars, config, range(16), Accounts.start(1, config.cash))
+    reached = Single.of(config, bars).reachable(range(16), Accounts.start(1, config.cash))
     for day in range(15):
         other = perturbed(columns, day, how)
         other_states, other_rewards = run(other, config, actions)
         np.testing.assert_array_equal(rewards[:, :day], other_rewards[:, :day])
-        other_reached = simulator.reachable(
-            other, config, range(16), Accounts.start(1, config.cash)
+        other_reached = Single.of(config, other).reachable(
+            range(16), Accounts.start(1, config.cash)
         )
         np.testing.assert_array_equal(reached[: day + 1], other_reached[: day + 1])
         for t in range(1, day + 1):
@@ -467,8 +470,8 @@ def test_nothing_depends_on_the_future(fill, positions, how, dividends):
             accounts = Accounts.from_arrays(states[t - 1])
             seen, other_seen = (
                 (
-                    simulator.account_code(some, accounts, t),
-                    simulator.allowed(some, config, accounts.shares, t),
+                    Single.of(config, some).code(accounts, t),
+                    Single.of(config, some).allowed(t, np.sign(accounts.shares)),
                 )
                 for some in (bars, other)
             )
@@ -486,19 +489,19 @@ def test_every_visited_code_is_reachable(bars, config, seed, carried):
     accounts = Accounts.start(48, config.cash)
     start = min(carried, len(bars) - 1)
     for day in range(start):
-        simulator.step(bars, config, accounts, day, rng.integers(0, 3, 48))
-    reached = simulator.reachable(bars, config, range(start, len(bars)), accounts)
+        Single.of(config, bars).step(accounts, day, rng.integers(0, 3, 48))
+    reached = Single.of(config, bars).reachable(range(start, len(bars)), accounts)
     assert reached[:, 0].all()
     for day in range(start, len(bars)):
-        assert reached[day - start, simulator.account_code(bars, accounts, day)].all()
+        assert reached[day - start, Single.of(config, bars).code(accounts, day)].all()
         if day + 1 < len(bars):
-            simulator.step(bars, config, accounts, day, rng.integers(0, 3, 48))
+            Single.of(config, bars).step(accounts, day, rng.integers(0, 3, 48))
 
 
 def test_reachable_is_small():
     bars = Bars.from_columns(*oracles.random_bars(1, days=64, missing=0, split=0, volatility=0.02))
     start = Accounts.start(1, 1.0)
-    reached = simulator.reachable(bars, SimulatorConfig(), range(64), start)
+    reached = Single.of(SimulatorConfig(), bars).reachable(range(64), start)
     assert reached[0].sum() == 1 and reached[1].sum() == 2
     assert reached.sum(1).max() <= 64
 
@@ -508,10 +511,10 @@ def test_reachable_is_small():
 
 def test_uniform_is_splitmix64():
     for seed, env, step in [(0, 0, 0), (3, 5, 7), (2**63, 1, 10**12), (-1, 0, 2)]:
-        assert simulator.uniform(seed, env, step)[0] == oracles.splitmix(seed % 2**64, env, step)
-    values = np.concatenate([simulator.uniform(9, np.arange(1000), s) for s in range(100)])
+        assert uniform(seed, env, step)[0] == oracles.splitmix(seed % 2**64, env, step)
+    values = np.concatenate([uniform(9, np.arange(1000), s) for s in range(100)])
     assert values.min() >= 0 and values.max() < 1 and len(np.unique(values)) == len(values)
-    assert simulator.uniform(4, 6, 9) == simulator.uniform(10, 0, 9)
+    assert uniform(4, 6, 9) == uniform(10, 0, 9)
     grid = values.reshape(100, 1000)
     assert abs(np.corrcoef(grid[0], grid[1])[0, 1]) < 0.1
     assert abs(np.corrcoef(grid[:, 0], grid[:, 1])[0, 1]) < 0.4
@@ -519,18 +522,18 @@ def test_uniform_is_splitmix64():
 
 def policy_for(bars, config, days, accounts, seed=0):
     """A random policy over what is reachable in `days`: (cdf, row_of)."""
-    reached = simulator.reachable(bars, config, days, accounts)
+    reached = Single.of(config, bars).reachable(days, accounts)
     place, code = np.nonzero(reached)
     row_of = np.full((len(bars), CODES), -1, np.int32)
     row_of[np.array(days)[place], code] = np.arange(len(place))
-    mask = simulator.allowed_codes(bars, config, np.array(days)[place], code)
+    mask = Single.of(config, bars).allowed(np.array(days)[place], side_of(code))
     weights = np.random.default_rng(seed).dirichlet(np.ones(3), len(place)) * mask
     return np.cumsum(weights / weights.sum(1, keepdims=True), axis=1), row_of
 
 
 def roll(bars, config, accounts, days, restarts, policy, **changes):
     arguments = {"seed": 11, "first_env": 0, "first_step": 5} | changes
-    return simulator.rollout(bars, config, accounts, days, restarts, *policy, **arguments)
+    return vars(Single.of(config, bars).rollout(accounts, days, restarts, *policy, **arguments))
 
 
 def case_of(fill, positions, seed=2, size=64, **rules):
@@ -543,7 +546,7 @@ def case_of(fill, positions, seed=2, size=64, **rules):
     accounts = Accounts.start(size, config.cash)
     rng = np.random.default_rng(seed)
     for day in range(3):
-        simulator.step(bars, config, accounts, day, rng.integers(0, 3, size))
+        Single.of(config, bars).step(accounts, day, rng.integers(0, 3, size))
     policy = policy_for(bars, config, range(3, 32), accounts)
     return bars, config, accounts, days, restarts, policy
 
@@ -574,19 +577,19 @@ def equals_its_steps(case, ruin):
     for s, (day, restart) in enumerate(zip(days, restarts, strict=True)):
         if restart:
             stepped.reset(np.ones(size, bool))
-        row = row_of[day, simulator.account_code(bars, stepped, day)]
-        u = simulator.uniform(11, np.arange(size), 5 + s) * cdf[row, 2]
+        row = row_of[day, Single.of(config, bars).code(stepped, day)]
+        u = uniform(11, np.arange(size), 5 + s) * cdf[row, 2]
         action = np.array(
             [np.searchsorted(cdf[r], x, "right") for r, x in zip(row, u, strict=True)]
         )
         alive = stepped.alive.copy()
-        reward, terminated = simulator.step(bars, config, stepped, day, action)
+        reward, terminated = Single.of(config, bars).step(stepped, day, action)
         np.testing.assert_array_equal(out["row"][:, s], row)
         np.testing.assert_array_equal(out["valid"][:, s], alive)
         np.testing.assert_array_equal(out["action"][:, s], np.where(alive, action, HOLD))
         np.testing.assert_array_equal(out["reward"][:, s], reward)
         np.testing.assert_array_equal(out["terminated"][:, s], terminated)
-        next_row = row_of[day + 1, simulator.account_code(bars, stepped, day + 1)]
+        next_row = row_of[day + 1, Single.of(config, bars).code(stepped, day + 1)]
         np.testing.assert_array_equal(out["next_row"][:, s], next_row)
     assert_same(accounts.arrays(), stepped.arrays())
     assert not ruin or out["terminated"].any()
@@ -626,11 +629,11 @@ def test_threads_share_a_rollout_and_change_nothing(monkeypatch):
     one = case_of("next_open", "long_short", size=5 * LANES + 9)
     shared = Accounts.from_arrays(one[2].arrays())
     out = roll(*one)
-    monkeypatch.setattr(simulator, "_THREADED_STEPS", 1)
+    monkeypatch.setattr(single, "_THREADED_STEPS", 1)
     for threads, parts in [(2, 2), (4, 3), (100, 6)]:
-        monkeypatch.setattr(simulator.numba_config, "NUMBA_NUM_THREADS", threads)
+        monkeypatch.setattr(single.numba_config, "NUMBA_NUM_THREADS", threads)
         several = Accounts.from_arrays(shared.arrays())
-        assert len(simulator._parts(len(several), 33)) == parts
+        assert len(single._parts(len(several), 33)) == parts
         for name, array in roll(*one[:2], several, *one[3:]).items():
             np.testing.assert_array_equal(array, out[name], err_msg=name)
         assert_same(several.arrays(), one[2].arrays())
@@ -639,12 +642,12 @@ def test_threads_share_a_rollout_and_change_nothing(monkeypatch):
 def test_they_leave_pytorchs_number_of_threads_alone():
     """A run that is resumed must not have another one than the run that it goes on from."""
     code = (
-        "import torch; from fastflag.market import simulator\n"
-        "assert len(simulator._parts(10**6, 10)) == 3\n"
+        "import torch; from fastflag.market.tasks import single\n"
+        "assert len(single._parts(10**6, 10)) == 3\n"
         "print(torch.get_num_threads())"
     )
     variables = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "3"}
-    root = Path(simulator.__file__).parents[2]
+    root = Path(single.__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, cwd=root, capture_output=True, text=True
     )
@@ -687,7 +690,7 @@ def test_rollout_refuses_what_can_not_be():
     bars, config, accounts, days, restarts, (cdf, row_of) = case_of("next_open", "long_flat")
     absent = row_of.copy()
     absent[14, 0] = -1
-    with pytest.raises(RuntimeError, match="code 0 has no prompt on day 14"):
+    with pytest.raises(RuntimeError, match="code 0 has no prompt at moment 14"):
         roll(bars, config, accounts, days, restarts, (cdf, absent))
     broken = cdf.copy()
     broken[4] = np.nan
@@ -695,5 +698,5 @@ def test_rollout_refuses_what_can_not_be():
         roll(bars, config, accounts, days, restarts, (broken, row_of))
     with pytest.raises(ValueError, match="consecutive"):
         roll(bars, config, accounts, days, np.zeros_like(restarts), (cdf, row_of))
-    with pytest.raises(ValueError, match="days"):
+    with pytest.raises(ValueError, match="moment"):
         roll(bars, config, accounts, np.array([39]), np.array([True]), (cdf, row_of))

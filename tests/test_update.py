@@ -44,7 +44,7 @@ class Run:
     def collect(self, step):
         policy, world = self.policy, self.world
         self.table, batches = rollout(
-            policy, world, self.days, self.accounts, self.config, step, PhaseTimer()
+            policy, world, [self.days], self.accounts, self.config, step, PhaseTimer()
         )
         (self.batch,) = batches
         self.lesson = self.learn(self.algorithm)
@@ -53,9 +53,9 @@ class Run:
         return estimate(self.table, [self.batch], algorithm, PhaseTimer())
 
     def every_step(self):
-        """(rows, samples) with nothing added up, as minibatches need them."""
+        """The samples with nothing added up, as minibatches need them."""
         lesson = self.learn(dataclasses.replace(self.algorithm, minibatch_size=10**9))
-        return lesson.rows, lesson.samples
+        return lesson.samples
 
     def update(self, seed=1):
         return update(self.policy, self.optimizer, self.table, self.lesson, self.algorithm, seed)
@@ -63,7 +63,8 @@ class Run:
     def loss(self):
         """The loss of the whole batch at the policy's present weights."""
         current = self.policy.evaluate(self.batch.prompts)
-        return loss_of(*_gather(current, self.lesson.rows), self.lesson.samples, self.algorithm)
+        samples = self.lesson.samples
+        return loss_of(*_gather(current, samples.row), samples, self.algorithm)
 
 
 @pytest.mark.parametrize("account", ["stepped", "exact"])
@@ -115,18 +116,18 @@ def test_the_samples_are_the_valid_steps(tiny_model):
     run = Run(tiny_model)
     run.accounts[0].alive[1] = False
     run.collect(1)
-    valid = run.batch.valid
+    valid = run.batch.steps.valid
     assert valid[1].tolist() == [False] * 3 + [True] * 3  # the next episode starts at step 9
     assert not valid.all()
-    rows, samples = run.every_step()
-    assert rows.tolist() == run.batch.row.T[valid.T].tolist()
-    assert samples.action.tolist() == run.batch.action.T[valid.T].tolist()
+    samples = run.every_step()
+    assert samples.row.tolist() == run.batch.steps.row.T[valid.T].tolist()
+    assert samples.action.tolist() == run.batch.steps.action.T[valid.T].tolist()
     assert set(samples.weight.tolist()) == {1.0} and not samples.advantage_spread.any()
     log_probabilities = run.table.log_probabilities.detach().numpy()
     value = run.table.value.detach().numpy()
     advantage = advantages(run.table, run.batch, run.algorithm)
     for i, (h, b) in enumerate(np.argwhere(valid.T)):
-        row, action = run.batch.row[b, h], run.batch.action[b, h]
+        row, action = run.batch.steps.row[b, h], run.batch.steps.action[b, h]
         assert samples.old_log_probability[i] == log_probabilities[row, action]
         assert samples.old_value[i] == value[row]
         assert samples.advantage[i] == np.float32(advantage[b, h])
@@ -138,10 +139,10 @@ def test_advantages_come_from_the_tables_values(tiny_model):
     value = run.table.value.detach().numpy().astype(np.float64)
     batch, algorithm = run.batch, run.algorithm
     expected = generalised_advantage(
-        batch.reward,
-        value[batch.row],
-        value[batch.next_row],
-        batch.terminated,
+        batch.steps.reward,
+        value[batch.steps.row],
+        value[batch.steps.next_row],
+        batch.steps.terminated,
         batch.truncated,
         algorithm.gamma,
         algorithm.gae_lambda,
@@ -179,7 +180,7 @@ def test_the_gradient_is_that_of_one_forward_per_environment_step(
         algorithm__kl_coef=0.1,
     )
     lesson = run.lesson
-    loss, _ = loss_of(*_gather(run.table, lesson.rows), lesson.samples, run.algorithm)
+    loss, _ = loss_of(*_gather(run.table, lesson.samples.row), lesson.samples, run.algorithm)
     loss.backward()
     gradients = [p.grad.clone() for p in run.policy.parameters()]
     run.policy.zero_grad()
@@ -190,9 +191,10 @@ def test_the_gradient_is_that_of_one_forward_per_environment_step(
     side = prompts.side[prompts.reference].astype(np.int64) + 1
     rows = Reference.of(np.arange(len(side)), side, torch.device("cpu"))
     statistics = Statistics.of(torch.cat(reference), rows)
-    rows, samples = run.every_step()
-    assert len(rows) > len(lesson.rows)
-    tables = [run.policy.evaluate(one_prompt(prompts, row), statistics) for row in rows.tolist()]
+    samples = run.every_step()
+    assert len(samples) > len(lesson.samples)
+    alone = [one_prompt(prompts, row) for row in samples.row.tolist()]
+    tables = [run.policy.evaluate(one, statistics) for one in alone]
     naive, _ = loss_of(
         torch.cat([table.log_probabilities for table in tables]),
         torch.cat([table.value for table in tables]),
@@ -334,10 +336,11 @@ def test_the_divergence_is_to_the_untrained_weights(tiny_model):
     for step in (1, 2):
         run.update()
         run.collect(step)
-    rows, samples = run.lesson.rows, run.lesson.samples
-    initial = fresh.evaluate(run.batch.prompts).log_probabilities.detach()[rows]
+    samples = run.lesson.samples
+    initial = fresh.evaluate(run.batch.prompts).log_probabilities.detach()[samples.row]
     torch.testing.assert_close(samples.initial, initial, rtol=1e-4, atol=1e-5)
-    assert (run.table.log_probabilities.detach()[rows] - initial).abs().nan_to_num(0).max() > 1e-3
+    moved = run.table.log_probabilities.detach()[samples.row] - initial
+    assert moved.abs().nan_to_num(0).max() > 1e-3
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
@@ -360,7 +363,9 @@ def test_a_batch_of_ruined_accounts_alone_teaches_nothing(tiny_model):
     run = Run(tiny_model)
     keys = set(run.update())
     assert keys == set(STATISTICS)
-    run.batch = dataclasses.replace(run.batch, valid=np.zeros_like(run.batch.valid))
+    nobody = np.zeros_like(run.batch.steps.valid)
+    steps = dataclasses.replace(run.batch.steps, valid=nobody)
+    run.batch = dataclasses.replace(run.batch, steps=steps)
     run.lesson = run.learn(run.algorithm)
     before = {name: tensor.clone() for name, tensor in run.policy.state_dict().items()}
     assert run.update() == dict.fromkeys(STATISTICS, 0.0)

@@ -183,10 +183,10 @@ class Metrics:
 
     def run(self) -> None:
         from fastflag.market.bars import Bars
-        from fastflag.market.baselines import fixed_action_equity
         from fastflag.market.metrics import metrics
-        from fastflag.market.simulator import BUY
         from fastflag.market.sources import load
+        from fastflag.market.tasks.baselines import fixed_action_equity
+        from fastflag.market.tasks.single import BUY, Single
 
         market = load(
             DataConfig(
@@ -198,9 +198,9 @@ class Metrics:
         )
         start, end = self.start or str(market.dates[0]), self.end or str(market.dates[-1])
         days = market.days(start, end, "--start..--end")
-        bars = Bars.from_market(market, market.symbols[market.column(self.symbol)])
+        bars = Bars.from_market(market, self.symbol)
         costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
-        equity = fixed_action_equity(bars, costless, days, BUY)
+        equity = fixed_action_equity(Single.of(costless, bars), days, BUY)
         values = metrics(equity, self.convention, market.calendar)
         values = {name: None if value != value else value for name, value in values.items()}
         if self.json:

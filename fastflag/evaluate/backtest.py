@@ -14,12 +14,12 @@ import numpy as np
 from fastflag.config import TrainConfig
 from fastflag.evaluate.episodes import Chooser, Episodes, greedy, run_episodes, sampler
 from fastflag.files import InputError, write_atomic
-from fastflag.learn.batch import World
 from fastflag.market.bars import Market, days_of, split_days
-from fastflag.market.baselines import fixed_action_equity, random_equities
 from fastflag.market.metrics import CONVENTIONS, metrics
-from fastflag.market.simulator import ACTIONS, BUY
+from fastflag.market.tasks.baselines import fixed_action_equity, random_equities
+from fastflag.market.tasks.single import BUY
 from fastflag.policy.table import Policy
+from fastflag.prompt.world import World
 
 RANDOM_EPISODES = 1000
 # Told apart from the seed of training, whose environments draw the first numbers of its streams.
@@ -65,8 +65,8 @@ def backtest(
     chooser = _first_greedy(sampler(world.seed ^ _SAMPLED, episodes))
     both = run_episodes(policy, world, days, 1 + episodes, chooser, track)
     best, sampled = both.part(slice(0, 1)), both.part(slice(1, None))
-    random = random_equities(world.bars, config.simulator, days, RANDOM_EPISODES, world.seed)
-    held = fixed_action_equity(world.bars, config.simulator, days, BUY)
+    random = random_equities(world.task, days, RANDOM_EPISODES, world.seed)
+    held = fixed_action_equity(world.task, days, BUY)
     dates = market.dates[days.start : days.stop]
     calendar = market.calendar
 
@@ -89,7 +89,7 @@ def backtest(
         "fee_bps": config.simulator.fee_bps,
         "slippage_bps": config.simulator.slippage_bps,
         "dates": [str(date) for date in dates],
-        "close": [_number(price) for price in world.bars.close[days.start : days.stop]],
+        "close": [_number(price) for price in world.task.bars.close[days.start : days.stop]],
         "news": {
             str(market.dates[day]): list(headlines)
             for day in days
@@ -98,7 +98,7 @@ def backtest(
         "policies": {
             "greedy": {
                 "equity": best.equity[0].tolist(),
-                "actions": [ACTIONS[action] for action in best.action[0]],
+                "actions": [world.task.actions[action] for action in best.action[0]],
                 "probabilities": best.probabilities[0].tolist(),
                 "position": np.sign(best.shares[0]).astype(int).tolist(),
                 "metrics": greedy_metrics,
@@ -163,7 +163,7 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 def _trades(lived: Episodes, world: World, days: range, dates: np.ndarray) -> list[dict[str, Any]]:
     """The fills by which the first account's position changed sign: the day's open or close, before
     slippage, and the shares held after it. Ruin closes an account without one."""
-    fill, bars = world.simulator.fill, world.bars
+    fill, bars = world.task.rules.fill, world.task.bars
     price = bars.open if fill == "next_open" else bars.close
     delay = 0 if fill == "same_close" else 1
     side = np.sign(lived.shares[0]).astype(int)

@@ -7,12 +7,10 @@ import torch
 
 from fastflag.evaluate.episodes import greedy
 from fastflag.files import InputError
-from fastflag.learn.batch import World
-from fastflag.learn.decision import prompts_now
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import ISO_DATE, LEAST, MOST, Market
-from fastflag.market.simulator import ACTIONS, growth
 from fastflag.policy.table import Policy
+from fastflag.prompt.world import World
 
 
 @torch.no_grad()
@@ -39,16 +37,16 @@ def decide(
     if position == "flat":
         if entry or since:
             raise InputError("a flat position has no entry: give --position, --entry or --since")
-        accounts = Accounts.start(1, world.simulator.cash)
+        accounts = world.task.start(1)
     else:
         accounts = _holding(world, market, day, position, entry, since)
-    prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
+    prompts, row = world.shown(accounts, day)
     table = policy.evaluate(prompts, policy.running.current())
-    probabilities = table.probabilities[row]
+    probabilities, actions = table.probabilities[row], world.task.actions
     return {
         "date": str(market.dates[day]),
-        "action": ACTIONS[greedy(probabilities, 0)[0]],
-        "probabilities": dict(zip(ACTIONS, probabilities[0].tolist(), strict=True)),
+        "action": actions[greedy(probabilities, 0)[0]],
+        "probabilities": dict(zip(actions, probabilities[0].tolist(), strict=True)),
         "value": float(table.value[row[0]]),
     }
 
@@ -57,7 +55,7 @@ def _holding(
     world: World, market: Market, day: int, position: str, entry: float, since: str
 ) -> Accounts:
     """One account at the close of `day` that put all its cash into a position."""
-    if position == "short" and world.simulator.positions == "long_flat":
+    if position == "short" and world.task.rules.positions == "long_flat":
         raise InputError("the run's policy never sells short (long_flat), --position short")
     if not entry:
         raise InputError(f"a {position} position needs the price it was entered at, --entry")
@@ -66,13 +64,13 @@ def _holding(
     opened = _day(market, since, "--since")
     if opened > day:
         raise InputError(f"{since} is after the decision's day, --since")
-    if not world.bars.tradable[opened]:
+    if not world.task.bars.tradable[opened]:
         raise InputError(f"nothing traded on {since}, --since")
     side = 1 if position == "long" else -1
-    shares_of_one = growth(world.bars, world.simulator, opened, day)
-    accounts = Accounts.start(1, world.simulator.cash)
+    shares_of_one = world.task.growth(opened, day)
+    accounts = world.task.start(1)
     accounts.enter(np.array([side]), np.array([entry / shares_of_one]), np.array([opened]))
-    accounts.equity = accounts.cash + accounts.shares * world.bars.mark[day]
+    accounts.equity = accounts.cash + accounts.shares * world.task.bars.mark[day]
     return accounts
 
 

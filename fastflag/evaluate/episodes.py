@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastflag.learn.batch import World
-from fastflag.learn.decision import choose, prompts_now
-from fastflag.learn.speculation import distinct_prompts, guessed, reference_codes
-from fastflag.market import simulator
+from fastflag.learn.decision import choose
+from fastflag.learn.speculation import guessed
 from fastflag.market.accounts import Accounts
-from fastflag.market.simulator import ACTIONS, CODES
+from fastflag.market.random_numbers import uniform
+from fastflag.market.tasks.single import BUY, HOLD, SELL
 from fastflag.policy.table import Days, Policy
+from fastflag.prompt.world import World
 
 # Decisions whose prompts are guessed together: about 100 prompts in a batch, where one decision has
 # few, and a batch of few takes longer than its products.
@@ -53,14 +53,14 @@ def run_episodes(
     statistics, so that nothing of a later day bears on an earlier one (on a GPU but for last bits,
     which follow from what is evaluated together). `track` wraps the decisions, for a progress
     bar."""
-    accounts = Accounts.start(episodes, world.simulator.cash)
-    count = len(days)
+    task, count = world.task, len(days)
+    accounts = task.start(episodes)
     lived = Episodes(
-        np.full((episodes, count), world.simulator.cash),
+        np.full((episodes, count), task.rules.cash),
         np.zeros((episodes, count)),
         np.ones((episodes, count), bool),
         np.zeros((episodes, count - 1), np.int8),
-        np.zeros((episodes, count - 1, len(ACTIONS))),
+        np.zeros((episodes, count - 1, len(task.actions))),
     )
     stepped = world.prompter.config.account == "stepped"
     with policy.trunk.unpacked():
@@ -72,11 +72,11 @@ def run_episodes(
                 if stepped:
                     told = _told(policy, world, window, read, accounts, choose_actions, number)
             if stepped:
-                probabilities = told[place, _codes(world, accounts, day)]
+                probabilities = told[place, task.code(accounts, day)]
             else:
                 probabilities = _asked(policy, world, read, accounts, day)
             action = choose_actions(probabilities, number)
-            simulator.step(world.bars, world.simulator, accounts, day, action)
+            task.step(accounts, day, action)
             lived.probabilities[:, number] = probabilities
             lived.action[:, number] = action
             lived.equity[:, number + 1] = accounts.equity
@@ -88,7 +88,7 @@ def run_episodes(
 
 def _asked(policy: Policy, world: World, read: Days, accounts: Accounts, day: int) -> np.ndarray:
     """The policy's answers to `accounts` at the close of `day`, [B, A]."""
-    prompts, row = prompts_now(world.prompter, world.bars, accounts, day)
+    prompts, row = world.shown(accounts, day)
     return policy.evaluate(prompts, policy.running.current(), read).probabilities[row]
 
 
@@ -108,11 +108,11 @@ def _told(
     what was met, until nothing new is met. `accounts` stay where they are.
     """
     statistics = policy.running.current()
-    row_of = np.full((len(days), CODES), -1)
-    new = reference_codes(world, list(days))
+    row_of = np.full((len(days), world.task.codes), -1)
+    new = world.centring_codes(days)
     tables = []
     while new.any():
-        prompts, places = distinct_prompts(world, list(days), new)
+        prompts, places = world.stepped(days, new)
         row_of[new] = sum(map(len, tables)) + places[new]
         tables.append(policy.evaluate(prompts, statistics, read).probabilities)
         told = guessed(np.concatenate(tables), row_of)
@@ -133,27 +133,20 @@ def _met(
     accounts = accounts.take(np.arange(len(accounts)))
     met = np.zeros(told.shape[:2], bool)
     for number, day in enumerate(days):
-        codes = _codes(world, accounts, day)
+        codes = world.task.code(accounts, day)
         met[number, codes] = True
         action = choose_actions(told[number, codes], first + number)
-        simulator.step(world.bars, world.simulator, accounts, day, action)
+        world.task.step(accounts, day, action)
     return met
-
-
-def _codes(world: World, accounts: Accounts, day: int) -> np.ndarray:
-    """What each account is told as at the close of `day`, [B]."""
-    return simulator.account_code(world.bars, accounts, np.full(len(accounts), day))
 
 
 def greedy(probabilities: np.ndarray, _: int) -> np.ndarray:
     """The most probable action of each row; of equals, Hold before Sell before Buy."""
-    order = [simulator.HOLD, simulator.SELL, simulator.BUY]
+    order = [HOLD, SELL, BUY]
     return np.array(order, dtype=np.int8)[probabilities[:, order].argmax(1)]
 
 
 def sampler(seed: int, episodes: int) -> Chooser:
     """Samples, each episode from a stream of its own."""
     environments = np.arange(episodes)
-    return lambda probabilities, number: choose(
-        probabilities, simulator.uniform(seed, environments, number)
-    )
+    return lambda probabilities, number: choose(probabilities, uniform(seed, environments, number))

@@ -1,35 +1,25 @@
-"""What environments live in, and what they did there.
+"""What environments did, and which of them live the same moments.
 
 Shapes: B environments, H steps, U prompts, A actions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
-from fastflag.config import RolloutConfig, SimulatorConfig
+from fastflag.config import RolloutConfig
 from fastflag.files import InputError
 from fastflag.market.accounts import Accounts
-from fastflag.market.bars import Bars
 from fastflag.market.schedule import schedule
-from fastflag.prompt.prompter import Prompter
+from fastflag.market.task import Steps
 from fastflag.prompt.prompts import PromptSet
+from fastflag.prompt.world import World
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Times what is done inside, under a name."""
-
-
-@dataclass(frozen=True)
-class World:
-    """What environments live in: one symbol's bars, the rules, the prompts."""
-
-    bars: Bars
-    simulator: SimulatorConfig
-    prompter: Prompter
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +30,21 @@ class Branches:
     reward: np.ndarray  # [B, H, A] float64
     terminated: np.ndarray  # [B, H, A] bool
 
+    @staticmethod
+    def empty(environments: int, steps: int, actions: int) -> "Branches":
+        shape = (environments, steps, actions)
+        return Branches(np.zeros(shape, np.int32), np.zeros(shape), np.zeros(shape, bool))
+
+    @staticmethod
+    def joined(parts: Sequence["Branches"]) -> "Branches":
+        """The environments of each part after those of the one before."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return Branches(*map(np.concatenate, columns))
+
+
+Lived = tuple[Steps, Branches | None]
+"""What a group did, and what it might have done, where that is asked for."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -47,39 +52,32 @@ class Batch:
 
     prompts: PromptSet
     initial: Tensor  # [U, A], log-probabilities of the untrained policy
-    row: np.ndarray  # [B, H] int32, the state decided in
-    next_row: np.ndarray  # [B, H] int32, the state it led to, before any restart
-    action: np.ndarray  # [B, H] int8
+    steps: Steps
     log_probability: np.ndarray  # [B, H] fp32, of the action, as it was drawn
-    reward: np.ndarray  # [B, H] float64
-    terminated: np.ndarray  # [B, H] bool
     truncated: np.ndarray  # [B, H] bool
-    valid: np.ndarray  # [B, H] bool, False from ruin to the next restart
     branches: Branches | None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Environments that live the same days."""
+    """Environments that live the same moments."""
 
     accounts: Accounts
     first_env: int
     first_step: int
-    day: np.ndarray  # [H]
+    moment: np.ndarray  # [H]
     restart: np.ndarray  # [H] bool
     last: np.ndarray  # [H] bool
 
-    def episodes(self, cash: float) -> list[tuple[range, Accounts]]:
-        """The stretches of consecutive days that it lives through, the state after the last
-        decision included, each with the accounts that enter it."""
+    def episodes(self, fresh: Accounts) -> Iterator[tuple[range, Accounts]]:
+        """The stretches of consecutive moments that it lives through, the state after the last
+        decision included, each with the accounts that enter it: its own, or after a restart
+        `fresh`."""
         starts = [0, *(int(at) for at in np.flatnonzero(self.restart) if at > 0)]
-        ends = [*starts[1:], len(self.day)]
-        fresh = Accounts.start(1, cash)
-        stretches = []
+        ends = [*starts[1:], len(self.moment)]
         for start, end in zip(starts, ends, strict=True):
-            days = range(int(self.day[start]), int(self.day[end - 1]) + 2)
-            stretches.append((days, fresh if self.restart[start] else self.accounts))
-        return stretches
+            moments = range(int(self.moment[start]), int(self.moment[end - 1]) + 2)
+            yield moments, fresh if self.restart[start] else self.accounts
 
     def slices(self, size: int) -> list["Group"]:
         """The same in parts of `size` environments; their accounts are views of these."""
@@ -115,18 +113,23 @@ def start_accounts(config: RolloutConfig, cash: float) -> list[Accounts]:
 
 
 def start_groups(
-    world: World, days: range, accounts: list[Accounts], num_steps: int, step: int
+    world: World, spans: Sequence[range], accounts: list[Accounts], num_steps: int, step: int
 ) -> list[Group]:
-    """The groups of update number `step`, and the days that each lives."""
-    first = step * num_steps
+    """The groups of update number `step`, and the moments of `spans` that each lives."""
+    first, horizon = step * num_steps, world.task.rules.horizon
     groups = []
     for number, some in enumerate(accounts):
-        lived = schedule(days, world.simulator.horizon, world.seed, number, first, num_steps)
+        lived = schedule(spans, horizon, world.seed, number, first, num_steps)
         groups.append(Group(some, number * len(some), first, *lived))
     return groups
 
 
-def days_of(world: World, groups: list[Group]) -> list[int]:
-    """The days that the groups see, sorted, those after their last decisions included."""
-    episodes = (episode for group in groups for episode in group.episodes(world.simulator.cash))
-    return sorted({day for lived, _ in episodes for day in lived})
+def episodes_of(world: World, groups: list[Group]) -> Iterator[tuple[range, Accounts]]:
+    """The episodes of all groups."""
+    fresh = world.task.start(1)
+    return (episode for group in groups for episode in group.episodes(fresh))
+
+
+def moments_of(world: World, groups: list[Group]) -> list[int]:
+    """The moments that the groups see, sorted, those after their last decisions included."""
+    return sorted({moment for lived, _ in episodes_of(world, groups) for moment in lived})

@@ -3,42 +3,12 @@
 Every mean is over samples by their weight.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from fastflag.config import AlgorithmConfig
+from fastflag.learn.samples import Samples
 from fastflag.model import ops
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a batch remembers of each sample; none of it carries a gradient.
-
-    A sample may stand for several of one state and action: its advantage and target are their
-    means by weight, its spreads the sums of their weighted squared distances from those.
-    """
-
-    action: Tensor  # [N] int64
-    weight: Tensor  # [N]
-    advantage: Tensor  # [N]
-    advantage_spread: Tensor  # [N]
-    target: Tensor  # [N] value target
-    target_spread: Tensor  # [N]
-    old_log_probability: Tensor  # [N] of the action, when it was sampled
-    old_value: Tensor  # [N]
-    initial: Tensor  # [N, A] log-probabilities of the untrained policy
-    mean_weight: float = 1.0  # of all samples that these are taken from
-
-    def take(self, index: Tensor) -> "Samples":
-        columns = {name: c[index] for name, c in vars(self).items() if isinstance(c, Tensor)}
-        return Samples(**columns, mean_weight=self.mean_weight)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """values [N] -> scalar, by weight. A minibatch's is on average that of the whole, because
-        it is divided by what so many samples weigh on average, not by what these weigh."""
-        return (self.weight * values).sum() / (len(values) * self.mean_weight)
 
 
 def loss_of(

@@ -14,7 +14,6 @@ import numpy as np
 import fastflag
 from fastflag.config import TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, write_atomic
-from fastflag.learn.batch import World
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
 from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.fingerprint import fingerprint
@@ -22,8 +21,8 @@ from fastflag.model.arithmetic import resolved
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.weights import Weights, open_weights
 from fastflag.policy.table import Policy
-from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
+from fastflag.prompt.world import World
 
 OTHER_MARKET = "the training days' bars or news are not those that the run was trained on"
 
@@ -171,23 +170,23 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
     Raises InputError where the symbol is not there, or the policy or the tokenizer does not fit the
     model.
     """
-    symbol = market.symbols[market.column(config.data.symbol)]
     tokenizer = Tokenizer.load(weights.tokenizer_path)
     if tokenizer.largest >= weights.config.vocabulary:
         raise InputError(
             f"the tokenizer knows token {tokenizer.largest}, the model {weights.config.vocabulary} "
             f"tokens, {weights.source}"
         )
-    prompter = Prompter(config.prompt, market, symbol, config.simulator, tokenizer)
-    action_tokens = [int(tokenizer.encode(word)[0]) for word in prompter.action_words]
+    symbol, seed = config.data.symbol, _world_seed(config.seed)
+    world = World.of(config.prompt, market, symbol, config.simulator, tokenizer, seed)
+    action_words = world.prompter.action_words
+    action_tokens = [int(tokenizer.encode(word)[0]) for word in action_words]
     if config.policy.head == "lm" and len({*action_tokens}) < len(action_tokens):
-        words = ", ".join(repr(word) for word in prompter.action_words)
+        words = ", ".join(repr(word) for word in action_words)
         raise InputError(
             f"two of the words {words} begin with the same token, which an lm head can't tell "
             f"apart: choose another --head, {weights.source}"
         )
-    policy = Policy(weights, config.policy, action_tokens, config.seed)
-    return World(prompter.bars, config.simulator, prompter, _world_seed(config.seed)), policy
+    return world, Policy(weights, config.policy, action_tokens, config.seed)
 
 
 def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, Policy]:

@@ -1,30 +1,29 @@
-"""Environments that step through a table: the simulator's rollout, and where each action leads.
+"""Environments that step through a table: the task's rollout, and where each action leads.
 
-Shapes: B environments, H steps, R rows of the table, T days of the market, A actions.
+Shapes: B environments, H steps, R rows of the table, M moments, A actions.
 """
 
 import numpy as np
 
-from fastflag.learn.batch import Group, World
+from fastflag.learn.batch import Branches, Group, Lived
 from fastflag.learn.decision import branch
-from fastflag.market import simulator
 from fastflag.market.accounts import Accounts
+from fastflag.market.tasks.single import Single
+from fastflag.prompt.world import World
 
 
 def step_through(
     world: World, group: Group, cdf: np.ndarray, row_of: np.ndarray, branches: bool
-) -> dict[str, np.ndarray]:
-    """What `group` does, its accounts moved in place: arrays [B, H] as `simulator.rollout` gives
-    them, with `branches` also [B, H, A] of where every action would have led.
+) -> Lived:
+    """What `group` does, its accounts moved in place; with `branches` also where every action would
+    have led.
 
-    cdf [R, A] float64, cumulative; row_of [T, CODES] int32.
+    cdf [R, A] float64, cumulative; row_of [M, CODES] int32.
     """
     before = group.accounts.take(np.arange(len(group.accounts))) if branches else None
-    part = simulator.rollout(
-        world.bars,
-        world.simulator,
+    steps = world.task.rollout(
         group.accounts,
-        group.day,
+        group.moment,
         group.restart,
         cdf,
         row_of,
@@ -32,22 +31,20 @@ def step_through(
         group.first_env,
         group.first_step,
     )
-    if before is not None:
-        part |= _branches(world, group, before, part["action"], row_of)
-    return part
+    if before is None:
+        return steps, None
+    return steps, _branches(world.task, group, before, steps.action, row_of)
 
 
 def _branches(
-    world: World, group: Group, accounts: Accounts, action: np.ndarray, row_of: np.ndarray
-) -> dict[str, np.ndarray]:
+    task: Single, group: Group, accounts: Accounts, action: np.ndarray, row_of: np.ndarray
+) -> Branches:
     """Lives the recorded actions again, and at each step every other one."""
     steps = []
-    for step, day in enumerate(group.day):
+    for step, moment in enumerate(group.moment):
         accounts.reset(np.full(len(accounts), group.restart[step]))
-        after, reward, terminated = branch(world, accounts, day)
-        codes = [simulator.account_code(world.bars, there, day + 1) for there in after]
-        steps.append((row_of[day + 1, np.stack(codes, 1)], reward, terminated))
-        simulator.step(world.bars, world.simulator, accounts, day, action[:, step])
-    names = ("branch_next_row", "branch_reward", "branch_terminated")
-    columns = zip(*steps, strict=True)
-    return {name: np.stack(column, 1) for name, column in zip(names, columns, strict=True)}
+        after, reward, terminated = branch(task, accounts, moment)
+        codes = [task.code(there, moment + 1) for there in after]
+        steps.append((row_of[moment + 1, np.stack(codes, 1)], reward, terminated))
+        task.step(accounts, moment, action[:, step])
+    return Branches(*(np.stack(column, 1) for column in zip(*steps, strict=True)))

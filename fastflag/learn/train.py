@@ -10,7 +10,7 @@ import torch
 
 from fastflag.config import TrainConfig
 from fastflag.files import InputError
-from fastflag.learn.batch import World, start_accounts
+from fastflag.learn.batch import start_accounts
 from fastflag.learn.checkpoint import (
     read_checkpoint,
     restore_accounts,
@@ -29,6 +29,7 @@ from fastflag.market.fingerprint import fingerprint
 from fastflag.market.metrics import annual_days
 from fastflag.model.weights import Weights
 from fastflag.policy.table import Policy
+from fastflag.prompt.world import World
 
 
 def train(
@@ -96,7 +97,7 @@ def _one_update(
     `accounts` stay as they are: where memory runs out before the first step, it is made again.
     """
     accounts = [group.take(np.arange(len(group))) for group in accounts]
-    table, batches = rollout(policy, world, days, accounts, config, step, phase)
+    table, batches = rollout(policy, world, [days], accounts, config, step, phase)
     lesson = estimate(table, batches, config.algorithm, phase)
     with phase("update"):
         statistics = update(policy, optimizer, table, lesson, config.algorithm, _seed(config, step))

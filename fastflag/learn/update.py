@@ -13,7 +13,8 @@ from fastflag.config import AlgorithmConfig
 from fastflag.files import InputError
 from fastflag.learn.advantage import explained_variance
 from fastflag.learn.lesson import Lesson
-from fastflag.learn.objective import Samples, loss_of
+from fastflag.learn.objective import loss_of
+from fastflag.learn.samples import Samples
 from fastflag.model.bnb import bitsandbytes
 from fastflag.policy.table import Policy, Table
 from fastflag.prompt.prompts import PromptSet
@@ -74,24 +75,23 @@ def update(
 
     The first step differentiates `table`, the very forward that the rollout read: its ratios are
     exactly 1. Later steps evaluate the prompts of their samples anew. `seed` shuffles the
-    minibatches. A lesson in which every account was ruined before its first step teaches nothing:
-    zeros.
+    minibatches. Returns zeros if there are no samples.
     """
-    rows, samples = lesson.rows, lesson.samples
-    if not len(rows):
+    samples = lesson.samples
+    if not len(samples):
         return dict.fromkeys(STATISTICS, 0.0)
-    size = config.minibatch_size or len(rows)
+    size = config.minibatch_size or len(samples)
     generator = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
     for _ in range(config.update_epochs):
-        for index in _minibatches(len(rows), size, generator):
-            index = index.to(rows.device)  # once, not for each column
-            learn = partial(_differentiate, optimizer, samples.take(index), config)
+        for index in _minibatches(len(samples), size, generator):
+            some = samples.take(index.to(samples.row.device))  # once, not for each column
+            learn = partial(_differentiate, optimizer, some, config)
             if history:
-                again = partial(_evaluated, policy, lesson.prompts, rows[index])
+                again = partial(_evaluated, policy, lesson.prompts, some.row)
                 statistics = policy.activations.attempt(lambda: learn(*again()))  # noqa: B023
             else:
-                statistics = learn(*_gather(table, rows[index]))
+                statistics = learn(*_gather(table, some.row))
             policy.activations.commit()
             statistics["grad_norm"] = _step(policy, optimizer, config.max_grad_norm)
             history.append(statistics)

@@ -2,6 +2,7 @@
 one symbol's bars as flat arrays. T days."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -197,17 +198,16 @@ class Bars:
     dividend: np.ndarray
     tradable: np.ndarray
     """bool."""
-    payable: np.ndarray = field(init=False)
+    payable: np.ndarray
     table: np.ndarray = field(init=False, repr=False)
     """The columns side by side, [T, 7] float64, as the kernels read them."""
 
     def __post_init__(self) -> None:
-        for name in COLUMNS[:-1]:
+        for name in COLUMNS:
             column = np.asarray(getattr(self, name), np.bool_ if name == "tradable" else np.float64)
             if column.shape != (len(self.close),):
                 raise ValueError(f"bars.{name} has shape {column.shape}, not {(len(self.close),)}")
             object.__setattr__(self, name, column)
-        object.__setattr__(self, "payable", _payable(self.split, self.dividend, self.tradable))
         table = np.column_stack([getattr(self, name) for name in COLUMNS])
         object.__setattr__(self, "table", table)
 
@@ -220,14 +220,21 @@ class Bars:
         dividend: np.ndarray,
         tradable: np.ndarray,
     ) -> "Bars":
-        """Bars with their marks worked out."""
+        """Bars with their marks and what is payable worked out."""
         close, split = np.asarray(close, float), np.asarray(split, float)
         mark = np.full(len(close), np.nan)
         last = np.nan
         for day in range(len(close)):
             last = close[day] if tradable[day] else last / split[day]
             mark[day] = last
-        return cls(open, close, mark, split, dividend, tradable)
+        payable = _payable(split, dividend, tradable)
+        return cls(open, close, mark, split, dividend, tradable, payable)
+
+    @classmethod
+    def joined(cls, symbols: Sequence["Bars"]) -> "Bars":
+        """The bars of several symbols, those of each after those of the one before."""
+        columns = ([getattr(bars, name) for bars in symbols] for name in COLUMNS)
+        return cls(*map(np.concatenate, columns))
 
     @classmethod
     def from_market(cls, market: Market, symbol: str) -> "Bars":

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# All three are single tokens of SmolLM2, with and without the space; " Sell" would be two.
-ACTION_WORDS = ("sell", "hold", "buy")
+# How an action is written, by its name. All are single tokens of SmolLM2, with and without the
+# space; " Sell" would be two.
+ACTION_WORDS = {"Sell": "sell", "Hold": "hold", "Buy": "buy"}
 _SIDES = {-1: "short", 0: "flat", 1: "long"}
 
 
@@ -44,7 +45,7 @@ class AccountFacts:
     """Bars since the fill."""
     rewards: tuple[float, ...]
     net_values: tuple[float, ...]
-    actions: tuple[int, ...]
+    actions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Layout:
     stepped: Callable[[int, float, int], str]
     """Of side, profit and bars held."""
     exact: Callable[[AccountFacts], str]
-    action_words: tuple[str, str, str]
+    action_words: dict[str, str]
+    """What continues a prompt, by the action's name."""
     has_news: bool
     """The paper's template has none."""
 
@@ -147,7 +149,7 @@ LAYOUTS = {
         _default_prefix,
         _default_stepped,
         _default_exact,
-        tuple(f" {word}" for word in ACTION_WORDS),
+        {action: f" {word}" for action, word in ACTION_WORDS.items()},
         has_news=True,
     ),
     "paper": Layout(_paper_prefix, _paper_stepped, _paper_exact, ACTION_WORDS, has_news=False),

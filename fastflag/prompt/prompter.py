@@ -8,23 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastflag.config import PromptConfig, SimulatorConfig
+from fastflag.config import PromptConfig
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Bars, Market
+from fastflag.market.compiled.constants import CODES, HISTORY, PROFIT_STEP
 from fastflag.market.features import forward_adjusted, indicators
-from fastflag.market.simulator import (
-    CODES,
-    HISTORY,
-    PROFIT_STEP,
-    SELL,
-    allowed,
-    allowed_codes,
-    decode,
-    side_of,
-)
+from fastflag.market.tasks.account_codes import decode
 from fastflag.prompt.headlines import anonymiser, headline
 from fastflag.prompt.layouts import LAYOUTS, NO_MORE_DIGITS, AccountFacts, DayFacts
-from fastflag.prompt.prompts import PromptSet
 from fastflag.prompt.tokens import Tokenizer
 
 HEADLINE_TOKENS = 24
@@ -44,16 +35,18 @@ class Prompter:
         config: PromptConfig,
         market: Market,
         symbol: str,
-        simulator: SimulatorConfig,
+        positions: str,
+        actions: Sequence[str],
         tokenizer: Tokenizer,
     ):
+        """`positions` is the position mode; `actions` are the task's, in its order."""
         self.config = config
-        self.simulator = simulator
         self.tokenizer = tokenizer
         column = market.column(symbol)
         self.symbol = market.symbols[column]
         self.bars = Bars.from_market(market, self.symbol)
         self.layout = LAYOUTS[config.layout]
+        self._positions, self._actions = positions, tuple(actions)
         self._market = market
         self._bar_days = np.flatnonzero(self.bars.tradable)
         self._shares = np.cumprod(self.bars.split)  # of day t for each share of the first day
@@ -69,9 +62,9 @@ class Prompter:
         self._suffixes: dict[int, np.ndarray] = {}
 
     @property
-    def action_words(self) -> tuple[str, str, str]:
-        """Sell, Hold and Buy as they continue a prompt of this layout."""
-        return self.layout.action_words
+    def action_words(self) -> tuple[str, ...]:
+        """The task's actions, in its order, as they continue a prompt of this layout."""
+        return tuple(self.layout.action_words[action] for action in self._actions)
 
     def headlines(self, day: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Headlines in day's prompt, newest first: (of today, of the window's earlier days).
@@ -160,7 +153,7 @@ class Prompter:
         )
 
     def prefix_text(self, day: int) -> str:
-        return self.layout.prefix(self._day_facts(day), self.simulator.positions)
+        return self.layout.prefix(self._day_facts(day), self._positions)
 
     def prefix(self, day: int) -> np.ndarray:
         """Token ids [n] int32 of day's prefix."""
@@ -206,7 +199,7 @@ class Prompter:
             held=day - int(accounts.opened[b]) if side else 0,
             rewards=tuple(rewards[np.isfinite(rewards)].tolist()),
             net_values=tuple(net_values[np.isfinite(net_values)].tolist()),
-            actions=tuple(actions[actions >= 0].tolist()),
+            actions=tuple(self._actions[action] for action in actions if action >= 0),
         )
         return self.layout.exact(facts)
 
@@ -222,73 +215,6 @@ class Prompter:
             held=len(self.bars),
             rewards=(longest,) * HISTORY,
             net_values=(longest,) * HISTORY,
-            actions=(SELL,) * HISTORY,
+            actions=(max(self._actions, key=len),) * HISTORY,
         )
         return self.layout.exact(facts)
-
-    def stepped_prompts(
-        self, days: Sequence[int], present: np.ndarray, reference: np.ndarray | None = None
-    ) -> tuple[PromptSet, np.ndarray]:
-        """The distinct prompts of account codes at `days` (distinct day indices).
-
-        `present` is [len(days), CODES] bool, and so is `reference`: the codes whose prompts centre
-        the features; they are added. Returns the prompts, in the order of `days`, and row_of
-        [len(days), CODES] int32: the row of each day and code, -1 where absent. Raises ValueError
-        for a day that is named twice.
-        """
-        days = np.asarray(days, dtype=np.int64)
-        if len(np.unique(days)) < len(days):
-            raise ValueError("a day is named twice")
-        if reference is None:
-            reference = np.zeros_like(present)
-        where, codes = np.nonzero(present | reference)
-        text_of_code, suffixes = self._distinct_suffixes(np.unique(codes))
-        pairs = np.stack([where, text_of_code[codes]], axis=1).astype(np.int32)
-        pairs, first, rows = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-        row_of = np.full(present.shape, -1, dtype=np.int32)
-        row_of[where, codes] = rows.reshape(-1)
-        prompts = PromptSet(
-            prefixes=tuple(self.prefix(int(day)) for day in days),
-            suffixes=suffixes,
-            pairs=pairs,
-            side=side_of(codes)[first],
-            allowed=allowed_codes(self.bars, self.simulator, days[where], codes)[first],
-            reference=np.unique(row_of[reference]),
-        )
-        return prompts, row_of
-
-    def _distinct_suffixes(self, codes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """(index of each code's text [CODES], the distinct texts' tokens) for sorted `codes`."""
-        index_of_text: dict[str, int] = {}
-        suffixes = []
-        text_of_code = np.full(CODES, -1)
-        for code in codes.tolist():
-            text = self.stepped_text(code)
-            if text not in index_of_text:
-                index_of_text[text] = len(suffixes)
-                suffixes.append(self.suffix(code))
-            text_of_code[code] = index_of_text[text]
-        return text_of_code, tuple(suffixes)
-
-    def exact_prompts(self, day: int, accounts: Accounts) -> tuple[PromptSet, np.ndarray]:
-        """The distinct prompts of `accounts` at day's close, and the row of each account [B] int32.
-
-        There is no reference.
-        """
-        # Positions too small for the text's digits look flat and are not: the side is in the key.
-        sides = np.sign(accounts.shares).astype(int).tolist()
-        keys = [(self.exact_text(accounts, b, day), side) for b, side in enumerate(sides)]
-        row_of_key = {key: row for row, key in enumerate(dict.fromkeys(keys))}
-        text_index = {
-            text: i for i, text in enumerate(dict.fromkeys(text for text, _ in row_of_key))
-        }
-        side = np.array([side for _, side in row_of_key], dtype=np.int8)
-        prompts = PromptSet(
-            prefixes=(self.prefix(day),),
-            suffixes=tuple(self.tokenizer.encode(text) for text in text_index),
-            pairs=np.array([(0, text_index[text]) for text, _ in row_of_key], dtype=np.int32),
-            side=side,
-            allowed=allowed(self.bars, self.simulator, side, day),
-            reference=np.zeros(0, dtype=np.int32),
-        )
-        return prompts, np.array([row_of_key[key] for key in keys], dtype=np.int32)

@@ -1,0 +1,119 @@
+"""What an update learns from: rows of the table, actions, and what they came to. Pure.
+
+Shapes: N samples, U rows of the table, A actions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Column = np.ndarray | Tensor
+
+
+class Before(NamedTuple):
+    """What was said of each row when the rollout read the table; no gradient."""
+
+    value: Tensor  # [U]
+    initial: Tensor  # [U, A], log-probabilities of the untrained policy
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Columns [N]: NumPy arrays, in float64, while samples are added up; tensors in an update.
+
+    A sample may stand for several of one row and action: its advantage and target are their means
+    by weight, its spreads the sums of their weighted squared distances from those.
+    """
+
+    row: Column  # int64 in an update
+    action: Column  # likewise
+    weight: Column
+    advantage: Column
+    advantage_spread: Column
+    target: Column  # of the value
+    target_spread: Column
+    old_log_probability: Column  # of the action, when it was sampled
+    before: Before
+    mean_weight: float = 1.0  # of all samples that these are taken from
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def old_value(self) -> Tensor:
+        """[N]"""
+        return self.before.value[self.row]
+
+    @property
+    def initial(self) -> Tensor:
+        """[N, A]"""
+        return self.before.initial[self.row]
+
+    def columns(self) -> dict[str, Column]:
+        """The columns by name: the samples' own, not copies."""
+        return {each.name: getattr(self, each.name) for each in fields(self)[:8]}
+
+    def take(self, index: Tensor) -> "Samples":
+        return replace(self, **{name: column[index] for name, column in self.columns().items()})
+
+    def mean(self, values: Tensor) -> Tensor:
+        """values [N] -> scalar, by weight. Divides by N x the mean weight of all samples, so that a
+        minibatch's mean is an unbiased estimate of theirs."""
+        return (self.weight * values).sum() / (len(values) * self.mean_weight)
+
+    @staticmethod
+    def joined(parts: Sequence["Samples"]) -> "Samples":
+        columns = {
+            name: np.concatenate([part.columns()[name] for part in parts])
+            for name in parts[0].columns()
+        }
+        return replace(parts[0], **columns)
+
+    def added_up(self) -> "Samples":
+        """One sample for each row and action: means by weight, and how much what they are means of
+        spreads. In the order of rows and actions."""
+        if not len(self):
+            return self
+        actions = int(self.action.max()) + 1
+        key = self.row.astype(np.int64) * actions + self.action
+
+        def total(values: np.ndarray) -> np.ndarray:
+            return np.bincount(key, values)
+
+        weight = total(self.weight)
+        (present,) = np.nonzero(weight)
+
+        def mean_and_spread(
+            values: np.ndarray, spread: np.ndarray
+        ) -> tuple[np.ndarray, np.ndarray]:
+            mean = total(self.weight * values) / np.where(weight > 0, weight, 1)
+            spread = total(spread + self.weight * (values - mean[key]) ** 2)
+            return mean[present], spread[present]
+
+        old_log_probability = np.zeros(len(weight), self.old_log_probability.dtype)
+        old_log_probability[key] = self.old_log_probability  # equal ones
+        return Samples(
+            present // actions,
+            present % actions,
+            weight[present],
+            *mean_and_spread(self.advantage, self.advantage_spread),
+            *mean_and_spread(self.target, self.target_spread),
+            old_log_probability[present],
+            self.before,
+        )
+
+    def placed(self) -> "Samples":
+        """As tensors beside the rows' values; numbers are fp32."""
+        device = self.before.value.device
+
+        def tensor(name: str, column: np.ndarray) -> Tensor:
+            dtype = torch.int64 if name in ("row", "action") else torch.float32
+            return torch.from_numpy(column).to(device, dtype)
+
+        columns = {name: tensor(name, column) for name, column in self.columns().items()}
+        mean_weight = float(self.weight.mean()) if len(self) else 1.0
+        return replace(self, **columns, mean_weight=mean_weight)

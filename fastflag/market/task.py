@@ -1,0 +1,124 @@
+"""What every task has in common: when something is decided, and what a rollout leaves behind.
+
+A moment is a place in the timeline: at the close of a bar of one symbol. Moments of several symbols
+stand one after another, each symbol's in a span of its own, so that a moment's number names its
+symbol too, and an episode is a range inside one span.
+
+Shapes: M moments, N symbols, B accounts, H steps, A actions, R rows of a policy's table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from fastflag.market.accounts import Accounts
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """The moments of one symbol or several. Raises ValueError where the spans don't follow one
+    another from 0 on, or one has no moment."""
+
+    spans: tuple[range, ...]
+    """N, each symbol's moments."""
+    first: np.ndarray = field(init=False, repr=False)
+    """[M] int64, the first moment of each moment's span."""
+    last: np.ndarray = field(init=False, repr=False)
+    """[M] int64, likewise."""
+
+    def __post_init__(self) -> None:
+        ends = [0, *(span.stop for span in self.spans)]
+        for span, end in zip(self.spans, ends, strict=False):
+            if span.start != end or span.step != 1 or not len(span):
+                raise ValueError(f"spans must follow one another, not {self.spans}")
+        lengths = [len(span) for span in self.spans]
+        object.__setattr__(self, "first", np.repeat(ends[:-1], lengths))
+        object.__setattr__(self, "last", np.repeat(ends[1:], lengths) - 1)
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def check(self, moments: np.ndarray, following: int = 0) -> None:
+        """Raises ValueError where one of `moments` [n] is none, or has not as many `following` in
+        its span."""
+        if not moments.size:
+            return
+        if moments.min() < 0 or moments.max() >= len(self):
+            raise ValueError(f"moments must lie in 0..{len(self) - 1}")
+        if np.any(self.last[moments] - moments < following):
+            raise ValueError(f"a moment needs {following} after it in its span")
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """What B accounts did in H steps; all [B, H]. Rows are those of the table that was read."""
+
+    row: np.ndarray
+    """int32, of what the account showed when it decided."""
+    next_row: np.ndarray
+    """int32, of the state that the step led to, before any restart."""
+    action: np.ndarray
+    """int8, as it was executed."""
+    reward: np.ndarray
+    """float64"""
+    terminated: np.ndarray
+    """bool: ruined in this step."""
+    valid: np.ndarray
+    """bool; False from ruin to the next restart, where an account holds and earns 0."""
+
+    @staticmethod
+    def empty(accounts: int, steps: int) -> "Steps":
+        dtypes = (np.int32, np.int32, np.int8, np.float64, np.bool_, np.bool_)
+        return Steps(*(np.zeros((accounts, steps), dtype) for dtype in dtypes))
+
+    @staticmethod
+    def joined(parts: Sequence["Steps"]) -> "Steps":
+        """The accounts of each part after those of the one before."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = ([getattr(part, each.name) for part in parts] for each in fields(Steps))
+        return Steps(*map(np.concatenate, columns))
+
+
+class Task(Protocol):
+    """Bars, rules and the kernel that lives by them: what always travels together.
+
+    What an account shows at a moment is a code; texts and rows of a table are found by it.
+    """
+
+    actions: ClassVar[tuple[str, ...]]
+    """A names, the table's columns."""
+    codes: ClassVar[int]
+    """What a stepped text can say of an account."""
+    timeline: Timeline
+
+    def start(self, count: int) -> Accounts: ...
+
+    def code(self, accounts: Accounts, moment: np.ndarray | int) -> np.ndarray:
+        """-> int32 [B]"""
+
+    def allowed(self, moment: np.ndarray | int, side: np.ndarray) -> np.ndarray:
+        """Actions that would be executed, bool [n, A]."""
+
+    def reachable(self, moments: range, accounts: Accounts) -> np.ndarray:
+        """Codes that `accounts` could show under any actions, bool [len(moments), codes]."""
+
+    def step(
+        self, accounts: Accounts, moment: np.ndarray | int, action: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """From each moment to the next, in place: (reward, terminated) [B]."""
+
+    def rollout(
+        self,
+        accounts: Accounts,
+        moments: np.ndarray,
+        restarts: np.ndarray,
+        cdf: np.ndarray,
+        row_of: np.ndarray,
+        seed: int,
+        first_env: int,
+        first_step: int,
+    ) -> Steps:
+        """Many steps, each action drawn from a table: equals `step` bit for bit."""

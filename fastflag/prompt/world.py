@@ -1,0 +1,154 @@
+"""What accounts are shown: a task, and how it is told.
+
+Shapes: B accounts, M moments, U prompts, A actions.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastflag.config import PromptConfig, SimulatorConfig
+from fastflag.market.accounts import Accounts
+from fastflag.market.bars import Bars, Market
+from fastflag.market.tasks.account_codes import side_of
+from fastflag.market.tasks.centring import centring_accounts
+from fastflag.market.tasks.single import Single
+from fastflag.prompt.prompter import Prompter
+from fastflag.prompt.prompts import PromptSet, merge
+from fastflag.prompt.tokens import Tokenizer
+
+
+@dataclass(frozen=True)
+class World:
+    task: Single
+    prompter: Prompter
+    seed: int
+
+    @staticmethod
+    def of(
+        config: PromptConfig,
+        market: Market,
+        symbol: str,
+        rules: SimulatorConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+    ) -> "World":
+        """One symbol of a market. Raises InputError where the market has no such symbol."""
+        task = Single.of(rules, Bars.from_market(market, symbol))
+        prompter = Prompter(config, market, symbol, rules.positions, task.actions, tokenizer)
+        return World(task, prompter, seed)
+
+    def shown(self, accounts: Accounts, moment: int) -> tuple[PromptSet, np.ndarray]:
+        """The distinct prompts of these accounts at `moment`, and each account's row [B] int32.
+        None of them is reference."""
+        if self.prompter.config.account == "exact":
+            return self._exact(accounts, moment)
+        codes = self.task.code(accounts, moment)
+        present = np.zeros((1, self.task.codes), bool)
+        present[0, codes] = True
+        prompts, row_of = self.stepped([moment], present)
+        return prompts, row_of[0, codes]
+
+    def possible(self, episodes: Iterable[tuple[range, Accounts]]) -> tuple[PromptSet, np.ndarray]:
+        """Every prompt that accounts could be shown in `episodes`, whatever they do: moments and
+        who is there at the first of them. -> (prompts, the row of each moment and code, [M, CODES]
+        int32, -1 where there is none)"""
+        reached: dict[int, np.ndarray] = {}
+        for lived, accounts in episodes:
+            for moment, codes in zip(lived, self.task.reachable(lived, accounts), strict=True):
+                reached[moment] = reached.get(moment, False) | codes
+        moments = sorted(reached)
+        present = np.stack([reached[moment] for moment in moments])
+        prompts, row_of = self.stepped(moments, present, self.centring_codes(moments))
+        return prompts, self.over_timeline(moments, row_of)
+
+    def over_timeline(self, moments: Sequence[int], row_of: np.ndarray) -> np.ndarray:
+        """Rows of `moments` [n] and codes, [n, CODES], in a table of all moments: [M, CODES] int32,
+        -1 elsewhere."""
+        whole = np.full((len(self.task.timeline), self.task.codes), -1, np.int32)
+        whole[moments] = row_of
+        return whole
+
+    def stepped(
+        self, moments: Sequence[int], present: np.ndarray, reference: np.ndarray | None = None
+    ) -> tuple[PromptSet, np.ndarray]:
+        """The distinct prompts of account codes at `moments` [n], which are distinct.
+
+        `present` is [n, CODES] bool, and so is `reference`: the codes whose prompts centre the
+        features; they are added. -> (prompts, the row of each moment and code, [n, CODES] int32, -1
+        where absent). Moments that read alike, as two without a bar may, share their prompts.
+        Raises ValueError for a moment that is named twice.
+        """
+        moments = np.asarray(moments, dtype=np.int64)
+        if len(np.unique(moments)) < len(moments):
+            raise ValueError("a moment is named twice")
+        if reference is None:
+            reference = np.zeros_like(present)
+        where, codes = np.nonzero(present | reference)
+        text_of_code, suffixes = self._suffixes(np.unique(codes))
+        pairs = np.stack([where, text_of_code[codes]], axis=1).astype(np.int32)
+        pairs, first, rows = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+        row_of = np.full(present.shape, -1, dtype=np.int32)
+        row_of[where, codes] = rows.reshape(-1)
+        side = side_of(codes)
+        prompts = PromptSet(
+            prefixes=tuple(self.prompter.prefix(moment) for moment in moments.tolist()),
+            suffixes=suffixes,
+            pairs=pairs,
+            side=side[first],
+            allowed=self.task.allowed(moments[where], side)[first],
+            reference=np.unique(row_of[reference]),
+        )
+        prompts, (place,) = merge([prompts])
+        return prompts, np.where(row_of >= 0, place[row_of], -1)
+
+    def centring_codes(self, moments: Sequence[int]) -> np.ndarray:
+        """The account codes whose prompts centre the features at `moments` [n], which are sorted:
+        [n, CODES] bool."""
+        accounts, moment_of = centring_accounts(self.task, moments)
+        codes = np.zeros((len(moments), self.task.codes), bool)
+        codes[np.searchsorted(moments, moment_of), self.task.code(accounts, moment_of)] = True
+        return codes
+
+    def centring_prompts(self, moments: Sequence[int]) -> PromptSet:
+        """The prompts of the accounts that centre the features at `moments`, all of them reference;
+        of each moment one at least."""
+        accounts, moment_of = centring_accounts(self.task, moments)
+        at_each = [accounts.take(np.flatnonzero(moment_of == moment)) for moment in moments]
+        sets = [self.shown(some, moment)[0] for some, moment in zip(at_each, moments, strict=True)]
+        prompts, _ = merge(sets)
+        return replace(prompts, reference=np.arange(len(prompts.pairs), dtype=np.int32))
+
+    def _suffixes(self, codes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """(index of each code's text [CODES], the distinct texts' tokens) for sorted `codes`."""
+        index_of_text: dict[str, int] = {}
+        suffixes = []
+        text_of_code = np.full(self.task.codes, -1)
+        for code in codes.tolist():
+            text = self.prompter.stepped_text(code)
+            if text not in index_of_text:
+                index_of_text[text] = len(suffixes)
+                suffixes.append(self.prompter.suffix(code))
+            text_of_code[code] = index_of_text[text]
+        return text_of_code, tuple(suffixes)
+
+    def _exact(self, accounts: Accounts, moment: int) -> tuple[PromptSet, np.ndarray]:
+        # Positions too small for the text's digits look flat and are not: the side is in the key.
+        sides = np.sign(accounts.shares).astype(int).tolist()
+        texts = [self.prompter.exact_text(accounts, b, moment) for b in range(len(accounts))]
+        keys = list(zip(texts, sides, strict=True))
+        row_of_key = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        text_index = {
+            text: i for i, text in enumerate(dict.fromkeys(text for text, _ in row_of_key))
+        }
+        side = np.array([side for _, side in row_of_key], dtype=np.int8)
+        prompts = PromptSet(
+            prefixes=(self.prompter.prefix(moment),),
+            suffixes=tuple(self.prompter.tokenizer.encode(text) for text in text_index),
+            pairs=np.array([(0, text_index[text]) for text, _ in row_of_key], dtype=np.int32),
+            side=side,
+            allowed=self.task.allowed(moment, side),
+            reference=np.zeros(0, dtype=np.int32),
+        )
+        return prompts, np.array([row_of_key[key] for key in keys], dtype=np.int32)
