@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastflag import config as settings
-from fastflag.evaluate.figures import ACTION_COLOURS
+from fastflag.evaluate.figures import backtest_figures
 from fastflag.evaluate.report import write_report
 from fastflag.files import InputError
 from fastflag.market.tasks.single import ACTIONS
@@ -86,6 +86,7 @@ def make_backtest(days=150, seed=3, position=None):
     phrases = ("beats estimates on cloud growth", "faces antitrust question", "raises its dividend")
     return {
         "symbol": "AAPL",
+        "action_names": ["Sell", "Hold", "Buy"],
         "split": "test",
         "start": dates[0],
         "end": dates[-1],
@@ -276,11 +277,25 @@ def test_figures_show_the_backtest(tmp_path):
     assert bought["x"] == [trade["date"] for trade in buys]
     assert bought["y"] == [trade["price"] for trade in buys]
     assert [trace["name"] for trace in drawn["actions"]["data"]] == list(ACTIONS)
-    assert tuple(ACTION_COLOURS) == ACTIONS
     assert drawn["actions"]["data"][2]["y"][0] == pytest.approx(
         backtest["policies"]["greedy"]["probabilities"][0][2], rel=1e-5
     )
     assert len(drawn["luck"]["data"][0]["x"]) == 1000
+
+
+def test_actions_are_named_by_the_document():
+    """A task of four actions; and a document of before, which names none."""
+    backtest = make_backtest()
+    greedy = backtest["policies"]["greedy"]
+    greedy["probabilities"] = [[0.1, 0.2, 0.3, 0.4]] * 149
+    backtest["action_names"] = ["Sell", "Hold", "Buy", "Double"]
+    drawn = backtest_figures(backtest)["actions"].data
+    assert [trace["name"] for trace in drawn] == backtest["action_names"]
+    assert len({trace["fillcolor"] for trace in drawn}) == 4
+    del backtest["action_names"]
+    greedy["probabilities"] = [[0.1, 0.2, 0.7]] * 149
+    drawn = backtest_figures(backtest)["actions"].data
+    assert [trace["name"] for trace in drawn] == list(ACTIONS)
 
 
 def test_hostile_text_stays_text(tmp_path):

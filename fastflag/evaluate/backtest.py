@@ -79,6 +79,7 @@ def backtest(
     sampled_sharpes = [_sharpe(entry["standard"]) for entry in sampled_metrics]
     return {
         "symbol": world.prompter.symbol,
+        "action_names": list(world.task.actions),
         "split": split,
         "start": str(dates[0]),
         "end": str(dates[-1]),

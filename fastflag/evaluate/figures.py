@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ _POLICIES = {
     "greedy": ("greedy", _GREEDY, "solid"),
     "buy_and_hold": ("buy-and-hold", "#d18b1f", "5px,3px"),
 }
-# In the order of their probabilities.
-ACTION_COLOURS = {"Sell": "#d9583f", "Hold": "#98a2ae", "Buy": "#1f9d86"}
-_MARKERS = {"Sell": "triangle-down", "Hold": "diamond", "Buy": "triangle-up"}
-_PHASE_COLOURS = ("#3b7ddd", "#1f9d86", "#d18b1f", "#8b6fd6", "#d9583f", "#808b99")
+_ACTION_COLOURS = {"Sell": "#d9583f", "Hold": "#98a2ae", "Buy": "#1f9d86"}
+_MARKERS = {"Sell": "triangle-down", "Buy": "triangle-up"}
+# Of phases, and of actions that have none of their own.
+_COLOURS = ("#3b7ddd", "#1f9d86", "#d18b1f", "#8b6fd6", "#d9583f", "#808b99")
 _PERCENT = {"tickformat": ".0%", "hoverformat": ".1%"}
 
 # Updates drawn in a training curve: longer runs are thinned, so that the page opens fast.
@@ -98,7 +99,7 @@ def _trade_markers(trades: list[dict[str, Any]], action: str) -> dict[str, Any]:
         "y": [trade["price"] for trade in trades],
         "name": action,
         "mode": "markers",
-        "marker": {"symbol": _MARKERS[action], "color": ACTION_COLOURS[action], "size": 10},
+        "marker": {"symbol": _MARKERS[action], "color": _ACTION_COLOURS[action], "size": 10},
         "text": [number(trade["shares"]) for trade in trades],
         "hovertemplate": f"%{{x|%Y-%m-%d}}: {action} at %{{y:,.2f}}<br>"
         "%{text} shares held after it<extra></extra>",
@@ -107,9 +108,13 @@ def _trade_markers(trades: list[dict[str, Any]], action: str) -> dict[str, Any]:
 
 def _actions(backtest: dict[str, Any], days: list[str]) -> Figure:
     columns = _array(backtest["policies"]["greedy"]["probabilities"]).T
+    # Earlier documents don't name the actions: theirs are these three.
+    names = backtest.get("action_names", list(_ACTION_COLOURS))
+    others = zip(names, cycle(_COLOURS), strict=False)
+    colours = [_ACTION_COLOURS.get(name, other) for name, other in others]
     traces = [
-        _area(days[:-1], column, action, colour)
-        for column, (action, colour) in zip(columns, ACTION_COLOURS.items(), strict=True)
+        _area(days[:-1], column, name, colour)
+        for column, name, colour in zip(columns, names, colours, strict=True)
     ]
     caption = "Of the greedy run's prompts, one a decision."
     axis = {**_PERCENT, "range": [0, 1]}
@@ -180,7 +185,7 @@ def _seconds(steps: list[int], seconds: np.ndarray, phases: list[str], total: fl
     top = 1.3 * float(np.percentile(seconds.sum(axis=1), 90)) or 1.0
     traces = [
         # plotly draws <a> and <b> in names as markup.
-        _area(steps, column, escape(name), _PHASE_COLOURS[index % len(_PHASE_COLOURS)])
+        _area(steps, column, escape(name), _COLOURS[index % len(_COLOURS)])
         for index, (column, name) in enumerate(zip(seconds.T, phases, strict=True))
     ]
     caption = f"{number(total, 1)} s in all; the first update compiles."
