@@ -108,8 +108,9 @@ class PolicyConfig(Checked):
     trunk_disk_mb: Megabytes = 4096
     """Megabytes of them kept in files, for later runs, under the user's cache folder; 0: none."""
     memory_budget: Megabytes = 0
-    """Megabytes that an update may keep of the trained layers' work, beside the days' keys and
-    values; more is done again, in parts, for the same gradient but for rounding. 0: no bound."""
+    """Activation budget of the trained layers in MB, the days' keys and values not counted; above
+    it, gradient checkpointing recomputes in chunks (the same gradient up to rounding). 0: no
+    bound."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
 

@@ -45,7 +45,7 @@ class Graphs:
     """A function of a stage, `evaluate`, which reads the parameters of `trained`: as it is, or as a
     graph for each set of shapes, of which the first few that come back are kept.
 
-    What it returned holds until its shapes come again, and so does its backward pass.
+    Outputs, and their backward pass, are valid until the next call with the same shapes.
     """
 
     def __init__(

@@ -26,8 +26,8 @@ _TOKENS = 16
 
 @dataclass(frozen=True)
 class Stage:
-    """Suffixes beyond the set's own are zeros and belong to the last prefix; rows of results beyond
-    it repeat the first suffix. Nobody reads either."""
+    """A set of prompts as blocks. Padding: extra suffixes are zeros under the last prefix, extra
+    rows of results repeat suffix 0; both are ignored."""
 
     prefixes: Tensor  # [D, P, C], frozen states
     suffixes: Tensor  # [U, S, C], frozen states; those of one prefix follow one another

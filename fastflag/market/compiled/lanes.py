@@ -27,11 +27,10 @@ from fastflag.market.compiled.kernel import kernel
 from fastflag.market.compiled.random import uniform_nb
 
 # Accounts that a rollout takes through a day together, rule by rule. Each rule is a loop over lanes
-# around its scalar function. LLVM makes vector code of it (where there is AVX-512, three times the
-# steps a second of account by account) on these terms: the numbers lie in two buffers at constant
-# distances, so that nothing need be checked for overlap, and what can't be vectorised (looking up
-# in a table, the logarithm) has a loop of its own. 256 lanes fit a core's first cache; at distances
-# that are powers of two they would lie over one another in it.
+# around its scalar function. LLVM vectorises these loops (with AVX-512, three times the steps a
+# second of account by account) only if (1) all numbers lie in two buffers at constant offsets, so
+# that nothing need be checked for overlap, and (2) look-ups and logarithms have loops of their own.
+# 256 lanes fit a core's L1 cache. The stride is 264, not 256: powers of two collide in it.
 LANES = 256
 _STRIDE = LANES + 8
 _FLOATS = range(0, (11 + 2 * HISTORY) * _STRIDE, _STRIDE)
