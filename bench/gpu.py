@@ -380,7 +380,7 @@ def _update_task(variant: str) -> list[dict]:
     torch.cuda.reset_peak_memory_stats()
     took = float(np.median([seconds(one_update) for _ in range(30)]))
     batch = PlanConfig(_DAYS, _TEXTS, _PREFIX, _SUFFIX)
-    plan = memory.parts(weights.config, config.policy, config.algorithm.optimizer, batch)
+    plan = memory.parts(weights.config, config.policy, config.algorithm.optimizer, batch, _ACTIONS)
     shape = f"{_DAYS} days x {_TEXTS} texts"
     peak = torch.cuda.max_memory_allocated() / 1e6
     rows = [

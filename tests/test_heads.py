@@ -126,7 +126,7 @@ def test_running_statistics_are_a_mean_that_becomes_an_exponential_average():
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_heads_start_at_zero_but_can_learn(kind):
     generator = torch.Generator().manual_seed(0)
-    head = make_action_head(kind, 8, generator)
+    head = make_action_head(kind, 8, 3, generator)
     features, side = random(6, 8).float(), torch.tensor([0, 1, 2, 1, 0, 1])
     assert torch.equal(head(features, side), torch.zeros(6, 3))
     assert torch.equal(make_value_head(8)(features, side), torch.zeros(6, 1))
@@ -145,10 +145,10 @@ def test_heads_start_at_zero_but_can_learn(kind):
 
 def test_the_mlp_is_drawn_from_the_given_generator():
     torch.manual_seed(1)
-    one = make_action_head("mlp", 8, torch.Generator().manual_seed(5))
+    one = make_action_head("mlp", 8, 3, torch.Generator().manual_seed(5))
     torch.manual_seed(2)
-    same = make_action_head("mlp", 8, torch.Generator().manual_seed(5))
-    other = make_action_head("mlp", 8, torch.Generator().manual_seed(6))
+    same = make_action_head("mlp", 8, 3, torch.Generator().manual_seed(5))
+    other = make_action_head("mlp", 8, 3, torch.Generator().manual_seed(6))
     first = [next(head.body.parameters()) for head in (one, same, other)]
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 

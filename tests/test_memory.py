@@ -111,7 +111,7 @@ def test_weights_gradients_and_moments(weights, adapted, head):
     config = replace(EXACT, top_layers=3, head=head, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
     config = replace(config, device="cuda")
-    planned = memory.parts(weights.config, config, "adamw", BATCH)
+    planned = memory.parts(weights.config, config, "adamw", BATCH, 3)
     held = {name: bytes_of(tensors) for name, tensors in held_by(policy).items()}
     assert held == {name: planned[name] for name in held}
     optimizer = make_optimizer(policy, AlgorithmConfig())
@@ -137,7 +137,7 @@ def test_the_state_of_the_8_bit_optimizer(weights, adapted):
     states = [value for state in optimizer.state.values() for value in state.values()]
     distinct = {state.data_ptr(): state for state in states if isinstance(state, Tensor)}
     assert {state.dtype for state in distinct.values()} == {torch.uint8, torch.float32}
-    planned = memory.parts(weights.config, config, "adamw8bit", BATCH)["optimizer_state"]
+    planned = memory.parts(weights.config, config, "adamw8bit", BATCH, 3)["optimizer_state"]
     assert bytes_of(distinct.values()) == planned
 
 
@@ -147,7 +147,7 @@ def test_the_trunk_cache(weights, adapted, top_layers):
     policy = Policy(weights, config, (7, 11, 13), 0)
     policy.evaluate(prompts_of(BATCH))
     config = replace(config, device="cuda")
-    planned = memory.parts(weights.config, config, "adamw", BATCH)["trunk_cache"]
+    planned = memory.parts(weights.config, config, "adamw", BATCH, 3)["trunk_cache"]
     assert policy.trunk.cache.used_bytes == planned
 
 
@@ -156,7 +156,7 @@ def test_a_cpus_activations_are_fp32_in_either_dtype(weights, adapted, monkeypat
     monkeypatch.undo()
     config = replace(EXACT, top_layers=3, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
-    planned = memory.parts(weights.config, config, "adamw", BATCH, fused=False)
+    planned = memory.parts(weights.config, config, "adamw", BATCH, 3, fused=False)
     kept = kept_by_autograd(policy, prompts_of(BATCH))
     # By tiles attention keeps less than the composite that is planned.
     assert kept <= planned["activations"] <= 1.7 * kept
@@ -171,7 +171,7 @@ def test_the_trunk_cache_keeps_to_its_budget(weights, megabytes):
     config = replace(EXACT, trunk_cache_mb=megabytes)
     policy = Policy(weights, config, (7, 11, 13), 0)
     policy.evaluate(prompts_of(batch))
-    planned = memory.parts(weights.config, config, "adamw", batch)["trunk_cache"]
+    planned = memory.parts(weights.config, config, "adamw", batch, 3)["trunk_cache"]
     assert planned == megabytes * 2**20
     assert 0.8 * planned <= policy.trunk.cache.used_bytes <= planned
 
@@ -183,10 +183,10 @@ def test_activations(weights, adapted, head, top_layers):
     config = replace(EXACT, top_layers=top_layers, head=head, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
     config = replace(config, device="cuda")
-    planned = memory.parts(weights.config, config, "adamw", BATCH)["activations"]
+    planned = memory.parts(weights.config, config, "adamw", BATCH, 3)["activations"]
     # Of some hundreds of kilobytes, what is not planned is places of rows and masks of actions.
     assert planned == pytest.approx(kept_by_autograd(policy, prompts_of(BATCH)), rel=0.005)
-    planned = memory.parts(weights.config, config, "adamw", BATCH, fused=False)["activations"]
+    planned = memory.parts(weights.config, config, "adamw", BATCH, 3, fused=False)["activations"]
     with sdpa_kernel(SDPBackend.MATH):
         kept = kept_by_autograd(policy, prompts_of(BATCH))
     assert planned == pytest.approx(kept, rel=0.005)
@@ -199,7 +199,7 @@ def test_a_real_model(smollm, all_threads):
     policy = Policy(weights, config, (7, 11, 13), 0)
     batch = PlanConfig(days=2, texts=5)
     config = replace(config, device="cuda")
-    planned = memory.parts(weights.config, config, "adamw", batch)
+    planned = memory.parts(weights.config, config, "adamw", batch, 3)
     held = {name: bytes_of(tensors) for name, tensors in held_by(policy).items()}
     assert held == {name: planned[name] for name in held}
     assert planned["activations"] == pytest.approx(
@@ -213,7 +213,7 @@ def test_published_sizes():
     adapters of rank 16 on every linear layer have 41,943,040 (as Unsloth prints in training)."""
     model = json_config(Settings(LLAMA_8B, "Llama 3.1 8B"))
     config = PolicyConfig(dtype="bf16", trunk_weights="bf16", top_layers=32, lora_rank=16)
-    planned = memory.parts(model, config, "adamw", PlanConfig())
+    planned = memory.parts(model, config, "adamw", PlanConfig(), 3)
     stored = planned["trunk"] + planned["embedding"] + planned["top_frozen"]
     rotary = 32 * 4 * 64  # fp32 frequencies of half a head in each layer
     # The unembedding is not kept.

@@ -14,6 +14,7 @@ from fastflag import caches
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
 from fastflag.market.compiled import kernel
+from fastflag.market.tasks.single import Single
 from fastflag.model.arithmetic import measured
 from fastflag.model.ops import OPS
 from fastflag.model.weights import open_config
@@ -75,7 +76,8 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
             "--prefix-tokens or --suffix-tokens, prompts"
         )
     parts, composite = (
-        memory.parts(model, policy, optimizer, batch, fused) for fused in (True, False)
+        memory.parts(model, policy, optimizer, batch, len(Single.actions), fused)
+        for fused in (True, False)
     )
     return {
         "model": policy.model,

@@ -20,7 +20,6 @@ from torch.nn.functional import embedding
 
 from fastflag.model.linear import TrainedLinear
 
-ACTIONS = 3
 SIDES = 3
 """Short, flat and long, in this order; `side` is an index into them, int64."""
 _FLAT = 1
@@ -118,11 +117,11 @@ class Head(nn.Module):
         return self.body(centred) + embedding(side, self.bias)
 
 
-def make_action_head(kind: str, width: int, generator: torch.Generator) -> Head:
-    """A head of logits [U, A]. Its last layer starts at zero: the first policy is uniform over the
-    allowed actions."""
+def make_action_head(kind: str, width: int, actions: int, generator: torch.Generator) -> Head:
+    """A head of logits [U, A] for so many actions. Its last layer starts at zero: the first policy
+    is uniform over the allowed ones."""
     mlp = kind == "mlp"
-    return Head(_mlp(width, ACTIONS, generator) if mlp else _zero_linear(width, ACTIONS), ACTIONS)
+    return Head(_mlp(width, actions, generator) if mlp else _zero_linear(width, actions), actions)
 
 
 def make_value_head(width: int) -> Head:

@@ -13,7 +13,7 @@ from fastflag.model.llama import LINEARS
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.shared_prefix import padded_length
 from fastflag.model.weights import layer_shapes
-from fastflag.policy.heads import ACTIONS, MLP_WIDTH, SIDES
+from fastflag.policy.heads import MLP_WIDTH, SIDES
 
 _FP32 = 4
 _BYTES = {"bf16": 2, "fp32": _FP32}
@@ -26,9 +26,11 @@ def parts(
     policy: PolicyConfig,
     optimizer: Optimizer,
     batch: PlanConfig,
+    actions: int,
     fused: bool = True,
 ) -> dict[str, int]:
-    """Bytes of each part, where `policy` has no more top layers than the model has layers.
+    """Bytes of each part, where `policy` has no more top layers than the model has layers;
+    `actions` is how many the task has.
 
     Without `fused`, attention is PyTorch's composite of products and a softmax, as where no kernel
     takes both a mask and query heads that share keys: of PyTorch 2.13's, its documentation has
@@ -44,11 +46,11 @@ def parts(
     full, in_nf4 = policy.adaptation == "full", policy.adaptation == "qlora"
     base = 0 if full else _stored(matrices, "nf4" if in_nf4 else policy.dtype) + biases * between
     layers = policy.top_layers * _trained_in_layer(model, policy)
-    heads = _head_tensors(model, policy)
+    heads = _head_tensors(model, policy, actions)
     trained = _FP32 * (sum(layers) + sum(heads))
     # Running statistics: a mean and an int64 count for each side, and a deviation. For the
     # language-model head, the rows of its words and a copy of what training starts from.
-    words, initial = (ACTIONS, trained) if policy.head == "lm" else (0, 0)
+    words, initial = (actions, trained) if policy.head == "lm" else (0, 0)
     beside = _FP32 * (SIDES + 1 + words) * model.width + 8 * SIDES
     # Every layer holds the rotary frequencies.
     rotary = _FP32 * model.head_dim // 2
@@ -64,7 +66,7 @@ def parts(
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
         "trunk_cache": min(_cacheable(model, trunk, batch, between), kept),
-        "activations": min(_evaluation(model, policy, batch, fused), budget),
+        "activations": min(_evaluation(model, policy, batch, actions, fused), budget),
     }
 
 
@@ -90,11 +92,11 @@ def _trained_in_layer(model: ModelConfig, policy: PolicyConfig) -> list[int]:
     return [side * policy.lora_rank for side in sides]
 
 
-def _head_tensors(model: ModelConfig, policy: PolicyConfig) -> list[int]:
+def _head_tensors(model: ModelConfig, policy: PolicyConfig, actions: int) -> list[int]:
     """Numbers of each tensor of the value head and, but for "lm", of the action head."""
     action = {
-        "linear": [ACTIONS * model.width, SIDES * ACTIONS],
-        "mlp": [MLP_WIDTH * model.width, MLP_WIDTH, ACTIONS * MLP_WIDTH, SIDES * ACTIONS],
+        "linear": [actions * model.width, SIDES * actions],
+        "mlp": [MLP_WIDTH * model.width, MLP_WIDTH, actions * MLP_WIDTH, SIDES * actions],
         "lm": [],
     }
     return [model.width, SIDES, *action[policy.head]]
@@ -132,13 +134,15 @@ def suffix_bytes(
     return _Kept(model, policy, fused).passed(rows, tokens, prefix)
 
 
-def _evaluation(model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, fused: bool) -> int:
+def _evaluation(
+    model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, actions: int, fused: bool
+) -> int:
     """Of tokens as they are padded (model/shared_prefix.py)."""
     prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
     prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
     of_prefixes = prefix_bytes(model, policy, batch.days, prefix, fused)
     of_suffixes = suffix_bytes(model, policy, prompts, suffix, prefix, fused)
-    read_out = _Kept(model, policy, fused).read_out(prompts, reference)
+    read_out = _Kept(model, policy, fused).read_out(prompts, reference, actions)
     return of_prefixes + of_suffixes + read_out
 
 
@@ -219,9 +223,9 @@ class _Kept:
         mask = rows * queries * keys if masked else 0
         return (copies * asked * head + shared + mask) * self._dtype + asked * _FP32
 
-    def read_out(self, prompts: int, reference: int) -> int:
+    def read_out(self, prompts: int, reference: int, actions: int) -> int:
         """The final norm; then in fp32, of all rows and of the reference (one a day and side) what
         they are from their means, all rows centred, an MLP's numbers, the log-probabilities."""
         inner = MLP_WIDTH if self.policy.head == "mlp" else 0
-        numbers = (2 * prompts + reference) * self.model.width + prompts * (inner + ACTIONS)
+        numbers = (2 * prompts + reference) * self.model.width + prompts * (inner + actions)
         return self._norm(prompts, self.model.width) + _FP32 * numbers

@@ -131,7 +131,8 @@ class Policy(nn.Module):
             self.action_words = unembedding[list(action_tokens)].to(self.device)
             self.action_head = None
         else:
-            self.action_head = make_action_head(config.head, width, generator).to(self.device)
+            head = make_action_head(config.head, width, len(action_tokens), generator)
+            self.action_head = head.to(self.device)
         self.value_head = make_value_head(width).to(self.device)
         self.running = RunningStatistics(width).to(self.device)
         # Of the other heads the initial policy is known to be uniform.
