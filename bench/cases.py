@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastflag.kernels.action_head import action_terms
-from fastflag.kernels.gae import generalised_advantage
 from fastflag.kernels.logprob import token_log_probability
 from fastflag.kernels.lora import lora_linear
 from fastflag.kernels.nf4 import nf4_dequantise, nf4_linear
@@ -243,15 +242,6 @@ def _action_terms(memory: Memory) -> Inputs:
     }
 
 
-def _generalised_advantage(memory: Memory) -> Inputs:
-    """4,096 environments of 63 steps."""
-    shape, like = (4096, 63), {"dtype": torch.float32}
-    names = ("reward", "value", "next_value")
-    ends = {name: memory.below(50, *shape) == 1 for name in ("terminated", "truncated")}
-    numbers = {name: memory.normal(*shape, **like) for name in names}
-    return numbers | ends | {"gamma": 0.99, "gae_lambda": 0.95}
-
-
 def _token_log_probability(model: Model, memory: Memory) -> Inputs:
     return {
         "hidden": memory.normal(memory.rows // SUFFIX, model.width),
@@ -283,10 +273,7 @@ _OF_A_MODEL = (
     (prefix_attention, ", pieces of 8 tokens", _pieces, ()),
     (token_log_probability, "", _token_log_probability, ("hidden",)),
 )
-_OF_NO_MODEL = (
-    (action_terms, "3 actions", _action_terms, ("logits",)),
-    (generalised_advantage, "4,096 x 63", _generalised_advantage, ()),
-)
+_OF_NO_MODEL = ((action_terms, "3 actions", _action_terms, ("logits",)),)
 
 
 def cases(models: Sequence[Model]) -> tuple[Case, ...]:

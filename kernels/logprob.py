@@ -1,5 +1,7 @@
 """A chosen token's log-probability and the entropy over the vocabulary, from hidden states.
 
+Nothing in fastflag calls it yet: its caller is the writing agent to come.
+
 For each row h of hidden states, with z_j = h . W_j / temperature over the columns j:
 
     log_probability = z_token - log sum_j exp(z_j)
