@@ -240,8 +240,8 @@ def prefix_attention_reference(
     own_value: Tensor,
     first: Tensor,
 ) -> Tensor:
-    """The same in PyTorch, each suffix with a copy of its prefix: scores and softmax in fp32, the
-    probabilities rounded to the values' type."""
+    """The same in PyTorch, each suffix with a copy of its prefix. Scores and softmax are in fp32;
+    the probabilities are rounded to the values' type."""
     suffix = torch.arange(len(query), dtype=starts.dtype, device=query.device)
     prefix = torch.searchsorted(starts[1:], suffix, right=True)
     keys = torch.cat((key.index_select(0, prefix), own_key), dim=2)
@@ -290,10 +290,10 @@ def _columns(query: Tensor) -> int:
     return max(next_power_of_2(query.shape[3]), 16)
 
 
-# Rows that a program keeps and keys that pass by, or the reverse, by the bytes of a head. The
-# largest that spill no registers in bf16, E = 64 and 128, each warp or warpgroup with
-# rows of its own: with fewer rows than columns, Ampere's products are split by columns and their
-# operands repeated in every warp. wgmma and tcgen05 take 64 rows and more.
+# By the bytes of a head: rows that a program keeps and keys that it passes over, or the reverse.
+# These are the largest that spill no registers in bf16, E = 64 and 128, with rows of its own for
+# each warp or warpgroup. With fewer rows than columns, Ampere's products are split by columns and
+# their operands repeated in every warp. wgmma and tcgen05 take 64 rows and more.
 _NARROW = {"KEPT": 64, "PASSED": 32, "num_warps": 4, "num_stages": 2}
 _WIDE = {
     512: {"KEPT": 64, "PASSED": 16, "num_warps": 8, "num_stages": 2},

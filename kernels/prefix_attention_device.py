@@ -19,8 +19,8 @@ there can be, and a program whose tile has none returns.
 
 from fastflag.kernels.language import jit, tl
 
-# In the kernels a tensor of four axes is a tuple: its pointer and the strides of the first three
-# axes, the last one's being 1. Counts vary from call to call; nothing is compiled for one of them.
+# A tensor of four axes is a tuple: its pointer and the strides of the first three axes. The last
+# axis has stride 1. Counts vary from call to call, so no kernel is specialised for one of them.
 _COUNTS = ("prefixes", "suffixes", "keys", "own_keys", "queries")
 
 
@@ -42,7 +42,7 @@ def _key_pointers(tensor, owner, place, COLUMNS: tl.constexpr):
 
 @jit
 def _load(pointers, inside, E: tl.constexpr):
-    """[X, COLUMNS], 0 in rows that are not inside and in columns beyond the head's size."""
+    """[X, COLUMNS]. Padding is 0: rows that are not inside, columns beyond the head's size."""
     columns = tl.arange(0, pointers.shape[1])
     return tl.load(pointers, mask=inside[:, None] & (columns < E)[None, :], other=0.0)
 
@@ -58,8 +58,8 @@ def _store(pointers, numbers, inside, E: tl.constexpr):
 def _tile_of_rows(starts_ptr, prefixes, rows, KEPT: tl.constexpr):
     """The prefix of the program's tile of rows, the tile's first row and the prefix's last + 1.
 
-    Prefix d has the tiles from floor(starts[d] rows / KEPT) + d on: as many as it needs or one
-    more, which begins beyond its rows.
+    Prefix d has the tiles from floor(starts[d] rows / KEPT) + d on. These are as many as it needs,
+    or one more, which begins beyond its rows and so has none.
     """
     tile = tl.program_id(0)
     prefix = -1
@@ -106,7 +106,7 @@ def _own_tile(
 
 @jit
 def _own_sight(first_ptr, row, inside, own_keys, queries, R: tl.constexpr):
-    """Rows [X] see the own keys from low to high - 1, of all suffixes' keys in a line."""
+    """low and high [X]: a row sees the own keys low .. high - 1, counted over all suffixes."""
     suffix = row // (R * queries)
     last = tl.load(first_ptr + suffix, mask=inside, other=0) + row % queries
     return suffix * own_keys, suffix * own_keys + tl.minimum(last + 1, own_keys)
