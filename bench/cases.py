@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastflag.kernels.action_head import action_terms
-from fastflag.kernels.gae import generalised_advantage
 from fastflag.kernels.logprob import token_log_probability
 from fastflag.kernels.lora import lora_linear
 from fastflag.kernels.nf4 import nf4_dequantise, nf4_linear
@@ -201,23 +200,24 @@ def _few(inputs: Callable[[Model, Memory], Inputs], model: Model, memory: Memory
     return inputs(model, replace(memory, rows=64))
 
 
-def _prefix_attention(last_only: bool, model: Model, memory: Memory) -> Inputs:
-    """Every token of the suffixes of all days, or the last one of each."""
-    prompts = memory.rows // SUFFIX
-    days = max(prompts // SUFFIXES, 1)
-    queries, size = 1 if last_only else SUFFIX, model.head_size
+def _prefix_attention(
+    model: Model, memory: Memory, queries: int = SUFFIX, places: Sequence[int] = (0,)
+) -> Inputs:
+    """Of each suffix on each day, `queries` tokens from each of `places` on."""
+    prompts, size = memory.rows // SUFFIX, model.head_size
+    days, suffixes = max(prompts // SUFFIXES, 1), prompts * len(places)
 
     def heads(count: int, number: int, tokens: int) -> Tensor:
         """As a linear layer's output is laid out."""
         return memory.normal(count, tokens, number, size).transpose(1, 2)
 
     shared = (heads(days, model.kv_heads, PREFIX) for _ in range(2))
-    own = (heads(prompts, model.kv_heads, SUFFIX) for _ in range(2))
-    first = torch.full((prompts,), SUFFIX - queries, dtype=torch.int32, device=memory.device)
-    starts = torch.linspace(0, prompts, days + 1, device=memory.device).int()
+    own = (heads(suffixes, model.kv_heads, SUFFIX) for _ in range(2))
+    first = torch.tensor(places, dtype=torch.int32, device=memory.device).repeat(prompts)
+    starts = torch.linspace(0, suffixes, days + 1, device=memory.device).int()
     lengths = torch.full((days,), PREFIX, dtype=torch.int32, device=memory.device)
     return {
-        "query": heads(prompts, model.heads, queries),
+        "query": heads(suffixes, model.heads, queries),
         **dict(zip(("key", "value"), shared, strict=True)),
         "lengths": lengths,
         "starts": starts,
@@ -242,15 +242,6 @@ def _action_terms(memory: Memory) -> Inputs:
     }
 
 
-def _generalised_advantage(memory: Memory) -> Inputs:
-    """4,096 environments of 63 steps."""
-    shape, like = (4096, 63), {"dtype": torch.float32}
-    names = ("reward", "value", "next_value")
-    ends = {name: memory.below(50, *shape) == 1 for name in ("terminated", "truncated")}
-    numbers = {name: memory.normal(*shape, **like) for name in names}
-    return numbers | ends | {"gamma": 0.99, "gae_lambda": 0.95}
-
-
 def _token_log_probability(model: Model, memory: Memory) -> Inputs:
     return {
         "hidden": memory.normal(memory.rows // SUFFIX, model.width),
@@ -260,6 +251,9 @@ def _token_log_probability(model: Model, memory: Memory) -> Inputs:
 
 
 _ATTENDED = ("query", "key", "value", "own_key", "own_value")
+_last_token = partial(_prefix_attention, queries=1, places=(SUFFIX - 1,))
+# As the frozen layers take account texts: a tree of pieces, here of two depths, without gradient.
+_pieces = partial(_prefix_attention, queries=8, places=(0, 8))
 # An op, what is special about its inputs, how they are made, and which of them get a gradient.
 _OF_A_MODEL = (
     (nf4_dequantise, "", _nf4_dequantise, ()),
@@ -274,14 +268,12 @@ _OF_A_MODEL = (
     (add_rms_norm, "", _add_rms_norm, ("x", "residual")),
     (rotate_, "", _rotate, ("query", "key")),
     (swiglu, "", _swiglu, ("gate", "up")),
-    (prefix_attention, "", partial(_prefix_attention, False), _ATTENDED),
-    (prefix_attention, ", last token", partial(_prefix_attention, True), _ATTENDED),
+    (prefix_attention, "", _prefix_attention, _ATTENDED),
+    (prefix_attention, ", last token", _last_token, _ATTENDED),
+    (prefix_attention, ", pieces of 8 tokens", _pieces, ()),
     (token_log_probability, "", _token_log_probability, ("hidden",)),
 )
-_OF_NO_MODEL = (
-    (action_terms, "3 actions", _action_terms, ("logits",)),
-    (generalised_advantage, "4,096 x 63", _generalised_advantage, ()),
-)
+_OF_NO_MODEL = ((action_terms, "3 actions", _action_terms, ("logits",)),)
 
 
 def cases(models: Sequence[Model]) -> tuple[Case, ...]:

@@ -15,8 +15,8 @@ Backward, with dX for the gradient of X:
     dz = c onehot(b) + p (s - sum(p s) - c)
     dlog p = c onehot(b) + p (s + ddivergence - dentropy)       where log p is given instead of z
 
-In PyTorch that is 25 launches forward and 36 backward, on [N, A] numbers with A as small as 3; here
-it is one and one, and nothing is kept for the backward but what the forward was given.
+PyTorch takes 25 launches forward and 36 backward, on [N, A] numbers with A as small as 3. Here it
+is one each. Only the forward's inputs are kept, and the backward pass recomputes the rest.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @jit
 def _policy(logits_ptr, allowed_ptr, offsets, inside, real):
-    """p and log p, 0 and -inf where not allowed; rows beyond the last allow everything."""
+    """p and log p, 0 and -inf where not allowed. In padding rows every action is allowed."""
     logits = tl.load(logits_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if allowed_ptr is None:
         log_p = tl.where(real, logits, -float("inf"))
@@ -58,7 +58,8 @@ def _taken(log_p, column, action_ptr, old_ptr, row, here):
 
 @jit
 def _surrogates(ratio, advantage, lower, upper):
-    """PPO's without and with the clip, rounded as PyTorch rounds them: they tie where those do."""
+    """PPO's surrogate without and with the clip. Both are rounded as in PyTorch, so that they are
+    equal where PyTorch's are."""
     return -advantage * ratio, -advantage * tl.minimum(tl.maximum(ratio, lower), upper)
 
 
@@ -144,7 +145,8 @@ def _backward_kernel(
     if lower is None:
         moving = tl.full(row.shape, 1.0, tl.float32)
     else:
-        # As torch.max has it, equal arguments get half each; as clamp has it, a bound passes all.
+        # As in torch.max, equal arguments get half the gradient each. As in clamp, a ratio on a
+        # bound gets all of it.
         free, clipped = _surrogates(ratio, advantage, lower, upper)
         held = (ratio < lower) | (ratio > upper)
         moving = tl.where(held & (free == clipped), 0.5 * ratio, ratio)
@@ -155,7 +157,8 @@ def _backward_kernel(
     possible = log_p > -float("inf")
     finite = tl.where(possible, log_p, 0.0)
     initial = tl.load(initial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    # d(p log p) / dlog p has a 1 that cancels, but for what the divergence leaves out.
+    # d(p log p) / dlog p = p (log p + 1). The ones cancel over the actions, and actions that the
+    # divergence leaves out have none.
     difference = tl.where(initial > -float("inf"), finite - initial, -1.0)
     dentropy = _upstream(dentropy_ptr, row, here)[:, None]
     ddivergence = _upstream(ddivergence_ptr, row, here)[:, None]
@@ -180,11 +183,12 @@ def action_terms(
 ) -> Terms:
     """(log_probability, entropy, ratio, surrogate, divergence), each [...] fp32; nats.
 
-    logits [..., A] and allowed [..., A] bool; or None for `allowed`, and log-probabilities that are
-    taken as they are, -inf where not allowed: a ratio to the same numbers is exactly 1. action
-    [...] int64; old_log_probability and advantage [...]; initial [..., A] log-probabilities of the
-    initial policy, -inf where not allowed. With None for `clip`, the surrogate is REINFORCE's,
-    -advantage log_probability. Only `logits` gets a gradient, 0 where not allowed.
+    logits [..., A] and allowed [..., A] bool. With None for `allowed`, `logits` are
+    log-probabilities, -inf where not allowed, and are used unchanged: a ratio to the same numbers
+    is exactly 1. action [...] int64; old_log_probability and advantage [...]; initial [..., A]
+    log-probabilities of the initial policy, -inf where not allowed. With None for `clip`, the
+    surrogate is REINFORCE's, -advantage log_probability. Only `logits` gets a gradient, 0 where not
+    allowed.
     """
     terms = _empty_terms(action)
     inputs = (logits, allowed, action, old_log_probability, advantage, initial)
@@ -267,8 +271,9 @@ def _empty_terms(action: Tensor) -> Terms:
 
 
 def _launch(kernel, inputs: Sequence[Tensor | None], clip: float | None, *rest) -> None:
-    """256 numbers to a program, two to a lane. Samples are thousands, so the time is a launch's and
-    one program's: with four to a lane that has half as many instructions again, and barriers."""
+    """A program has 256 numbers, a lane two. There are only thousands of samples, so the time is
+    that of a launch and of one program. With four numbers a lane, a program has half as many
+    instructions again, and barriers."""
     logits, _, action, *_ = inputs
     contiguous = (tensor if tensor is None else tensor.contiguous() for tensor in inputs)
     bounds = (None, None) if clip is None else (1 - clip, 1 + clip)

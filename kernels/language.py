@@ -12,7 +12,7 @@ try:
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
-    # A constant keeps its value, which references read.
+    # A constant keeps its value: references read it.
     tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
     def jit(function=None, **options):

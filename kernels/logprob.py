@@ -1,5 +1,7 @@
 """A chosen token's log-probability and the entropy over the vocabulary, from hidden states.
 
+Nothing in fastflag calls it yet: its caller is the writing agent to come.
+
 For each row h of hidden states, with z_j = h . W_j / temperature over the columns j:
 
     log_probability = z_token - log sum_j exp(z_j)
@@ -8,20 +10,20 @@ For each row h of hidden states, with z_j = h . W_j / temperature over the colum
     dz_j = dlog_probability ([j = token] - p_j) - dentropy p_j (log p_j + entropy)
     dh = sum_j dz_j W_j / temperature,  dW_j = sum_rows dz_j h / temperature
 
-Forward, a program multiplies one tile of rows and columns and keeps three numbers of a row: the
-largest logit, the sum of exponentials relative to it, and the sum of those times their exponents.
-A second kernel merges a row's tiles as log-sum-exp is merged. So a row's numbers take the place of
-its logits (with 128 columns to a tile, 12 bytes of 256 in bf16), every column has programs of its
-own whatever the number of rows, and a row has the same bits in every batch.
+Forward, a program computes the logits of one tile of rows and columns. It keeps three numbers a
+row: the largest logit, the sum of exponentials relative to it, and the sum of those times their
+exponents. With 128 columns a tile, they are 12 bytes in place of 256 of logits in bf16. A second
+kernel merges a row's tiles by log-sum-exp. The vocabulary is split among programs whatever the
+number of rows, so a row has the same bits in every batch.
 
-Backward, the logits are multiplied anew and their gradient written for some columns at a time, at
-most `_GRADIENT_SIZE` numbers or one tile's columns, from which the library's matrix products make
-dh and, if asked for, dW; dh is added up in fp32. They are not fused further: a sum over columns as
-wide as h does not fit in registers, so that each tile would read and write it, 2 / BLOCK_COLUMNS
-bytes for an operation: at 800 TFLOP/s and 128 columns, nearly four times an H100's 3.35 TB/s.
+Backward, the logits are recomputed for some columns at a time, and their gradient is written: at
+most `_GRADIENT_SIZE` numbers, or one tile's columns. The library's matrix products make dh of it
+and, if asked for, dW; dh is accumulated in fp32. These products are not fused. A row of dh does not
+fit in registers, so each tile would read and write it, 2 / BLOCK_COLUMNS bytes an operation: at 800
+TFLOP/s and 128 columns, nearly four times an H100's 3.35 TB/s.
 
-Exponents are of base 2, one instruction each; they are differences from the largest logit, so that
-they lose nothing however far from zero the logits lie.
+Exponentials are of base 2, one instruction each. Their exponents are differences from the largest
+logit: logits far from zero lose no precision.
 """
 
 import torch
@@ -32,8 +34,8 @@ from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
 from fastflag.kernels.tiles import recorded
 
 # Twice the columns spill on sm_80, sm_89 and sm_90, twice the rows on sm_80, sm_89 and sm_100.
-# These take 128 to 200 registers in bf16, one block to a multiprocessor, so four stages cost
-# nothing that another block could use (96 KiB on sm_80 and sm_89, 128 on sm_90 and sm_100).
+# These take 128 to 200 registers in bf16, so a multiprocessor holds one block. Its four stages
+# (96 KiB on sm_80 and sm_89, 128 on sm_90 and sm_100) take memory from no other.
 _TILES = {80: {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "num_warps": 8, "num_stages": 4}}
 
 # 32 MiB in 16 bits: the gradient's piece is read back from the L2 cache (A100 40 MB, H100 50 MB).
@@ -204,7 +206,7 @@ def _gradient_kernel(
     )
     gradient = tl.where(column[None, :] + first == token[:, None], dlog_probability[:, None], 0.0)
     gradient = (gradient - tl.exp2(log2_probability) * surprise) / temperature
-    # The piece is as wide as whole tiles are, and 0 beyond the columns.
+    # The piece is padded to whole tiles, with 0.
     tl.store(
         gradient_ptr + row.to(tl.int64)[:, None] * stride + column[None, :],
         gradient.to(gradient_ptr.dtype.element_ty),

@@ -3,13 +3,13 @@
     S = x A^T,  y = x W^T + scale S B^T
     dS = scale dy B,  dx = dy W + dS A,  dA = dS^T x,  dB = scale dy^T S
 
-The adapter costs little arithmetic, but by itself its product reads and writes y once more, and its
-gradients read dy twice and dx once more. So the sums of the large product start from the small one,
-forward and backward, and dS and dB come of one reading of dy (the split at S is LoRAFusion's, arXiv
-2510.00206). S and dA are the library's.
+The adapter costs little arithmetic. Unfused, its product reads and writes y once more, and its
+gradients read dy twice and dx once more. So the large product's accumulator starts from the small
+product, forward and backward, and one kernel computes dS and dB from one reading of dy (the split
+at S is LoRAFusion's, arXiv 2510.00206). S and dA are the library's products.
 
-A W in NF4 is decoded tile by tile on its way to the product, as long as few blocks of rows decode
-each tile again; for more it is decoded once to memory, and the products are the library's.
+An NF4 W is decoded tile by tile inside the product, where there are few rows: each block of rows
+decodes it again. For more rows it is decoded to memory once, and the products are the library's.
 """
 
 from math import inf
@@ -78,7 +78,7 @@ def _product_kernel(
     wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     inner = inputs if FORWARD else outputs
     outer = outputs if FORWARD else inputs
-    # Eight tiles of rows to each tile of W: what programs at work together read stays in the L2.
+    # Eight tiles of rows follow one another at each tile of W: what they read stays in the L2.
     tiles = tl.cdiv(outer, BLOCK_O)
     number = tl.program_id(0)
     m, o = tl.swizzle2d(number // tiles, number % tiles, tl.cdiv(rows, BLOCK_M), tiles, 8)
@@ -151,10 +151,10 @@ def _low_kernel(
 # - NF4: the bounds are those of bitsandbytes 0.50's own fused product on these GPUs. Decoding to
 #   memory, 2.56 bytes a number, would take as long as the whole product at 190, 210 and 260 rows
 #   (A100, RTX 4090, H100; from FLOP/s and bytes/s).
-# - A float W: what fusing saves, y once more from and to memory, is the same share at every number
-#   of rows. Up to 64 a taller tile is mostly padding.
-# None spills at any rank; 128 x 256 does on Ampere. W's tile as the first operand of its product
-# would spare Hopper a way through shared memory, but NF4's decoding by shuffles ends there anyway.
+# - A float W: fusing saves one reading and writing of y, the same share at every number of rows. Up
+#   to 64 rows a taller tile is mostly padding.
+# None spills at any rank; 128 x 256 does on Ampere. With W's tile as the first operand, Hopper
+# could read it from registers, but NF4's decoding by shuffles ends in shared memory anyway.
 _SMALL = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
 _TALL = {"BLOCK_M": 128, "BLOCK_I": 64, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4}
 _LARGE = {"BLOCK_M": 128, "BLOCK_I": 64, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3}
@@ -169,9 +169,9 @@ _LOW_TILES = {
     80: {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     90: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
-# For fp32 and fp64, whose exact products are no matrix instruction's and spill sooner. W has to be
-# of the same type: on sm_100 Triton 3.7.1 takes operands that it casts or decodes to fp32 in tf32,
-# though asked for "ieee".
+# For fp32 and fp64: no matrix instruction computes their products exactly, and larger tiles spill.
+# W has to be of the same type: on sm_100 Triton 3.7.1 takes operands that it casts or decodes to
+# fp32 in tf32, though asked for "ieee".
 _WIDE = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_O": 64, "num_warps": 8, "num_stages": 1}
 _WIDE_LOW = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
@@ -185,8 +185,8 @@ def lora_linear(
     """x W^T + scale (x a^T) b^T: x [..., K] -> [..., N].
 
     weight [N, K] of any float type, or NF4 as bitsandbytes packs it: u8 of two numbers each, with
-    absmax fp32 of every 64. a [R, K] and b [N, R], which are cast to x's type; their
-    gradients have their own type. Of a higher rank, which fits no kernel, the reference.
+    absmax fp32 of every 64. a [R, K] and b [N, R] are cast to x's type; their gradients have their
+    own type. Ranks above 64 fit no kernel and take the reference.
     """
     if len(a) > _HIGHEST_RANK:
         return lora_linear_reference(x, weight, absmax, a, b, scale)
@@ -215,9 +215,9 @@ def _(
 def lora_low_gradients(dy: Tensor, low: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The gradients for S [..., R] and for b [N, R].
 
-    The latter is summed over blocks of 128 rows in their order, so runs do not differ: 4 N R bytes
-    for each block, written and read, where a second reading of dy would take 256 N. From rank 32 on
-    it saves nothing but a launch.
+    The latter is summed over blocks of 128 rows in a fixed order, so that runs do not differ. A
+    block writes and reads 4 N R bytes for it, where a second reading of dy would take 256 N. From
+    rank 32 on it saves nothing but a launch.
     """
     rows, low_rows = _rows(dy), _rows(low)
     tile = _WIDE_LOW if dy.itemsize > 2 else recorded(_LOW_TILES)
@@ -261,7 +261,7 @@ def _(dy: Tensor, weight: Tensor, absmax: Tensor | None, dlow: Tensor, a: Tensor
 def _save(ctx, inputs, output) -> None:
     x, weight, absmax, a, b, ctx.scale = inputs
     low = output[1]
-    # Else each backward would fill a gradient of zeros for S.
+    # Otherwise each backward pass would fill zeros for S's gradient.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(low)
     ctx.save_for_backward(x, weight, absmax, a, b, low)
@@ -332,15 +332,15 @@ def _product(
 
 
 def _product_in(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
-    """left right in `dtype`, without a rounding to theirs where PyTorch can, which is on a GPU."""
+    """left @ right in `dtype`; on a GPU without a rounding to the factors' type in between."""
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
 
 
 def _tile(x: Tensor, weight: Tensor, absmax: Tensor | None, inputs: int) -> Tile | None:
-    """The fused product's tile; none where the library's product is to be taken, as for an NF4 W
-    whose blocks cross rows."""
+    """The fused product's tile, or None for the library's product: of many rows or an NF4 W whose
+    blocks cross its rows, and of an fp32 or fp64 x and a W of another type."""
     if x.itemsize > 2:
         return _WIDE if weight.dtype == x.dtype else None
     if absmax is not None and inputs % BLOCKSIZE:

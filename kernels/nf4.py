@@ -9,11 +9,11 @@ Nested, a byte q[b] stands for each absmax, and 256 of them share a scale:
 
     absmax[b] = nested_code[q[b]] * nested_absmax[b // 256] + offset, two roundings
 
-It is undone in the launch that undoes the rest, where bitsandbytes takes three.
+One launch dequantises both levels, where bitsandbytes takes three.
 
-The linear layer y = x weight^T decodes the weight on its way to the product: a few rows of x wait
-for the weight to be read, and 4.5 bits a number are read in place of 4.5 + 16 + 16. The weight is
-frozen; dx = dy weight dequantises it.
+The linear layer y = x weight^T decodes the weight inside the product. For a few rows of x the time
+is that of reading the weight: 4.5 bits a number, where dequantising first takes 4.5 + 16 + 16. The
+weight is frozen; the backward pass dequantises it for dx = dy weight.
 """
 
 import math
@@ -62,7 +62,7 @@ def decode(packed, absmax, dtype: tl.constexpr):
         table = tl.where(index == i, LEVELS[i], table)
     table = tl.broadcast_to(table[None, :], rows, 16)
     byte = packed.to(tl.int32)
-    # One shuffle between lanes a number, where a tree of selects takes ten instructions.
+    # A gather takes one shuffle between lanes for each number, a tree of selects ten instructions.
     level = tl.join(tl.gather(table, byte >> 4, 1), tl.gather(table, byte & 15, 1))
     scaled = level.reshape(rows, blocks, 64) * absmax[:, :, None]
     return scaled.reshape(rows, 64 * blocks).to(dtype)
@@ -112,8 +112,8 @@ def _linear_kernel(
     k = tl.arange(0, 64)[:, None]
     half = tl.arange(0, 32)[None, :]
     inside = n < outputs
-    # The weight's tile comes first: so written, Hopper's and Blackwell's matrix units, whose first
-    # operand has 64 rows or more, serve a few rows of x too.
+    # The weight's tile is the first operand, which has 64 rows or more on Hopper and Blackwell. The
+    # second one may be as narrow as a few rows of x.
     y = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for block in range(split * steps, min((split + 1) * steps, blocks)):
         x = tl.load(x_ptr + (m * blocks + block) * 64 + k, mask=m < rows, other=0.0)
@@ -267,7 +267,7 @@ def nf4_linear_reference(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int
 
 
 def _splits(programs: int, blocks: int) -> int:
-    """How many programs share a row of the weight, for some 256 in all where each has 16 blocks."""
+    """How many programs share a row of the weight: up to 256 in all, 16 blocks or more each."""
     return max(1, min(256 // programs, blocks // 16))
 
 

@@ -1,16 +1,15 @@
-"""RMSNorm (arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + epsilon) * weight over the last axis;
-of x, or of a residual stream's next state x + residual, which is then an output too.
+"""RMSNorm (arXiv 1910.07467, eq. 4): y = x / sqrt(mean(x^2) + epsilon) * weight over the last axis.
 
-The norm has the weight's type, the next state the residual's: so a stream in fp32 is read in fp32
-and rounded once, for the product that follows. The weight is frozen in every policy, so there is no
-gradient for it:
+What is normed is x, or a residual stream's next state x + residual, which is then an output too.
+The norm has the weight's type, the next state the residual's. So a stream in fp32 is read in fp32
+and rounded once, for the product that follows. The weight is frozen and has no gradient. That of x:
 
     r = 1 / sqrt(mean(x^2) + epsilon),  g = dy weight
     dx = r g - r^3 x mean(g x)
 
 With total = x + residual, both addends have the gradient dtotal + dx(total), each in its own type.
-One launch adds and norms, one differentiates both; each reads its inputs once, where PyTorch takes
-nine operators forward, whose intermediate results are mostly fp32.
+One launch adds and norms, one differentiates both, and each reads its inputs once. PyTorch takes
+nine operators forward, and most of their intermediate results are fp32.
 """
 
 import torch
@@ -76,8 +75,8 @@ def _backward_kernel(
 def _tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's offsets, their columns, and which of them exist, each [ROWS, BLOCK]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    # As many as offsets: a weight of one row would change its layout through shared memory, which
-    # for Qwen3's heads doubles the backward kernel's instructions and registers.
+    # One for each offset: the layout of a single row would be changed through shared memory. For
+    # Qwen3's heads that doubles the backward kernel's instructions and registers.
     column = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], ROWS, BLOCK)
     return row * columns + column, column, (row < rows) & (column < columns)
 

@@ -2,9 +2,9 @@
 
     (left, right) -> (left cos - right sin, right cos + left sin)
 
-for the halves of every head. Queries and keys are rotated where they lie, in one launch, which
-reads the angles once for all heads; PyTorch takes seven operators for each of the two. A rotation
-is orthogonal: its gradient is the incoming one rotated back, the same kernel with -sin.
+for the halves of every head. One launch rotates queries and keys in place and reads the angles once
+for all heads. PyTorch takes seven operators for each of the two. A rotation is orthogonal: its
+gradient is the incoming one rotated back, the same kernel with -sin.
 """
 
 import torch
@@ -75,8 +75,9 @@ def rotate_(
     """Rotates query [N, H, T, E] and key [N, G, T, E], or query alone, in their own memory; they
     may be strided, with E unit-strided. cos and sin [N or 1, 1, T, E / 2].
 
-    Use what is returned: it is the rotated memory, with the gradient through the rotation. The
-    arguments are spent; a backward that saved one of them raises, as after any in-place operation.
+    Use what is returned: it is the rotated memory, with the gradient through the rotation. Do not
+    use the arguments again: a backward that saved one of them raises, as after any in-place
+    operation.
     """
     return _Rotate.apply(query, key, cos, sin)
 
@@ -152,7 +153,7 @@ def rotate_reference(
 def _launch(
     sources: list[Tensor], targets: list[Tensor], cos: Tensor, sin: Tensor, direction: int
 ) -> None:
-    """A program a token: all heads of one tensor or two, which `targets` are laid out as."""
+    """One program a token, for all heads of one tensor or two. `targets` are laid out like them."""
     (rows, heads, tokens, size), groups = sources[0].shape, sources[-1].shape[1]
     block, half = next_power_of_2(heads), next_power_of_2(size // 2)
     _rotate_kernel[(rows * tokens,)](
@@ -171,6 +172,6 @@ def _launch(
         HEADS=block,
         GROUPS=next_power_of_2(groups),
         HALF=half,
-        # 16 bytes of either half of the queries a thread.
+        # Each thread has 16 bytes of either half of the queries.
         num_warps=min(max(block * half // 256, 1), 8),
     )

@@ -3,8 +3,8 @@ silu(g) = g s(g) and s the logistic function:
 
     dup = dy silu(gate),  dgate = dy up s (1 + gate (1 - s))
 
-One launch forward and one for both gradients, which recompute s: nothing but gate and up is kept,
-where PyTorch writes silu(gate), and its gradient, to memory and reads them back.
+One launch forward, and one for both gradients, which recomputes s. Only gate and up are kept.
+PyTorch writes silu(gate) and its gradient to memory and reads them back.
 """
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from fastflag.kernels.language import cdiv, check_alike, jit, tl
 from fastflag.kernels.tiles import recorded
 
-# 16 bytes of a 16-bit type a thread and array; nothing is reused, so no architecture wants more.
+# Each thread has 16 bytes of each array in a 16-bit type. Nothing is reused, so no architecture
+# gains from more.
 _TILES = {80: {"BLOCK": 1024, "num_warps": 4}}
 
 
@@ -132,7 +133,7 @@ def _launch(kernel, gate: Tensor, up: Tensor, *tensors: Tensor) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., F] -> [R, F] with unit stride in F; a copy only where one constant stride is not."""
+    """[..., F] -> [R, F] with unit stride in F; a copy only where rows have no constant stride."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

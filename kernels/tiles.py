@@ -25,7 +25,7 @@ def architecture() -> int:
 
 
 def recorded(tiles: Mapping[int, Tile]) -> Tile:
-    """The tile for the newest architecture that is not newer than the GPU; the oldest one's for
-    GPUs before it and for the interpreter."""
+    """The tile of the newest architecture that the GPU has reached. Older GPUs and the interpreter
+    take the oldest one's."""
     reached = [known for known in tiles if known <= architecture()]
     return tiles[max(reached, default=min(tiles))]

@@ -124,10 +124,9 @@ def test_operations_of_products_by_hand():
     assert cost_of(case, head, outputs, False).bytes == read + 4 * 2 * rows
 
 
-def attention_inputs(last_only: bool) -> dict[str, Tensor]:
+def attention_inputs(queries: int, first: list[int]) -> dict[str, Tensor]:
     """Two days of 5 and 3 keys, with 1 and 2 suffixes of 4 tokens."""
     generator = torch.Generator().manual_seed(0)
-    queries, last = (1, [3, 1, 2]) if last_only else (4, [0, 0, 0])
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -140,7 +139,7 @@ def attention_inputs(last_only: bool) -> dict[str, Tensor]:
         "starts": torch.tensor([0, 1, 3], dtype=torch.int32),
         "own_key": normal(3, 2, 4, 8),
         "own_value": normal(3, 2, 4, 8),
-        "first": torch.tensor(last, dtype=torch.int32),
+        "first": torch.tensor(first, dtype=torch.int32),
     }
 
 
@@ -156,9 +155,13 @@ def attended(inputs: dict[str, Tensor], suffix: int, query: int, head: int) -> t
     return weights @ values, len(keys)
 
 
-@pytest.mark.parametrize("last_only", [False, True])
-def test_attention_baselines_see_what_each_query_may(last_only, monkeypatch):
-    inputs = attention_inputs(last_only)
+@pytest.mark.parametrize(
+    ("queries", "first"),
+    [(4, [0, 0, 0]), (1, [3, 1, 2]), (2, [0, 2, 0])],
+    ids=["all tokens", "last tokens", "pieces"],
+)
+def test_attention_baselines_see_what_each_query_may(queries, first, monkeypatch):
+    inputs = attention_inputs(queries, first)
     count, heads, queries, _ = inputs["query"].shape
     places = [(u, i, h) for u in range(count) for i in range(queries) for h in range(heads)]
     truth = torch.empty_like(inputs["query"])

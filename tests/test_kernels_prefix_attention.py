@@ -27,10 +27,11 @@ def inputs(
     size: int,
     own: int,
     first: Sequence[int] | None = None,
+    queries: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """The arguments, as views of what a linear layer gives, [N, T, heads * E]. With `first`, of the
-    last tokens alone. Behind a prefix's length its keys are NaN, its values too."""
+    """The arguments, as views of what a linear layer gives, [N, T, heads * E]. With `first`, of
+    `queries` tokens from there on; else of all. Padding behind a prefix's length is NaN."""
     generator = torch.Generator().manual_seed(0)
     suffixes, keys = sum(counts), max(lengths) + 1
 
@@ -41,7 +42,7 @@ def inputs(
     def integers(numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
 
-    query = normal(suffixes, own if first is None else 1, heads)
+    query = normal(suffixes, own if first is None else queries, heads)
     key, value = (normal(len(lengths), keys, groups) for _ in range(2))
     own_key, own_value = (normal(suffixes, own, groups) for _ in range(2))
     for tensor in (key, value):
@@ -117,6 +118,25 @@ CASES = {
         "heads": 3,
         "groups": 1,
         "first": [number % 9 for number in range(31)],  # own keys end at 6
+    },
+    # Levels 0 and 1 of a tree of pieces of 8 tokens, of two depths each.
+    "pieces of depth 0 and 1": {
+        "lengths": (17, 3, 40),
+        "counts": (3, 0, 4),
+        "heads": 6,
+        "groups": 2,
+        "own": 16,
+        "first": [0, 8, 8, 0, 0, 8, 8],
+        "queries": 8,
+    },
+    "pieces of depth 2 and 3": {
+        "lengths": (33, 5),
+        "counts": (1, 3),
+        "heads": 3,
+        "groups": 1,
+        "own": 32,
+        "first": [16, 16, 24, 24],
+        "queries": 8,
     },
     "one head to one": {"lengths": (63,), "counts": (11,), "heads": 2, "groups": 2, "size": 64},
     "no power of 2": {"lengths": (5, 33), "counts": (2, 3), "heads": 2, "groups": 1, "size": 80},
@@ -212,7 +232,7 @@ def test_layouts_are_kept_and_any_is_read():
 def test_frozen_keys_cost_no_backward(monkeypatch):
     arguments = inputs((4, 9), (2, 3), heads=2, groups=1, size=16, own=3)
     expected = results(prefix_attention, arguments, arguments[0].detach())[1]
-    monkeypatch.setattr(module, "_key_kernel", None)
+    monkeypatch.setattr(module, "key_backward_kernel", None)
     for number in TRAINED[1:]:
         arguments[number].requires_grad_(False)
     output = prefix_attention(*arguments)
@@ -232,7 +252,7 @@ def test_launching_asks_nothing_of_the_device(monkeypatch):
         raise AssertionError("a synchronisation")
 
     arguments = inputs((4, 9), (2, 3), heads=2, groups=1, size=16, own=3)
-    for name in ("_forward_kernel", "_query_kernel", "_key_kernel"):
+    for name in ("forward_kernel", "query_backward_kernel", "key_backward_kernel"):
         monkeypatch.setattr(module, name, Launched())
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
