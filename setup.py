@@ -30,7 +30,10 @@ setup(
         "fastflag.cli",
         "fastflag.kernels",
     ],
-    package_data={"fastflag.evaluate": ["report.html", "report.css", "report.js"]},
+    package_data={
+        "fastflag": ["py.typed"],
+        "fastflag.evaluate": ["report.html", "report.css", "report.js"],
+    },
     # Installed under fastflag, because the import name `kernels` is Hugging Face's.
     package_dir={"fastflag.kernels": "kernels"},
     entry_points={"console_scripts": ["fastflag=fastflag.__main__:main"]},

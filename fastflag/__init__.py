@@ -1,8 +1,10 @@
 """FastFLAG: teach a language model to trade, on one GPU, by policy gradients.
 
-Importing this package imports neither torch nor numba and touches no device.
+Importing this package imports neither torch nor numba and touches no device: what is in `api` comes
+when it is first asked for.
 """
 
+import importlib
 import os
 
 __version__ = "0.1.0"
@@ -13,3 +15,26 @@ if os.path.isfile(os.path.join(_root, "setup.py")):
     # In a clone, kernels/ lies beside the package; wheels install it as fastflag.kernels. The bare
     # name `kernels` belongs to Hugging Face's package, so the folder has no __init__.py.
     __path__.append(_root)
+
+_OF_API = (
+    "Backtest",
+    "Decision",
+    "InputError",
+    "Run",
+    "doctor",
+    "load",
+    "metrics",
+    "open",
+    "plan",
+    "train",
+)
+
+
+def __getattr__(name: str) -> object:
+    if name in _OF_API:
+        return getattr(importlib.import_module("fastflag.api"), name)
+    raise AttributeError(f"module 'fastflag' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_OF_API]

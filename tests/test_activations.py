@@ -213,7 +213,7 @@ def test_the_costs_add_up_to_the_plan(tiny_model):
     batch = PlanConfig(days=5, texts=3, prefix_tokens=70, suffix_tokens=16)
     given = policy.model, config.policy
     parts = memory.prefix_bytes(*given, 5, 70, True) + memory.suffix_bytes(*given, 15, 16, 70, True)
-    whole = memory.parts(*given, "adamw", batch)["activations"]
+    whole = memory.parts(*given, "adamw", batch, 3)["activations"]
     assert 0.9 * whole < parts < whole
 
 
@@ -242,7 +242,7 @@ def test_a_plan_keeps_to_the_budget(tiny_model):
     config = small_config(tiny_model, policy__memory_budget=1)
     _, policy, _ = small_world(config, small_market())
     batch = PlanConfig(days=64, texts=100)
-    parts = memory.parts(policy.model, config.policy, "adamw", batch)
+    parts = memory.parts(policy.model, config.policy, "adamw", batch, 3)
     assert parts["activations"] == 2**20
 
 

@@ -234,25 +234,30 @@ def test_a_text_goes_through_the_trunk_once(weights, monkeypatch):
     assert seen == []
     another = prompt_set((*PREFIXES[1:3], texts((4,), 8)[0]), SUFFIXES[1:])
     rows_of(policy, another)
-    # The new day's prefix, then the pieces of its texts; the other days' are kept.
-    pieces = sum(-(-len(text) // 8) for text in SUFFIXES[1:])
-    assert [x.shape[:2] for x in seen] == [(1, 8), (pieces, 8)]
+    # The new day's prefix, then the pieces of its short texts and each long one; the other days'
+    # are kept.
+    short = [text for text in SUFFIXES[1:] if len(text) <= 16]
+    long = {(1, -(-len(text) // 8) * 8) for text in SUFFIXES[1:] if len(text) > 16}
+    (first, *rest) = [tuple(x.shape[:2]) for x in seen]
+    assert first == (1, 8)
+    assert {*rest} == {(sum(-(-len(text) // 8) for text in short), 8), *long} and len(long) > 1
 
 
 def test_texts_that_begin_alike_have_their_beginnings_in_common(weights, monkeypatch):
-    """The same bits as of each text by itself, in as many pieces as there are distinct ones."""
+    """The same bits as of each text by itself, in as many pieces as there are distinct ones. Long
+    texts go through whole, those of one padded length together."""
     first, second, third = texts((8, 8, 20), 5)
     suffixes = (
         np.concatenate([first, second[:7]]),
         np.concatenate([first, second]),
         first,
         np.concatenate([first, second, third]),
-        np.concatenate([first, second, third[:9]]),
+        np.concatenate([second, third[:12]]),
+        np.concatenate([first, third[:9]]),
         np.concatenate([second, first[:3]]),
         first[:5],
     )
-    # By depth; the two that end in `third` part in its second piece.
-    distinct = 3 + 3 + 1 + 2 + 1
+    pieces = 3 + 3  # by depth
     policy = made(weights, trunk_cache_mb=0, trunk_disk_mb=0)
     alone = [captured(policy, prompt_set(PREFIXES[:2], (text,)))[1] for text in suffixes]
     seen, finish = [], policy.trunk.blocks[0].finish
@@ -263,7 +268,7 @@ def test_texts_that_begin_alike_have_their_beginnings_in_common(weights, monkeyp
     _, together = captured(policy, prompts)
     for row, (day, text) in enumerate(prompts.pairs.tolist()):
         assert torch.equal(together[row], alone[text][day]), (day, text)
-    assert seen[-1] == 2 * distinct
+    assert seen[-3:] == [2 * pieces, 2 * 1, 2 * 2]
 
 
 def test_padding_never_changes_a_row(weights, monkeypatch):

@@ -46,7 +46,7 @@ def _guard(words: list[str]) -> Any:
     except UnicodeEncodeError as error:
         _refuse(f"{error.object[:80]!r} has no form in {error.encoding}, in a name or a text")
     except (MemoryError, RuntimeError) as error:
-        from fastflag.model.recompute import ran_out
+        from fastflag.api import ran_out
 
         if not ran_out(error):
             raise

@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from fastflag.cli.commands import COMMANDS, Train
-from fastflag.config import PRESETS, from_dict, from_run
+from fastflag.config import base_of, from_dict, from_run
 from fastflag.files import InputError, read_json
 
 # tyro indents a flag's help below the flag by 8, and has these headings.
@@ -77,20 +77,14 @@ def _parse(command: type, program: str, arguments: list[str]) -> Any:
 def _train_default(arguments: list[str]) -> Any:
     """Train's defaults: the preset that the arguments name, the config file's values over it; a run
     that is to go on has its own, where they name neither."""
-    preset, config = _value_of("--preset", arguments) or "default", _value_of("--config", arguments)
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}, one of {', '.join(PRESETS)} is expected")
-    settings = PRESETS[preset]
+    preset, config = _value_of("--preset", arguments) or "", _value_of("--config", arguments)
+    run = Path(os.path.expanduser(_value_of("--out", arguments) or "."))
+    settings = base_of(run, preset, resume="--resume" in arguments and not config)
     if config:
         config = os.path.expanduser(config)
         document = read_json(config)
         of_run = isinstance(document, dict) and "fastflag" in document
         settings = (from_run if of_run else from_dict)(document, config, settings)
-    elif "--resume" in arguments and _value_of("--preset", arguments) is None:
-        own = Path(os.path.expanduser(_value_of("--out", arguments) or "."), "config.json")
-        document = read_json(own) if own.exists() else None
-        if isinstance(document, dict) and "fastflag" in document:
-            settings = from_run(document, str(own), settings)
     return Train(out=tyro.MISSING, settings=settings)
 
 

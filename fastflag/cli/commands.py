@@ -4,12 +4,8 @@ torch, Numba and pandas are imported by the commands that need them, so that --h
 """
 
 import dataclasses
-import errno
 import json
-import logging
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,18 +16,15 @@ from fastflag.config import (
     PRESETS,
     AlgorithmConfig,
     DataConfig,
+    Device,
     Optimizer,
     PlanConfig,
     PolicyConfig,
-    SimulatorConfig,
     TrainConfig,
 )
 from fastflag.files import InputError
 
-_LOG = logging.getLogger(__name__)
-
 Switch = tyro.conf.FlagCreatePairsOff[bool]
-Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -51,24 +44,11 @@ class Train:
     settings: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
     def run(self) -> None:
-        from fastflag.evaluate.backtest import backtest, write_backtest
-        from fastflag.evaluate.report import write_report
-        from fastflag.learn.run import check_claim
-        from fastflag.learn.train import train
-        from fastflag.market.sources import load
-        from fastflag.model.weights import open_weights
+        from fastflag import api
 
-        if not str(self.out).strip("."):
-            raise InputError("a run needs a folder of its own, --out")
-        if not self.resume:
-            check_claim(self.out, self.settings, resume=False)
-        market = load(self.settings.data)
-        weights = open_weights(self.settings.policy.model)
-        world, policy = train(self.settings, market, weights, self.out, self.resume)
-        document = backtest(policy, world, market, self.settings, "test", _progress("backtest"))
-        write_backtest(self.out, document)
-        print(_verdict(document))
-        print(f"report: {write_report(self.out)}")
+        run = api.train(self.out, self.settings, resume=self.resume, track=_progress("backtest"))
+        print(_verdict(run.tested.document))
+        print(f"report: {run.folder / 'report.html'}")
 
 
 @dataclass(frozen=True)
@@ -94,21 +74,7 @@ class Backtest:
     """Print the whole document as JSON."""
 
     def run(self) -> None:
-        from fastflag.evaluate.backtest import backtest
-        from fastflag.learn.run import OTHER_MARKET, load_policy, read_config, trained_on
-        from fastflag.market.sources import load
-
-        config = _here(read_config(self.run_folder), self)
-        market = load(config.data)
-        if ".." not in self.split and not trained_on(self.run_folder, config, market):
-            raise InputError(
-                f"{OTHER_MARKET}: name those by --data and --news, or days by --split START..END, "
-                f"{config.data.data}"
-            )
-        world, policy = load_policy(self.run_folder, config, market)
-        document = backtest(policy, world, market, config, self.split, _progress("backtest"))
-        if self.split == "test":
-            _keep(self.run_folder, document)
+        document = _opened(self).backtest(self.split, _progress("backtest")).document
         print(json.dumps(document, indent=1) if self.json else _verdict(document))
 
 
@@ -141,23 +107,12 @@ class Decide:
     """Print one JSON document."""
 
     def run(self) -> None:
-        from fastflag.evaluate.decide import decide
-        from fastflag.learn.run import OTHER_MARKET, load_policy, read_config, trained_on
-        from fastflag.market.sources import load
-
-        config = _here(read_config(self.run_folder), self)
-        market = load(config.data)
-        world, policy = load_policy(self.run_folder, config, market)
-        with suppress(InputError):  # bars of the last months decide as well as all of them
-            if not trained_on(self.run_folder, config, market):
-                _LOG.warning("fastflag: %s, %s", OTHER_MARKET, config.data.data)
-        document = decide(policy, world, market, self.date, self.position, self.entry, self.since)
+        decision = _opened(self).decide(self.date, self.position, self.entry, self.since)
         if self.json:
-            print(json.dumps(document))
+            print(json.dumps(dataclasses.asdict(decision)))
         else:
-            chances = "  ".join(f"{k} {v:.3f}" for k, v in document["probabilities"].items())
-            value = f"value {document['value']:+.4f}"
-            print(f"{document['date']}  {document['action']}  ({chances})  {value}")
+            chances = "  ".join(f"{k} {v:.3f}" for k, v in decision.probabilities.items())
+            print(f"{decision.date}  {decision.action}  ({chances})  value {decision.value:+.4f}")
 
 
 @dataclass(frozen=True)
@@ -182,27 +137,12 @@ class Metrics:
     """Print one JSON document."""
 
     def run(self) -> None:
-        from fastflag.market.bars import Bars
-        from fastflag.market.metrics import metrics
-        from fastflag.market.sources import load
-        from fastflag.market.tasks.baselines import fixed_action_equity
-        from fastflag.market.tasks.single import BUY, Single
+        from fastflag import api
 
-        market = load(
-            DataConfig(
-                data=self.data,
-                symbol=self.symbol,
-                calendar=self.calendar,
-                timezone=self.timezone,
-            )
+        market = api.load(
+            self.data, symbol=self.symbol, calendar=self.calendar, timezone=self.timezone
         )
-        start, end = self.start or str(market.dates[0]), self.end or str(market.dates[-1])
-        days = market.days(start, end, "--start..--end")
-        bars = Bars.from_market(market, self.symbol)
-        costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
-        equity = fixed_action_equity(Single.of(costless, bars), days, BUY)
-        values = metrics(equity, self.convention, market.calendar)
-        values = {name: None if value != value else value for name, value in values.items()}
+        values = api.metrics(market, self.start, self.end, self.convention, self.symbol)
         if self.json:
             print(json.dumps(values))
         else:
@@ -217,9 +157,9 @@ class Report:
     """Folder of the run."""
 
     def run(self) -> None:
-        from fastflag.evaluate.report import write_report
+        from fastflag import api
 
-        print(write_report(self.run_folder))
+        print(api.open(self.run_folder).report())
 
 
 @dataclass(frozen=True)
@@ -236,15 +176,15 @@ class Doctor:
     batch: tyro.conf.OmitArgPrefixes[PlanConfig] = field(default_factory=PlanConfig)
 
     def run(self) -> None:
-        from fastflag.evaluate.doctor import examine, plan
+        from fastflag import api
 
         if self.plan:
-            document = plan(self.policy, self.optimizer, self.batch)
+            document = api.plan(self.policy, self.optimizer, self.batch)
             print(json.dumps(document) if self.json else _plan_table(document))
             return
         if self != Doctor(json=self.json):
             raise InputError("settings of a policy need --plan, doctor")
-        document = examine()
+        document = api.doctor()
         if self.json:
             print(json.dumps(document))
             return
@@ -264,33 +204,12 @@ COMMANDS: dict[str, type] = {
 }
 
 
-def _here(config: TrainConfig, asked: Any) -> TrainConfig:
-    """A run's configuration on this machine, whichever it was trained on, with the places that are
-    `asked` for."""
-    named = {name: getattr(asked, name) for name in ("data", "news", "symbol")}
-    changes = {name: value for name, value in named.items() if value}
-    if asked.data:
-        changes["news"] = asked.news
-    policy = dataclasses.replace(
-        config.policy, device=asked.device, model=asked.model or config.policy.model
-    )
-    data = dataclasses.replace(config.data, **changes)
-    return dataclasses.replace(config, data=data, policy=policy)
+def _opened(asked: Any) -> Any:
+    """The run that a command names, with the places that are asked for."""
+    from fastflag import api
 
-
-def _keep(run: Path, document: dict[str, Any]) -> None:
-    """Writes a backtest and the report of it. In a folder that is somebody else's nothing is
-    written, which is told, and the backtest is printed all the same."""
-    from fastflag.evaluate.backtest import write_backtest
-    from fastflag.evaluate.report import write_report
-
-    try:
-        write_backtest(run, document)
-        write_report(run)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        print(f"fastflag: not written: {error.strerror}, {error.filename}", file=sys.stderr)
+    places = ("data", "news", "symbol", "model", "device")
+    return api.open(asked.run_folder, **{name: getattr(asked, name) for name in places})
 
 
 def _choice_line(implementation: str, reason: str, evidence: str) -> str:

@@ -1,8 +1,8 @@
 """Every setting of a run."""
 
-from fastflag.config.fields import Optimizer, flag
+from fastflag.config.fields import Device, Optimizer, flag
 from fastflag.config.presets import PRESETS
-from fastflag.config.reading import from_dict, from_run, to_dict
+from fastflag.config.reading import base_of, from_dict, from_run, to_dict, with_settings
 from fastflag.config.settings import (
     AlgorithmConfig,
     DataConfig,
@@ -18,6 +18,7 @@ __all__ = [
     "PRESETS",
     "AlgorithmConfig",
     "DataConfig",
+    "Device",
     "Optimizer",
     "PlanConfig",
     "PolicyConfig",
@@ -25,8 +26,10 @@ __all__ = [
     "RolloutConfig",
     "SimulatorConfig",
     "TrainConfig",
+    "base_of",
     "flag",
     "from_dict",
     "from_run",
     "to_dict",
+    "with_settings",
 ]

@@ -26,6 +26,7 @@ class Range:
         return " and ".join(told) or "finite"
 
 
+Device = Literal["auto", "cpu", "cuda"]
 Optimizer = Literal["adamw", "adamw8bit"]
 
 # Above it NumPy and PyTorch fail in many ways, none of which is a sentence.

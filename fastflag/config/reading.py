@@ -1,11 +1,12 @@
 """JSON -> settings that are checked, and back."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from fastflag.config.presets import PRESETS
 from fastflag.config.settings import TrainConfig
-from fastflag.files import InputError
+from fastflag.files import InputError, read_json
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -34,6 +35,34 @@ def from_run(
     values = {key: value for key, value in document.items() if key not in ("fastflag", "market")}
     simulator = dataclasses.replace(base.simulator, dividends="cash")
     return from_dict(values, where, dataclasses.replace(base, simulator=simulator))
+
+
+def with_settings(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    """`base` with settings by their flags' names (num_envs), wherever they are nested. Raises
+    InputError as `from_dict` does."""
+    sections = {
+        each.name: section
+        for section, part in vars(base).items()
+        if dataclasses.is_dataclass(part)
+        for each in dataclasses.fields(part)
+    }
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        place = nested.setdefault(sections[name], {}) if name in sections else nested
+        place[name] = value
+    return from_dict(nested, "settings", base)
+
+
+def base_of(run: Path, preset: str, resume: bool) -> TrainConfig:
+    """What a training's settings are put over: the preset, or the run's own where it goes on
+    without one. Raises InputError for an unknown preset and a damaged run."""
+    if preset not in ("", *PRESETS):
+        raise InputError(f"unknown preset {preset!r}, one of {', '.join(PRESETS)} is expected")
+    settings, own = PRESETS[preset or "default"], run / "config.json"
+    document = read_json(own) if resume and not preset and own.exists() else None
+    if isinstance(document, dict) and "fastflag" in document:
+        return from_run(document, str(own), settings)
+    return settings
 
 
 def _merge(base: Any, values: Any, where: str, prefix: str) -> Any:

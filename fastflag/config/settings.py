@@ -7,6 +7,7 @@ from fastflag.config.fields import (
     BasisPoints,
     Checked,
     Count,
+    Device,
     Fraction,
     Megabytes,
     NotNegative,
@@ -111,7 +112,7 @@ class PolicyConfig(Checked):
     """Activation budget of the trained layers in MB, the days' keys and values not counted; above
     it, gradient checkpointing recomputes in chunks (the same gradient up to rounding). 0: no
     bound."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
 
 

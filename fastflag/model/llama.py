@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastflag.model import ops
 from fastflag.model.arithmetic import activations_dtype
-from fastflag.model.shared_prefix import Level, Prefixes, SuffixLayout
+from fastflag.model.shared_prefix import Pieces, Prefixes, SuffixLayout
 from fastflag.model.weights import Weights
 
 Rotary = tuple[Tensor, Tensor]
@@ -171,23 +171,18 @@ def suffix_pass(
     return x[:, 0] if last_only else x
 
 
-def piece_pass(block: Block, x: Tensor, prefixes: Prefixes, levels: Sequence[Level]) -> Tensor:
-    """Runs pieces of suffixes x [N, T, C] fp32 through `block`, a tree by its levels.
+def piece_pass(block: Block, x: Tensor, prefixes: Prefixes, pieces: Pieces) -> Tensor:
+    """Runs pieces of suffixes x [N, T, C] fp32 through `block`.
 
-    A piece attends to its prefix, to the pieces above it, and to itself. All but attention is one
-    product for all levels. Returns hidden states [N, T, C].
+    A piece attends to its prefix, to the pieces above it, and to itself. Returns hidden states
+    [N, T, C].
     """
-    positions = torch.cat([level.layout.positions + level.above[:, None] for level in levels])
+    positions = pieces.layout.positions + pieces.above[:, None]
     rotary = rotary_tables(block.frequencies, positions, block.dtype)
     query, key, value = block.queries_keys_values(block.norm(x), rotary)
-    attended = []
-    queries = query.split([level.path.shape[1] for level in levels])
-    for level, mine in zip(levels, queries, strict=True):
-        keys, values = (torch.cat([side[at] for at in level.path], 2) for side in (key, value))
-        attended.append(
-            ops.prefix_attention(mine, keys, values, level.above, prefixes, level.layout)
-        )
-    return block.finish(x, torch.cat(attended))
+    keys, values = (torch.cat([side[at] for at in pieces.path], 2) for side in (key, value))
+    attended = ops.prefix_attention(query, keys, values, pieces.above, prefixes, pieces.layout)
+    return block.finish(x, attended)
 
 
 def rotary_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> Rotary:

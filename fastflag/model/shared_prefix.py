@@ -20,8 +20,9 @@ TOKEN_MULTIPLE = 8
 KEY_MULTIPLE = 16
 IntegersT = TypeVar("IntegersT", int, np.ndarray)
 # Suffixes of a tile. A tile has a copy of its prefix's keys and values and pays for all of its
-# places; days of the demo have 8 or 9 account texts.
-_TILE = 4
+# places; days of the demo have 8 or 9 account texts. Each query is given the own keys of all: of
+# more tokens than this, copies of the prefix cost less.
+_TILE, _TILED_TOKENS = 4, 16
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of some prefixes in one layer, each [n, G, P, E], padded on the right."""
@@ -115,16 +116,17 @@ class SuffixLayout:
     @cached_property
     def tiles(self) -> list["Tiles"]:
         """Prefixes of one padded length together, each suffix in one tile."""
+        width = _TILE if self.positions.shape[1] <= _TILED_TOKENS else 1
         counts, lengths = np.array(self.counts), self.prefix_lengths.cpu().numpy()
         sizes = padded_length(lengths)
         first = np.cumsum(counts) - counts
         made = []
         for size in np.unique(sizes[counts > 0]):
             alike = np.flatnonzero(sizes == size)
-            tiles = -(-counts[alike] // _TILE)
+            tiles = -(-counts[alike] // width)
             place = np.repeat(np.arange(len(alike)), tiles)
-            start = _TILE * (np.arange(len(place)) - np.repeat(np.cumsum(tiles) - tiles, tiles))
-            rows = np.minimum(start[:, None] + np.arange(_TILE), counts[alike][place, None] - 1)
+            start = width * (np.arange(len(place)) - np.repeat(np.cumsum(tiles) - tiles, tiles))
+            rows = np.minimum(start[:, None] + np.arange(width), counts[alike][place, None] - 1)
             rows += first[alike][place, None]
             there = np.arange(round_up(int(size), KEY_MULTIPLE)) < lengths[alike][place, None]
             arrays = (torch.from_numpy(array) for array in (place, rows.ravel(), there))
@@ -143,25 +145,26 @@ class SuffixLayout:
 
 @dataclass(frozen=True)
 class Tiles:
-    """B tiles of suffixes, each of 4 of one prefix: the last is repeated where there are fewer."""
+    """B tiles of suffixes, each of n of one prefix (4, or 1 where they are long): the last is
+    repeated where there are fewer."""
 
     size: int  # tokens of the prefixes, up to a multiple of 8
     prefix: Tensor  # [B] int64, which of the prefixes of that size
-    rows: Tensor  # [4 B] int64, the suffixes
+    rows: Tensor  # [n B] int64, the suffixes
     there: Tensor  # [B, P] bool, where the prefix has tokens
 
 
 @dataclass(frozen=True)
-class Level:
-    """The pieces of suffixes at two neighbouring depths of a tree, 0 and 1 first; those of a prefix
-    follow one another.
+class Pieces:
+    """N pieces of suffixes, of T tokens each, as a tree under each prefix; those of a prefix follow
+    one another.
 
-    n pieces of T tokens, of N in the tree. Each has as many slots as the deeper of its level has
-    pieces from the root on: its own way down, then itself until they are full.
+    A piece attends to the pieces in its slots: those before it in its suffix, then itself until
+    the slots are full. All pieces have as many slots, so that one's bits don't depend on others.
     """
 
-    path: Tensor  # [slots, n] int64, the pieces of each way, of N
-    above: Tensor  # [n] int64, tokens of the suffix before the piece
+    path: Tensor  # [slots, N] int64, which pieces
+    above: Tensor  # [N] int64, tokens of the suffix before the piece
     layout: SuffixLayout  # of the pieces, as if each followed its prefix
 
 

@@ -1,11 +1,12 @@
 """The frozen layers: what they make of a text is computed once, kept, and read from then on.
 
 Account texts of a day begin alike ("Account: long 20 days, ..."), and attention is causal. So a
-text goes through in pieces of 8 tokens, and texts of a day that are equal up to a piece's end have
-that piece in common: a tree under each day's prefix. In the demo's backtest it has an eighth fewer
-pieces than the texts have.
+text of up to 16 tokens goes through in pieces of 8, and texts of a day that are equal up to a
+piece's end have that piece in common: a tree under each day's prefix. In the demo's backtest it has
+an eighth fewer pieces than the texts have. A longer text, of an exact account, has little in common
+with others: it is one piece.
 
-Shapes: P prefix tokens, S suffix tokens, N pieces, C width, U prompts.
+Shapes: P prefix tokens, S suffix tokens, N pieces of T tokens, C width, U prompts.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from fastflag.model.llama import Block, piece_pass, prefix_pass
 from fastflag.model.shared_prefix import (
     TOKEN_MULTIPLE,
     KeysValues,
-    Level,
+    Pieces,
     Prefixes,
     SuffixLayout,
     padded_length,
@@ -40,19 +41,18 @@ from fastflag.prompt.prompts import PromptSet
 T = TypeVar("T")
 
 # Counted up when the arithmetic changes in any bit: activations kept on disk are then new.
-_ARITHMETIC = 7
+_ARITHMETIC = 8
 # Days that go through together. Keys and values of 64 days of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _DAYS = 64
 # Prompts of one pass, of 1 or 2 pieces where they are stepped: 256 of 14 tokens over prefixes of
 # 150 keep the attention's keys and values near 100 MB a layer on SmolLM2-135M.
 _PROMPTS = 256
-# Tokens of one pass over prefixes: as many as 256 suffixes of 16 have.
+# Tokens of one pass over prefixes or long texts: as many as 256 suffixes of 16 have.
 _TOKENS = 4096
 _PIECE = TOKEN_MULTIPLE
-# Depths of a level. Stepped texts have 1 or 2 pieces, which then attend in one go; how many slots a
-# piece has follows from its depth alone, and so do its bits.
-_DEPTHS = 2
+# Pieces that a text in pieces has at most. Stepped texts have 1 or 2, and attend in one go.
+_PIECES = 2
 
 
 @dataclass
@@ -76,18 +76,18 @@ class _PrefixWork:
 
 @dataclass
 class _TextWork:
-    """Texts on their way through, as the pieces of a tree; those of a level and day together."""
+    """Texts on their way through, as the pieces of a tree; those of a day together."""
 
     rows: list[int]  # of the prompts
     paths: list[list[int]]  # the pieces of each of them
     days: list[_Day]
-    levels: list[Level]
-    hidden: Tensor  # [N, 8, C]
+    pieces: Pieces
+    hidden: Tensor  # [N, T, C]
 
 
 class _Piece(NamedTuple):
     tokens: np.ndarray
-    walk: list[int]  # its place among the pieces of its level, after those that lead to it
+    walk: list[int]  # its place among the pieces, after those that lead to it
 
 
 class Trunk:
@@ -149,7 +149,7 @@ class Trunk:
         for some in _chunks(list(missing), _DAYS):
             days = {day: self._day(prompts.prefixes[day]) for day in some}
             rows = [row for day in some for row in missing[day]]
-            texts = [self._texts(prompts, part, days) for part in _chunks(rows, _PROMPTS)]
+            texts = [self._texts(prompts, *part, days) for part in _parts(prompts, rows)]
             self._run(list(days.values()), texts)
             for day in days.values():
                 if day.hidden is not None:
@@ -188,29 +188,27 @@ class Trunk:
         )
         return [_PrefixWork(some, self._embed([day.tokens for day in some])) for some in parts]
 
-    def _texts(self, prompts: PromptSet, rows: list[int], days: dict[int, _Day]) -> _TextWork:
-        """The suffixes of `rows`, those of a day together, ready to go through."""
-        levels, walks = _tree(prompts, rows)
-        first = np.cumsum([0, *map(len, levels)]).repeat(_DEPTHS)  # of the pieces of each depth
+    def _texts(
+        self, prompts: PromptSet, rows: list[int], size: int, days: dict[int, _Day]
+    ) -> _TextWork:
+        """The suffixes of `rows`, those of a day together, ready to go through in pieces of `size`
+        tokens."""
+        pieces, walks = _tree(prompts, rows, size)
         mine = [*dict.fromkeys(prompts.pairs[rows, 0].tolist())]
-        made = []
-        for number, pieces in enumerate(levels):
-            counts = Counter(day for day, _ in pieces)
-            layout = SuffixLayout.build(
-                [counts[day] for day in mine],
-                [len(days[day].tokens) for day in mine],
-                torch.full((len(pieces),), _PIECE, device=self._device),
-                _PIECE,
-            )
-            slots = (number + 1) * _DEPTHS
-            walked = [piece.walk for piece in pieces.values()]
-            above = torch.tensor([_PIECE * (len(walk) - 1) for walk in walked], device=self._device)
-            path = np.array([walk + walk[-1:] * (slots - len(walk)) for walk in walked]).T
-            path = torch.from_numpy(path + first[:slots, None]).to(self._device)
-            made.append(Level(path, above, layout))
-        hidden = self._embed([piece.tokens for pieces in levels for piece in pieces.values()])
-        paths = [(first[: len(walk)] + walk).tolist() for walk in walks]
-        return _TextWork(rows, paths, [days[day] for day in mine], made, hidden)
+        counts = Counter(day for day, _ in pieces)
+        layout = SuffixLayout.build(
+            [counts[day] for day in mine],
+            [len(days[day].tokens) for day in mine],
+            torch.full((len(pieces),), size, device=self._device),
+            size,
+        )
+        walked = [piece.walk for piece in pieces.values()]
+        above = torch.tensor([size * (len(walk) - 1) for walk in walked], device=self._device)
+        slots = _PIECES if size == _PIECE else 1
+        path = torch.tensor([walk + walk[-1:] * (slots - len(walk)) for walk in walked])
+        laid = Pieces(path.T.to(self._device), above, layout)
+        hidden = self._embed([piece.tokens for piece in pieces.values()])
+        return _TextWork(rows, walks, [days[day] for day in mine], laid, hidden)
 
     def _run(self, days: list[_Day], texts: list[_TextWork]) -> None:
         """Layer by layer over all days, so that each matrix is unpacked from NF4 once: day by day,
@@ -225,7 +223,7 @@ class Trunk:
                         day.layers.append(tuple(side[row].clone() for side in layer.blocks[0]))
                 for some in texts:
                     prefixes = _read(some.days, number)
-                    some.hidden = piece_pass(block, some.hidden, prefixes, some.levels)
+                    some.hidden = piece_pass(block, some.hidden, prefixes, some.pieces)
         for some in unread:
             for day, hidden in zip(some.days, some.hidden, strict=True):
                 day.hidden = hidden[: len(day.tokens)].clone()
@@ -257,26 +255,35 @@ def _read(days: list[_Day], layer: int) -> Prefixes:
     return Prefixes(blocks, [len(day.tokens) for day in days])
 
 
-def _tree(
-    prompts: PromptSet, rows: list[int]
-) -> tuple[list[dict[tuple[int, bytes], _Piece]], list[list[int]]]:
-    """The distinct pieces of the suffixes of `rows`, and the walk of each suffix.
+def _parts(prompts: PromptSet, rows: list[int]) -> Iterator[tuple[list[int], int]]:
+    """`rows` whose suffixes go through together, and the tokens of their pieces: long suffixes of
+    one padded length, each one piece."""
+    by_size: dict[int, list[int]] = {}
+    for row in rows:
+        length = padded_length(len(prompts.suffixes[prompts.pairs[row, 1]]))
+        size = length if length > _PIECES * _PIECE else _PIECE
+        by_size.setdefault(size, []).append(row)
+    for size, alike in by_size.items():
+        count = _PROMPTS if size == _PIECE else max(_TOKENS // size, 1)
+        yield from ((some, size) for some in _chunks(alike, count))
 
-    A dictionary a level, whose keys are the day and the tokens up to the piece's end.
-    """
-    levels: list[dict[tuple[int, bytes], _Piece]] = []
+
+def _tree(
+    prompts: PromptSet, rows: list[int], size: int
+) -> tuple[dict[tuple[int, bytes], _Piece], list[list[int]]]:
+    """The distinct pieces of the suffixes of `rows`, of `size` tokens, those of a day together, and
+    the walk of each suffix. The keys are the day and the tokens up to the piece's end."""
+    pieces: dict[tuple[int, bytes], _Piece] = {}
     walks = []
     for row in rows:
         day, text = prompts.pairs[row].tolist()
         tokens, walk = prompts.suffixes[text], []
-        for depth, start in enumerate(range(0, len(tokens), _PIECE)):
-            if depth == len(levels) * _DEPTHS:
-                levels.append({})
-            pieces, end = levels[depth // _DEPTHS], start + _PIECE
+        for start in range(0, len(tokens), size):
+            end = start + size
             piece = _Piece(tokens[start:end], [*walk, len(pieces)])
             walk = pieces.setdefault((day, tokens[:end].tobytes()), piece).walk
         walks.append(walk)
-    return levels, walks
+    return pieces, walks
 
 
 def _keys(prompts: PromptSet) -> list[bytes]:

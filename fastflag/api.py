@@ -1,0 +1,341 @@
+"""FastFLAG from Python; the command line is written on it.
+
+    import fastflag as ff
+
+    run = ff.train("runs/mine", data="csv:bars.csv", symbol="AAPL")
+    run.metrics                  # a row an update
+    run.backtest().to_frame()    # a row a held-out day
+    run.decide("2020-12-31")     # the action at one close
+
+A run is its folder: a Run holds nothing that the folder lacks, and one that is opened again is the
+same. torch and Numba are imported by what needs them. Raises InputError for what the user gave
+wrong, in one line.
+"""
+
+import errno
+import json
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastflag.config import (
+    AlgorithmConfig,
+    DataConfig,
+    Device,
+    Optimizer,
+    PlanConfig,
+    PolicyConfig,
+    SimulatorConfig,
+    TrainConfig,
+    base_of,
+    with_settings,
+)
+from fastflag.files import InputError, read_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from fastflag.market.bars import Market
+    from fastflag.policy.table import Policy
+    from fastflag.prompt.world import World
+
+_LOG = logging.getLogger(__name__)
+
+Convention = Literal["standard", "flag", "investorbench", "paper-bh"]
+Track = Callable[[Iterable[int]], Iterable[int]]
+"""Wraps the days of a backtest, for a progress bar."""
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """A policy on held-out days beside buy-and-hold and random policies: the document that
+    RUN/backtest.json holds."""
+
+    document: dict[str, Any]
+
+    def metrics(self, convention: Convention = "standard") -> "DataFrame":
+        """A row a policy: greedy, buy-and-hold, and the mean of the sampled episodes. Returns,
+        volatility and drawdown in percent; how each is defined by a convention is in the README."""
+        import pandas
+
+        policies = self.document["policies"]
+        rows = {name: policy["metrics"][convention] for name, policy in policies.items()}
+        sampled = self.document["sampled"]["metrics"][convention]
+        rows["sampled"] = {name: of and of["mean"] for name, of in sampled.items()}
+        return pandas.DataFrame.from_dict(rows, orient="index", dtype=float)
+
+    def to_frame(self) -> "DataFrame":
+        """A row a day: the close, equity at it, and of the greedy policy its position and, but for
+        the last day, its action and the probability of each."""
+        import pandas
+
+        document = self.document
+        greedy, held = (document["policies"][name] for name in ("greedy", "buy_and_hold"))
+        frame = pandas.DataFrame(
+            {
+                "close": document["close"],
+                "equity": greedy["equity"],
+                "buy_and_hold": held["equity"],
+                "position": greedy["position"],
+                "action": [*greedy["actions"], None],
+            },
+            index=pandas.DatetimeIndex(document["dates"], name="date"),
+        )
+        for place, name in enumerate(document["action_names"]):
+            frame[name] = [*(row[place] for row in greedy["probabilities"]), float("nan")]
+        return frame
+
+    def _repr_html_(self) -> str:
+        told = self.document
+        ahead = told["random"]["percentile"]["greedy"]
+        title = (
+            f"{told['symbol']}, {told['start']} to {told['end']}: ahead of {ahead:.0f}% of "
+            f"{told['random']['episodes']} random policies by Sharpe ratio"
+        )
+        return f"<p>{escape(title)}</p>{self.metrics().round(3).to_html()}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy would do at one close."""
+
+    date: str
+    action: str
+    probabilities: dict[str, float]
+    value: float
+
+    def to_frame(self) -> "DataFrame":
+        """One row."""
+        import pandas
+
+        row = {"action": self.action, **self.probabilities, "value": self.value}
+        return pandas.DataFrame(row, index=pandas.DatetimeIndex([self.date], name="date"))
+
+    def _repr_html_(self) -> str:
+        return str(self.to_frame().to_html())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training's folder, and where its bars and its model are now."""
+
+    folder: Path
+    config: TrainConfig
+
+    @property
+    def metrics(self) -> "DataFrame":
+        """A row an update, as RUN/metrics.jsonl has it."""
+        import pandas
+
+        with (self.folder / "metrics.jsonl").open() as lines:
+            return pandas.json_normalize([json.loads(line) for line in lines])
+
+    @property
+    def tested(self) -> Backtest:
+        """The backtest of the held-out days, as RUN/backtest.json has it."""
+        return Backtest(read_json(self.folder / "backtest.json"))
+
+    @cached_property
+    def market(self) -> "Market":
+        return load(self.config.data)
+
+    @property
+    def world(self) -> "World":
+        """What the policy is shown and what it may do."""
+        return self._loaded[0]
+
+    @property
+    def policy(self) -> "Policy":
+        """As it was at the last checkpoint."""
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple["World", "Policy"]:
+        from fastflag.learn.run import load_policy
+
+        return load_policy(self.folder, self.config, self.market)
+
+    def backtest(self, split: str = "test", track: Track = iter) -> Backtest:
+        """Days of `split` (train, test or START..END) beside buy-and-hold and random policies. Only
+        test rewrites RUN/backtest.json and the report. For train and test the market must be the
+        one that the run was trained on, up to its last training day."""
+        from fastflag.evaluate.backtest import backtest
+
+        if ".." not in split and not self._knows_market():
+            raise InputError(
+                f"{_other_market()}: name those by --data and --news, or days by --split "
+                f"START..END, {self.config.data.data}"
+            )
+        document = backtest(self.policy, self.world, self.market, self.config, split, track)
+        if split == "test":
+            self._keep(document)
+        return Backtest(document)
+
+    def decide(
+        self,
+        date: str,
+        position: Literal["flat", "long", "short"] = "flat",
+        entry: float = 0.0,
+        since: str = "",
+    ) -> Decision:
+        """The most probable action at the close of `date`, which nothing later bears on. A position
+        that is held was entered at the price `entry` on the day `since`."""
+        from fastflag.evaluate.decide import decide
+
+        policy, world = self.policy, self.world
+        with suppress(InputError):  # bars of the last months decide as well as all of them
+            if not self._knows_market():
+                _LOG.warning("fastflag: %s, %s", _other_market(), self.config.data.data)
+        return Decision(**decide(policy, world, self.market, date, position, entry, since))
+
+    def report(self) -> Path:
+        """Writes RUN/report.html anew."""
+        from fastflag.evaluate.report import write_report
+
+        return write_report(self.folder)
+
+    def _repr_html_(self) -> str:
+        """The report, in a frame of its own."""
+        page = (self.report()).read_text(encoding="utf-8")
+        return f'<iframe srcdoc="{escape(page)}" width="100%" height="720"></iframe>'
+
+    def _knows_market(self) -> bool:
+        from fastflag.learn.run import trained_on
+
+        return trained_on(self.folder, self.config, self.market)
+
+    def _keep(self, document: dict[str, Any]) -> None:
+        """Writes a backtest and the report of it. In a folder that is somebody else's nothing is
+        written, which is told."""
+        from fastflag.evaluate.backtest import write_backtest
+
+        try:
+            write_backtest(self.folder, document)
+            self.report()
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            _LOG.warning("fastflag: not written: %s, %s", error.strerror, error.filename)
+
+
+def load(data: str | DataConfig = DataConfig.data, **settings: Any) -> "Market":
+    """The bars and news that `data` names, as --data does; other settings are DataConfig's."""
+    from fastflag.market import sources
+
+    if isinstance(data, DataConfig):
+        return sources.load(data)
+    return sources.load(with_settings(TrainConfig(), {"data": data, **settings}).data)
+
+
+def train(
+    out: Path | str,
+    config: TrainConfig | None = None,
+    *,
+    preset: str = "",
+    resume: bool = False,
+    track: Track = iter,
+    **settings: Any,
+) -> Run:
+    """Trains into the folder `out`, then backtests and writes the report.
+
+    `settings` are the flags of `fastflag train` by name (num_envs=64), over `config` or `preset`.
+    With `resume` it goes on with the run in the folder, where there is one, by its own settings
+    unless others are named.
+    """
+    from fastflag.learn.run import check_claim
+    from fastflag.learn.train import train
+    from fastflag.model.weights import open_weights
+
+    folder = Path(out)
+    if not str(folder).strip("."):
+        raise InputError("a run needs a folder of its own, --out")
+    config = with_settings(config or base_of(folder, preset, resume), settings)
+    if not resume:
+        check_claim(folder, config, resume=False)
+    market = load(config.data)
+    made = train(config, market, open_weights(config.policy.model), folder, resume)
+    run = open(folder, device=config.policy.device)
+    vars(run).update(market=market, _loaded=made)  # which would be read again
+    run.backtest(track=track)
+    return run
+
+
+def open(
+    run: Path | str,
+    *,
+    data: str = "",
+    news: str = "",
+    symbol: str = "",
+    model: str = "",
+    device: Device = "auto",
+) -> Run:
+    """The run in a folder. `data`, `news`, `symbol` and `model` say where its bars and model are
+    now, where they are no longer where they were."""
+    from fastflag.learn.run import read_config
+
+    config = read_config(Path(run))
+    named = {"data": data, "news": news, "symbol": symbol}
+    changes = {name: value for name, value in named.items() if value}
+    if data:
+        changes["news"] = news
+    policy = replace(config.policy, device=device, model=model or config.policy.model)
+    return Run(Path(run), replace(config, data=replace(config.data, **changes), policy=policy))
+
+
+def metrics(
+    market: "Market",
+    start: str = "",
+    end: str = "",
+    convention: Convention = "standard",
+    symbol: str = "",
+) -> dict[str, float | None]:
+    """Metrics of buying and holding from the close of `start` to that of `end`, dividends
+    reinvested: those of the adjusted closes. None where one is not defined."""
+    from fastflag.market import metrics as conventions
+    from fastflag.market.bars import Bars
+    from fastflag.market.tasks.baselines import fixed_action_equity
+    from fastflag.market.tasks.single import BUY, Single
+
+    first, last = start or str(market.dates[0]), end or str(market.dates[-1])
+    days = market.days(first, last, "--start..--end")
+    costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
+    task = Single.of(costless, Bars.from_market(market, symbol))
+    equity = fixed_action_equity(task, days, BUY)
+    values = conventions.metrics(equity, convention, market.calendar)
+    return {name: None if value != value else value for name, value in values.items()}
+
+
+def doctor() -> dict[str, dict[str, Any]]:
+    """What this machine has, which implementation each op uses and why."""
+    from fastflag.evaluate.doctor import examine
+
+    return examine()
+
+
+def plan(
+    policy: PolicyConfig | None = None,
+    optimizer: Optimizer = AlgorithmConfig.optimizer,
+    batch: PlanConfig | None = None,
+) -> dict[str, Any]:
+    """What training takes of a GPU's memory, in bytes, by part."""
+    from fastflag.evaluate import doctor
+
+    return doctor.plan(policy or PolicyConfig(), optimizer, batch or PlanConfig())
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is no memory."""
+    from fastflag.model import recompute
+
+    return recompute.ran_out(error)
+
+
+def _other_market() -> str:
+    from fastflag.learn.run import OTHER_MARKET
+
+    return OTHER_MARKET
