@@ -35,9 +35,9 @@ from fastflag.config import (
 from fastflag.evaluate.backtest import backtest
 from fastflag.market.bars import Market
 from fastflag.market.metrics import annual_days
+from fastflag.market.planted import planted_market
 from fastflag.market.sources import load
 from fastflag.model.arithmetic import DTYPES
-from tests.planted import planted_market
 
 _TRAIN_DAYS, _TEST_DAYS = 128, 250
 _MOST_UPDATES = 160

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from planted import planted_market
 
 from fastflag.config import (
     AlgorithmConfig,
@@ -21,6 +20,7 @@ from fastflag.config import (
 )
 from fastflag.learn.run import build
 from fastflag.market.bars import Market, split_days
+from fastflag.market.planted import planted_market
 from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
 from fastflag.prompt.world import World

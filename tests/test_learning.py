@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from planted import planted_market
 
 import fastflag.learn.lesson
 from fastflag.config import (
@@ -17,6 +16,7 @@ from fastflag.config import (
 )
 from fastflag.evaluate.backtest import backtest
 from fastflag.learn.train import train
+from fastflag.market.planted import planted_market
 from fastflag.model.weights import open_weights
 
 TEST_DAYS = 250

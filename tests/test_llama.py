@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EXACT, MODELS, TINY, Given, last_states, prompt_set, relative, texts, tiny
 from peft import LoraConfig, get_peft_model
-from planted import planted_market
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.config import PolicyConfig, PromptConfig, SimulatorConfig
 from fastflag.market.compiled.constants import CODES
+from fastflag.market.planted import planted_market
 from fastflag.model import attention
 from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.llama import rotary_tables

@@ -19,7 +19,8 @@ from fastflag.config.fields import (
 @dataclass(frozen=True)
 class DataConfig:
     data: str = "sample:AAPL"
-    """Bars: sample:SYMBOL, csv:FILE, parquet:FILE or investorbench:FILE."""
+    """Bars: sample:SYMBOL, csv:FILE, parquet:FILE, investorbench:FILE, or planted: for a market
+    made up whose news tells the next day (planted:days=640,seed=0,shuffled=no,drift=0.001)."""
     news: str = ""
     """News file (CSV or Parquet: published, available, symbol, text); empty: NAME.news.csv or
     NAME.news.parquet beside the bars, where there is one."""
