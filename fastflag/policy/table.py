@@ -291,9 +291,12 @@ class Policy(nn.Module):
         others are masked, has other last bits.
         """
         self._check_lengths(prompts)
-        longest = max(days.layers[0].lengths)  # a GPU pads all to it
         of_day = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
-        of_row = of_day[prompts.pairs[:, 0]]
+        # Attention and its backward pass then cost what these days take, not all that were read.
+        asked, of_row = np.unique(of_day[prompts.pairs[:, 0]], return_inverse=True)
+        layers = [layer.select(asked.tolist()) for layer in days.layers]
+        lengths = layers[0].lengths
+        longest = max(lengths)  # a GPU pads all to it
         states = self.trunk.suffix_states(prompts)
         size = np.array([padded_length(len(state)) for state in states])
         fused = self._fused_suffixes()
@@ -301,14 +304,13 @@ class Policy(nn.Module):
         def some(rows: np.ndarray) -> Tensor:
             """Of rows of one size, sorted by day."""
             suffixes = _padded([states[row] for row in rows])
-            lengths = days.layers[0].lengths
             layout = SuffixLayout.build(
                 np.bincount(of_row[rows], minlength=len(lengths)).tolist(),
                 lengths,
                 _lengths([states[row] for row in rows], self.device),
                 suffixes.shape[1],
             )
-            last = suffix_pass(self.top, suffixes, days.layers, layout, last_only=True)
+            last = suffix_pass(self.top, suffixes, layers, layout, last_only=True)
             return self._normed(last)
 
         def alike(rows: np.ndarray) -> list[Tensor]:
