@@ -23,7 +23,7 @@ T = TypeVar("T")
 IntegersT = TypeVar("IntegersT", int, np.ndarray)
 # Suffixes of a tile. A tile has a copy of its prefix's keys and values and pays for all of its
 # places; days of the demo have 8 or 9 account texts.
-_TILE = 4
+TILE = 4
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of some prefixes in one layer, each [n, G, P, E], padded on the right."""
@@ -143,10 +143,10 @@ class SuffixLayout:
         made = []
         for size in np.unique(sizes[counts > 0]):
             alike = np.flatnonzero(sizes == size)
-            tiles = -(-counts[alike] // _TILE)
+            tiles = -(-counts[alike] // TILE)
             place = np.repeat(np.arange(len(alike)), tiles)
-            start = _TILE * (np.arange(len(place)) - np.repeat(np.cumsum(tiles) - tiles, tiles))
-            rows = np.minimum(start[:, None] + np.arange(_TILE), counts[alike][place, None] - 1)
+            start = TILE * (np.arange(len(place)) - np.repeat(np.cumsum(tiles) - tiles, tiles))
+            rows = np.minimum(start[:, None] + np.arange(TILE), counts[alike][place, None] - 1)
             rows += first[alike][place, None]
             there = np.arange(round_up(int(size), KEY_MULTIPLE)) < lengths[alike][place, None]
             arrays = (torch.from_numpy(array) for array in (place, rows.ravel(), there))
@@ -175,16 +175,17 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Level:
-    """The pieces of suffixes at two neighbouring depths of a tree, 0 and 1 first; those of a prefix
-    follow one another.
+    """The n pieces of suffixes at two neighbouring depths of a tree (0 and 1, 2 and 3, ...), those
+    of a prefix one after another. Each has T tokens; the tree has N pieces in all its levels.
 
-    n pieces of T tokens, of N in the tree. Each has as many slots as the deeper of its level has
-    pieces from the root on: its own way down, then itself until they are full.
+    A piece attends to its prefix, to the pieces from the root down to it, and to itself: to as many
+    slots of T keys as the deeper depth has pieces on its way. A piece of the other depth has one
+    less, and fills the last slot with itself, which its queries do not see.
     """
 
-    path: Tensor  # [slots, n] int64, the pieces of each way, of N
-    above: Tensor  # [n] int64, tokens of the suffix before the piece
-    layout: SuffixLayout  # of the pieces, as if each followed its prefix
+    path: Tensor  # [slots, n] int64: which of the N pieces lies in each slot
+    above: Tensor  # [n] int64: tokens of the suffix before the piece
+    layout: SuffixLayout  # of n suffixes of T tokens: the pieces, as if `above` were 0
 
 
 def padded_up(block: Tensor, axis: int, multiple: int) -> Tensor:
