@@ -1,9 +1,9 @@
 """What an update's time is made of: its matrix products at a linear layer's speed, and the rest.
 
-The products are counted as they run, forward and backward, and set against the speed that a frozen
-linear layer (`ops.frozen_linear`) has on this machine in the same moment, on a product of the
-model's shape. The rest is told by kind of operator, as PyTorch's profiler measures it; what no
-operator takes is Python.
+The products are counted as they run, forward and backward, attention's too, and set against the
+speed that a frozen linear layer (`ops.frozen_linear`) has on this machine in the same moment, on a
+product of the model's shape. The rest is told by kind of operator, as PyTorch's profiler measures
+it; what no operator takes is Python.
 """
 
 import math
@@ -40,10 +40,7 @@ def update_rows(
     if torch.cuda.is_available():
         return []
     device = torch.device("cpu")
-    laid_out = {torch.ops.mkldnn._linear_pointwise: _product_operations} if HAS_ONEDNN else {}
-    with FlopCounterMode(display=False, custom_mapping=laid_out) as counter:
-        work()
-    operations = counter.get_total_flops()
+    operations = operations_of(work)
     ratios, ideals = [], []
     for _ in range(rounds):
         before = measured(device, *widths).gigaflops(dtype)
@@ -72,9 +69,39 @@ def update_rows(
     ]
 
 
+def operations_of(work: Callable[[], object]) -> int:
+    """Multiplications and additions in the products of `work` on a CPU, attention's included, of
+    which masked ones count too."""
+    with FlopCounterMode(display=False, custom_mapping=_uncounted()) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _uncounted() -> dict[object, Callable[..., int]]:
+    """The operators with products that PyTorch does not count, and what counts theirs: oneDNN's
+    (model/products.py) and a CPU's attention."""
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    forward, backward = (getattr(torch.ops.aten, attention + end) for end in ("", "_backward"))
+    counted = {forward: _attention_operations, backward: _attention_backward_operations}
+    if HAS_ONEDNN:
+        counted[torch.ops.mkldnn._linear_pointwise] = _product_operations
+    return counted
+
+
 def _product_operations(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    """Of a product by oneDNN (model/products.py), which PyTorch does not count."""
     return 2 * math.prod(x) * weight[0]
+
+
+def _attention_operations(query: torch.Size, key: torch.Size, *_: object, **__: object) -> int:
+    """Two products: queries with keys, weights with values. query [B, H, Q, E], key [B, G, K, E]"""
+    return 2 * (2 * math.prod(query) * key[-2])
+
+
+def _attention_backward_operations(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, *_: object, **__: object
+) -> int:
+    """Five: the weights again, and the gradients of weights, values, queries and keys."""
+    return 5 * (2 * math.prod(query) * key[-2])
 
 
 def _by_kind(profiled: profile, took: float) -> dict[str, float]:

@@ -50,7 +50,7 @@ VARIANTS = {
 }
 _FASTEST = VARIANTS["triton + graphs"]
 # Tests beside those of kernels that take another path where there is a GPU.
-_POLICY_TESTS = ("quant", "graphs", "table", "update", "memory")
+_POLICY_TESTS = ("quant", "graphs", "table", "update", "plan")
 
 
 class Failed(Exception):
@@ -362,7 +362,7 @@ def _update_task(variant: str) -> list[dict]:
     from fastflag.config import PlanConfig
     from fastflag.learn.update import make_optimizer, update
     from fastflag.model.weights import open_weights
-    from fastflag.policy import memory
+    from fastflag.policy.plan import parts
     from fastflag.policy.table import Policy
 
     config = configuration(64)
@@ -380,7 +380,7 @@ def _update_task(variant: str) -> list[dict]:
     torch.cuda.reset_peak_memory_stats()
     took = float(np.median([seconds(one_update) for _ in range(30)]))
     batch = PlanConfig(_DAYS, _TEXTS, _PREFIX, _SUFFIX)
-    plan = memory.parts(weights.config, config.policy, config.algorithm.optimizer, batch, _ACTIONS)
+    plan = parts(weights.config, config.policy, config.algorithm.optimizer, batch, _ACTIONS)
     shape = f"{_DAYS} days x {_TEXTS} texts"
     peak = torch.cuda.max_memory_allocated() / 1e6
     rows = [

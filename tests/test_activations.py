@@ -13,7 +13,7 @@ from fastflag.learn.batch import start_accounts
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
 from fastflag.model.recompute import Activations, ran_out
-from fastflag.policy import memory
+from fastflag.policy import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -212,8 +212,8 @@ def test_the_costs_add_up_to_the_plan(tiny_model):
     _, policy, _ = small_world(config, small_market())
     batch = PlanConfig(days=5, texts=3, prefix_tokens=70, suffix_tokens=16)
     given = policy.model, config.policy
-    parts = memory.prefix_bytes(*given, 5, 70, True) + memory.suffix_bytes(*given, 15, 16, 70, True)
-    whole = memory.parts(*given, "adamw", batch, 3)["activations"]
+    parts = plan.prefix_bytes(*given, 5, 70, True) + plan.suffix_bytes(*given, 15, 16, 5, 70, True)
+    whole = plan.parts(*given, "adamw", batch, 3)["activations"]
     assert 0.9 * whole < parts < whole
 
 
@@ -242,7 +242,7 @@ def test_a_plan_keeps_to_the_budget(tiny_model):
     config = small_config(tiny_model, policy__memory_budget=1)
     _, policy, _ = small_world(config, small_market())
     batch = PlanConfig(days=64, texts=100)
-    parts = memory.parts(policy.model, config.policy, "adamw", batch, 3)
+    parts = plan.parts(policy.model, config.policy, "adamw", batch, 3)
     assert parts["activations"] == 2**20
 
 

@@ -13,8 +13,8 @@ from precision import compute_as_on_a_gpu
 from fastflag.files import InputError
 from fastflag.model.model_config import Settings, json_config
 from fastflag.model.recompute import Activations
-from fastflag.policy import graphs
-from fastflag.policy.stage import content_of
+from fastflag.policy import graphs, plan
+from fastflag.policy.stage import Stage, content_of
 from fastflag.policy.table import Policy
 from fastflag.policy.trunk import Trunk
 
@@ -187,6 +187,25 @@ def test_within_a_memory_budget_nothing_is_staged(policies):
     assert relative(table.value, right.value) < 1e-5
     for gradient, slope in zip(gradients, slopes, strict=True):
         assert (gradient - slope).norm() <= 1e-4 * max(slope.norm(), 1e-3)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_budget_counts_padded_blocks(policies, fits):
+    """Of a stage's shapes, which are up to 63 prompts and 15 tokens a text more than the set's."""
+    staged, prompts = policies[1], random_prompts(0)
+    shape = staged.model, staged.config
+    stage = Stage.of(
+        prompts,
+        [torch.zeros(len(tokens), 1) for tokens in prompts.prefixes],
+        [torch.zeros(len(prompts.suffixes[text]), 1) for text in prompts.pairs[:, 1]],
+    )
+    (days, prefix, _), (rows, suffix, _) = stage.prefixes.shape, stage.suffixes.shape
+    assert Stage.shape_of(prompts) == (days, prefix, rows, suffix)
+    planned = plan.prefix_bytes(*shape, days, prefix, True)
+    planned += plan.suffix_bytes(*shape, rows, suffix, days, prefix, staged._fused_suffixes())
+    staged.activations = Activations(2 * planned - (0 if fits else 2))  # half of it is kept
+    staged.evaluate(prompts)
+    assert (staged._staged is not None) == fits
 
 
 def test_a_budget_counts_what_composite_attention_keeps(policies, monkeypatch):

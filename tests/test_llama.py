@@ -388,13 +388,15 @@ def assert_close(ours, theirs):
 # Attention
 
 
-@pytest.mark.parametrize("counts", [(2, 3, 1), (5, 3, 9)], ids=["a tile each", "several"])
+@pytest.mark.parametrize(
+    "counts", [(2, 3, 1), (5, 3, 9), (2, 0, 4)], ids=["a tile each", "several", "a day of none"]
+)
 @pytest.mark.parametrize("made_of", ["days", "block"])
 @pytest.mark.parametrize("queries", ["all", "last"])
 def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
     queries, made_of, counts
 ):
-    """Token by token in fp64, and gradients, which the CUDA form too gives on a CPU."""
+    """Values and gradients, token by token in fp64; the CUDA form too gives them on a CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -422,6 +424,7 @@ def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
         attended = attend(query, *own, first, shared, layout)
         made.append((attended, torch.autograd.grad((attended * weight).sum(), leaves)))
     of_prefix = [day for day, n in enumerate(counts) for _ in range(n)]
+    expected = torch.zeros_like(query)
     for u, h, q in itertools.product(range(suffixes), range(heads), range(count)):
         key, value = (
             torch.cat((prefixes[of_prefix[u]][side][h // 3], own[side][u, h // 3]))
@@ -430,11 +433,14 @@ def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
         seen = torch.ones(len(key), dtype=torch.bool)
         seen[-size:] = visible[u if len(visible) > 1 else 0, q]
         scores = (key @ query[u, h, q] / width**0.5)[seen]
-        expected = scores.softmax(0) @ value[seen]
-        assert relative(made[1][0][u, h, q], expected) < 1e-12
-        assert relative(made[0][0][u, h, q], expected) < 1e-12
-    for one, other in zip(made[0][1], made[1][1], strict=True):
-        assert other.norm() > 0 and relative(one, other) < 1e-12
+        expected[u, h, q] = scores.softmax(0) @ value[seen]
+    slopes = torch.autograd.grad((expected * weight).sum(), leaves, materialize_grads=True)
+    for attended, gradients in made:
+        assert relative(attended, expected) < 1e-12
+        for one, right in zip(gradients, slopes, strict=True):
+            # Of a day without suffixes they are zeros.
+            assert (one - right).abs().max() <= 1e-12 * right.abs().max()
+    assert sum(bool(slope.any()) for slope in slopes) == 3 + 2 * sum(n > 0 for n in counts)
 
 
 # Adapters

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
-from fastflag.policy import trunk_cache
+from fastflag.model import ops
+from fastflag.policy import trunk, trunk_cache
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
 
 
@@ -224,3 +226,28 @@ def test_a_folder_that_can_not_be_made_is_said(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     filled(tmp_path / "file" / "folder", [1])
     assert "are not kept on disk" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (ops.linear, "_torchs"),
+        (ops.causal_attention, "_torchs"),
+        (functional, "scaled_dot_product_attention"),
+    ],
+    ids=["product", "causal", "masked"],
+)
+def test_a_cpu_of_other_bits_has_files_of_its_own(place, name, monkeypatch):
+    """A last bit of a product or of attention is enough."""
+    before, right = trunk._bits_of_a_cpu("fp32"), getattr(place, name)
+    assert trunk._bits_of_a_cpu("fp32") == before
+
+    def other(*arguments, **named):
+        made = right(*arguments, **named)
+        made.view(-1)[-1] = made.view(-1)[-1].nextafter(torch.tensor(torch.inf))
+        return made
+
+    for op in ops.OPS:
+        monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(place, name, other)
+    assert trunk._bits_of_a_cpu("fp32") != before

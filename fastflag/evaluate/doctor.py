@@ -18,7 +18,8 @@ from fastflag.market.tasks.single import Single
 from fastflag.model.arithmetic import measured
 from fastflag.model.ops import OPS
 from fastflag.model.weights import open_config
-from fastflag.policy import graphs, memory
+from fastflag.policy import graphs
+from fastflag.policy.plan import parts
 
 _PACKAGES = (
     "torch",
@@ -75,15 +76,15 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
             f"a prompt has {tokens} tokens, the model reads {model.max_positions}: lower "
             "--prefix-tokens or --suffix-tokens, prompts"
         )
-    parts, composite = (
-        memory.parts(model, policy, optimizer, batch, len(Single.actions), fused)
+    planned, unfused = (
+        parts(model, policy, optimizer, batch, len(Single.actions), fused)
         for fused in (True, False)
     )
     return {
         "model": policy.model,
-        "parts": parts,
-        "total": sum(parts.values()),
-        "total_without_fused_attention": sum(composite.values()),
+        "parts": planned,
+        "total": sum(planned.values()),
+        "total_without_fused_attention": sum(unfused.values()),
     }
 
 

@@ -3,10 +3,11 @@
 Shapes: D prefixes of up to P tokens, U suffixes of S tokens, G key/value heads, E head size.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ TOKEN_MULTIPLE = 8
 # Keys of a tile come in sixteens. A suffix's own lie in one of its four places, and with AVX-512 a
 # softmax adds up vectors of 16 numbers: by eights, another place would be another order.
 KEY_MULTIPLE = 16
+T = TypeVar("T")
 IntegersT = TypeVar("IntegersT", int, np.ndarray)
 # Suffixes of a tile. A tile has a copy of its prefix's keys and values and pays for all of its
-# places; days of the demo have 8 or 9 account texts. Each query is given the own keys of all: of
-# more tokens than this, copies of the prefix cost less.
+# places; days of the demo have 8 or 9 account texts. Each query is given the own keys of all: where
+# suffixes have more tokens than this, copies of the prefix cost less.
 _TILE, _TILED_TOKENS = 4, 16
 
 KeysValues = tuple[Tensor, Tensor]
@@ -31,14 +33,14 @@ KeysValues = tuple[Tensor, Tensor]
 class Prefixes:
     """What suffixes attend to of D prefixes, in one layer: blocks of some of them, in order.
 
-    A CPU reads those of one padded length together, a GPU all; each is made when first asked for.
+    A CPU reads those of one padded length together, a GPU all.
     """
 
     def __init__(self, blocks: Sequence[KeysValues], lengths: Sequence[int]):
         """`lengths` [D], tokens of each prefix."""
         self.blocks = blocks
         self.lengths = lengths
-        self._of_size: dict[int, KeysValues] = {}
+        self._made: dict[tuple[str, bool], Any] = {}
 
     @staticmethod
     def joined(parts: Sequence["Prefixes"]) -> "Prefixes":
@@ -46,43 +48,63 @@ class Prefixes:
         blocks = [block for part in parts for block in part.blocks]
         return Prefixes(blocks, [length for part in parts for length in part.lengths])
 
+    def select(self, places: Sequence[int]) -> "Prefixes":
+        """Those at `places`, which ascend.
+
+        The backward pass of a block's index would fill zeros for every prefix that was not asked
+        for: with an evaluation a day, for all days each time. Here it does it once.
+        """
+        if len(places) == len(self.lengths):
+            return self
+        rows = self._once("rows", lambda: [row for block in self.blocks for row in _rows(block)])
+        return Prefixes([rows[at] for at in places], [self.lengths[at] for at in places])
+
     def of_size(self, size: int) -> KeysValues:
         """Those of `size` tokens when padded to a multiple of 8, in their order: P is `size` up to
-        a multiple of 16."""
-        if size not in self._of_size:
-            chosen, first = [], 0
-            for block in self.blocks:
-                lengths = self.lengths[first : first + len(block[0])]
-                first += len(lengths)
-                rows = [row for row, n in enumerate(lengths) if padded_length(n) == size]
-                if rows:
-                    chosen.append(_cut(block, rows, round_up(size, KEY_MULTIPLE)))
-            self._of_size[size] = _one_after_another(chosen)
-        return self._of_size[size]
+        a multiple of 16. Raises ValueError where there are none.
 
-    @cached_property
+        Made anew each time: gradients then add up in one order, whatever is selected.
+        """
+        sizes = [padded_length(length) for length in self.lengths]
+        chosen, first = [], 0
+        for block in self.blocks:
+            alike = [n == size for n in sizes[first : first + len(block[0])]]
+            first += len(alike)
+            chosen += [block] if all(alike) else itertools.compress(_rows(block), alike)
+        if not chosen:
+            raise ValueError(f"no prefix has {size} tokens when padded, but {sorted(set(sizes))}")
+        return _one_block(chosen, round_up(size, KEY_MULTIPLE))
+
+    @property
     def whole(self) -> KeysValues:
         """All of them: P is the longest's."""
         longest = max(key.shape[2] for key, _ in self.blocks)
-        return _one_after_another(
-            [_cut(block, list(range(len(block[0]))), longest) for block in self.blocks]
-        )
+        return self._once("whole", lambda: _one_block(self.blocks, longest))
+
+    def _once(self, what: str, make: Callable[[], T]) -> T:
+        """What `make` returns, made when first asked for: once with gradients and once without, for
+        what was made without would silently pass none."""
+        key = what, torch.is_grad_enabled()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
-def _cut(block: KeysValues, rows: list[int], size: int) -> KeysValues:
-    """Some rows of a block, with P made `size`."""
-    if len(rows) < len(block[0]):
-        # Not side[rows]: its index is kept for the backward pass, and work that is done again in
-        # that pass, where the rows lie ready, would keep one tensor less.
-        block = tuple(torch.stack([side[row] for row in rows]) for side in block)
-    missing = size - block[0].shape[2]
-    if missing > 0:
-        return tuple(functional.pad(side, (0, 0, 0, missing)) for side in block)
-    return tuple(side[:, :, :size] for side in block)
+def _rows(block: KeysValues) -> Iterator[KeysValues]:
+    """A block of each row. Split, not indexed: an index is kept for the backward pass, and work
+    that is done again in that pass, where the rows may lie ready, would keep one tensor less."""
+    return zip(*(side.split(1) for side in block), strict=True)
 
 
-def _one_after_another(blocks: Sequence[KeysValues]) -> KeysValues:
-    return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
+def _one_block(blocks: Sequence[KeysValues], size: int) -> KeysValues:
+    """Blocks one after another, with P made `size`."""
+    sized = [tuple(_sized(side, size) for side in block) for block in blocks]
+    return sized[0] if len(sized) == 1 else tuple(map(torch.cat, zip(*sized, strict=True)))
+
+
+def _sized(side: Tensor, size: int) -> Tensor:
+    missing = size - side.shape[2]
+    return functional.pad(side, (0, 0, 0, missing)) if missing > 0 else side[:, :, :size]
 
 
 @dataclass(frozen=True)
@@ -116,7 +138,7 @@ class SuffixLayout:
     @cached_property
     def tiles(self) -> list["Tiles"]:
         """Prefixes of one padded length together, each suffix in one tile."""
-        width = _TILE if self.positions.shape[1] <= _TILED_TOKENS else 1
+        width = tile_width(self.positions.shape[1])
         counts, lengths = np.array(self.counts), self.prefix_lengths.cpu().numpy()
         sizes = padded_length(lengths)
         first = np.cumsum(counts) - counts
@@ -166,6 +188,11 @@ class Pieces:
     path: Tensor  # [slots, N] int64, which pieces
     above: Tensor  # [N] int64, tokens of the suffix before the piece
     layout: SuffixLayout  # of the pieces, as if each followed its prefix
+
+
+def tile_width(tokens: int) -> int:
+    """Suffixes of a tile, where they are padded to `tokens`."""
+    return _TILE if tokens <= _TILED_TOKENS else 1
 
 
 def padded_up(block: Tensor, axis: int, multiple: int) -> Tensor:

@@ -75,6 +75,15 @@ class Stage:
             reference=reference_of(prompts, device),
         )
 
+    @staticmethod
+    def shape_of(prompts: PromptSet) -> tuple[int, int, int, int]:
+        """D, P, U and S of the blocks of `prompts`, padded."""
+        prefix, suffix = (
+            round_up(max(map(len, texts)), _TOKENS)
+            for texts in (prompts.prefixes, prompts.suffixes)
+        )
+        return len(prompts.prefixes), prefix, round_up(len(prompts.pairs), _PROMPTS), suffix
+
     def tensors(self) -> tuple[Tensor, ...]:
         """All of it but what only the host reads."""
         layout, reference = self.layout, self.reference

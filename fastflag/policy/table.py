@@ -38,7 +38,7 @@ from fastflag.model.shared_prefix import (
     padded_up,
 )
 from fastflag.model.weights import Weights
-from fastflag.policy import graphs, memory
+from fastflag.policy import graphs, plan
 from fastflag.policy.graphs import Graphs
 from fastflag.policy.heads import (
     RunningStatistics,
@@ -117,9 +117,9 @@ class Policy(nn.Module):
         if self.device.type == "cpu":
             keep_freed_memory()
         generator = torch.Generator().manual_seed(seed)
-        self.embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
+        embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
         frozen = [self._block(weights, index, self._frozen) for index in range(split)]
-        self.trunk = Trunk(weights, config, self.embedding, frozen)
+        self.trunk = Trunk(weights, config, embedding, frozen)
         self.top = nn.ModuleList(
             self._block(weights, index, self._trained(generator)) for index in range(split, layers)
         )
@@ -184,7 +184,7 @@ class Policy(nn.Module):
 
         def cost(rows: int) -> int:
             fused = self.device.type == "cuda"
-            return memory.prefix_bytes(self.model, self.config, rows, size, fused)
+            return plan.prefix_bytes(self.model, self.config, rows, size, fused)
 
         return self.activations.run(some, len(states), cost)
 
@@ -250,13 +250,12 @@ class Policy(nn.Module):
         return list(self.top.parameters()), heads
 
     def _keeps(self, prompts: PromptSet) -> bool:
-        """Whether autograd may keep all of an evaluation's work."""
-        days, rows = len(prompts.prefixes), len(prompts.pairs)
-        prefix, suffix = (max(map(len, texts)) for texts in (prompts.prefixes, prompts.suffixes))
+        """Whether autograd may keep all of an evaluation's work, by blocks of a stage."""
+        days, prefix, rows, suffix = Stage.shape_of(prompts)
         self.activations.restart()
-        of_prefixes = memory.prefix_bytes(self.model, self.config, days, prefix, True)
+        of_prefixes = plan.prefix_bytes(self.model, self.config, days, prefix, True)
         fused = self._fused_suffixes()
-        of_suffixes = memory.suffix_bytes(self.model, self.config, rows, suffix, prefix, fused)
+        of_suffixes = plan.suffix_bytes(self.model, self.config, rows, suffix, days, prefix, fused)
         return self.activations.keeps(rows, of_prefixes + of_suffixes)
 
     def _fused_suffixes(self) -> bool:
@@ -292,9 +291,12 @@ class Policy(nn.Module):
         others are masked, has other last bits.
         """
         self._check_lengths(prompts)
-        longest = max(days.layers[0].lengths)  # a GPU pads all to it
         of_day = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
-        of_row = of_day[prompts.pairs[:, 0]]
+        # Attention and its backward pass then cost what these days take, not all that were read.
+        asked, of_row = np.unique(of_day[prompts.pairs[:, 0]], return_inverse=True)
+        layers = [layer.select(asked.tolist()) for layer in days.layers]
+        lengths = layers[0].lengths
+        longest = max(lengths)  # a GPU pads all to it
         states = self.trunk.suffix_states(prompts)
         size = np.array([padded_length(len(state)) for state in states])
         fused = self._fused_suffixes()
@@ -302,20 +304,22 @@ class Policy(nn.Module):
         def some(rows: np.ndarray) -> Tensor:
             """Of rows of one size, sorted by day."""
             suffixes = _padded([states[row] for row in rows])
-            lengths = days.layers[0].lengths
             layout = SuffixLayout.build(
                 np.bincount(of_row[rows], minlength=len(lengths)).tolist(),
                 lengths,
                 _lengths([states[row] for row in rows], self.device),
                 suffixes.shape[1],
             )
-            last = suffix_pass(self.top, suffixes, days.layers, layout, last_only=True)
+            last = suffix_pass(self.top, suffixes, layers, layout, last_only=True)
             return self._normed(last)
 
         def alike(rows: np.ndarray) -> list[Tensor]:
+            tokens, of_days = int(size[rows[0]]), len(np.unique(of_row[rows]))
+
             def cost(count: int) -> int:
-                tokens = int(size[rows[0]])
-                return memory.suffix_bytes(self.model, self.config, count, tokens, longest, fused)
+                return plan.suffix_bytes(
+                    self.model, self.config, count, tokens, of_days, longest, fused
+                )
 
             return self.activations.run(lambda part: some(rows[part]), len(rows), cost)
 

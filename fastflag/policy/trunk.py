@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastflag import caches
 from fastflag.config import PolicyConfig
@@ -314,13 +315,22 @@ def _files(
 
 
 def _bits_of_a_cpu(dtype: str) -> tuple[str, bytes]:
-    """Its vector units, and the bits of a product: units of bf16 round what others don't, and a
-    folder of the user's may be seen by several machines."""
+    """Its vector units, and the bits of a product and of attention in both forms, causal and with a
+    mask: units of bf16 round what others don't, and a folder of the user's may be seen by several
+    machines."""
     random = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(64, 576, generator=random) for _ in range(2))
-    product = ops.linear(x, weight, None, DTYPES[dtype])
-    digest = hashlib.blake2b(product.numpy().tobytes(), digest_size=8).digest()
-    return torch.backends.cpu.get_cpu_capability(), digest
+    query, key, value = (torch.randn(1, 3, 144, 64, generator=random) for _ in range(3))
+    mask = torch.arange(144) < 137
+    made = (
+        ops.linear(x, weight, None, DTYPES[dtype]),
+        ops.causal_attention(query, key, value),
+        functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.expand(144, -1)),
+    )
+    digest = hashlib.blake2b(digest_size=8)
+    for numbers in made:
+        digest.update(numbers.contiguous().numpy().tobytes())
+    return torch.backends.cpu.get_cpu_capability(), digest.digest()
 
 
 def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:

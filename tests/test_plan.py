@@ -1,5 +1,6 @@
-"""The plan of a GPU's memory against the tensors that a policy, its cache, its optimiser and its
-graph really hold. Attention is the CUDA path's, which runs on a CPU too."""
+"""The plan of memory against the tensors that a policy, its cache, its optimiser and its graph
+really hold. Attention is the CUDA path's, which runs on a CPU too, but where a test tells a CPU's.
+"""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from fastflag.model.linear import FrozenLinear
 from fastflag.model.model_config import Settings, json_config
 from fastflag.model.quant import NF4Weight
 from fastflag.model.weights import open_weights
-from fastflag.policy import memory
+from fastflag.policy import plan
 from fastflag.policy.table import Policy
 
 BATCH = PlanConfig(days=3, texts=7, prefix_tokens=41, suffix_tokens=12)
@@ -79,7 +80,7 @@ def held_by(policy: Policy) -> dict[str, list[Tensor]]:
     heads = [*policy.parameter_groups()[1], *policy.running.buffers()]
     return {
         "trunk": [tensor for block in policy.trunk.blocks for tensor in frozen(block)],
-        "embedding": [policy.embedding, policy.final_norm],
+        "embedding": [policy.trunk._embedding, policy.final_norm],
         "top_frozen": [tensor for block in policy.top for tensor in frozen(block)],
         "trained": [*policy.top.parameters()],
         "heads": heads + ([policy.action_words] if policy.action_head is None else []),
@@ -111,7 +112,7 @@ def test_weights_gradients_and_moments(weights, adapted, head):
     config = replace(EXACT, top_layers=3, head=head, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
     config = replace(config, device="cuda")
-    planned = memory.parts(weights.config, config, "adamw", BATCH, 3)
+    planned = plan.parts(weights.config, config, "adamw", BATCH, 3)
     held = {name: bytes_of(tensors) for name, tensors in held_by(policy).items()}
     assert held == {name: planned[name] for name in held}
     optimizer = make_optimizer(policy, AlgorithmConfig())
@@ -137,7 +138,7 @@ def test_the_state_of_the_8_bit_optimizer(weights, adapted):
     states = [value for state in optimizer.state.values() for value in state.values()]
     distinct = {state.data_ptr(): state for state in states if isinstance(state, Tensor)}
     assert {state.dtype for state in distinct.values()} == {torch.uint8, torch.float32}
-    planned = memory.parts(weights.config, config, "adamw8bit", BATCH, 3)["optimizer_state"]
+    planned = plan.parts(weights.config, config, "adamw8bit", BATCH, 3)["optimizer_state"]
     assert bytes_of(distinct.values()) == planned
 
 
@@ -147,19 +148,35 @@ def test_the_trunk_cache(weights, adapted, top_layers):
     policy = Policy(weights, config, (7, 11, 13), 0)
     policy.evaluate(prompts_of(BATCH))
     config = replace(config, device="cuda")
-    planned = memory.parts(weights.config, config, "adamw", BATCH, 3)["trunk_cache"]
+    planned = plan.parts(weights.config, config, "adamw", BATCH, 3)["trunk_cache"]
     assert policy.trunk.cache.used_bytes == planned
 
 
 @pytest.mark.parametrize("adapted", ADAPTED)
-def test_a_cpus_activations_are_fp32_in_either_dtype(weights, adapted, monkeypatch):
+@pytest.mark.parametrize("texts_a_day", [1, 7])
+def test_a_cpus_activations_are_fp32_in_either_dtype(weights, adapted, texts_a_day, monkeypatch):
+    check_a_cpus(weights, adapted, texts_a_day, monkeypatch)
+
+
+def test_a_cpus_keys_are_copied_for_tiles_however_few_share_them(monkeypatch):
+    """Most where each day has one text and each query head keys of its own."""
+    made = tiny("llama", num_hidden_layers=4, num_key_value_heads=4)
+    config = json_config(Settings(made.config.to_dict(), "llama"))
+    given = Given(config, {name: t.detach() for name, t in made.state_dict().items()})
+    assert given.config.heads == given.config.kv_heads
+    check_a_cpus(given, ADAPTED[1], 1, monkeypatch)
+
+
+def check_a_cpus(weights, adapted, texts_a_day, monkeypatch):
+    """The plan against what a CPU holds, by its own operators."""
     monkeypatch.undo()
+    batch = replace(BATCH, texts=texts_a_day)
     config = replace(EXACT, top_layers=3, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
-    planned = memory.parts(weights.config, config, "adamw", BATCH, 3, fused=False)
-    kept = kept_by_autograd(policy, prompts_of(BATCH))
-    # By tiles attention keeps less than the composite that is planned.
-    assert kept <= planned["activations"] <= 1.7 * kept
+    planned = plan.parts(weights.config, config, "adamw", batch, 3)
+    kept = kept_by_autograd(policy, prompts_of(batch))
+    # What a product of under 64 rows gives is kept as it was padded, where nothing is added to it.
+    assert planned["activations"] == pytest.approx(kept, rel=0.035 if texts_a_day == 1 else 0.01)
     held = {name: bytes_of(tensors) for name, tensors in held_by(policy).items()}
     assert held == {name: planned[name] for name in held}
     assert policy.trunk.cache.used_bytes == planned["trunk_cache"]
@@ -171,7 +188,7 @@ def test_the_trunk_cache_keeps_to_its_budget(weights, megabytes):
     config = replace(EXACT, trunk_cache_mb=megabytes)
     policy = Policy(weights, config, (7, 11, 13), 0)
     policy.evaluate(prompts_of(batch))
-    planned = memory.parts(weights.config, config, "adamw", batch, 3)["trunk_cache"]
+    planned = plan.parts(weights.config, config, "adamw", batch, 3)["trunk_cache"]
     assert planned == megabytes * 2**20
     assert 0.8 * planned <= policy.trunk.cache.used_bytes <= planned
 
@@ -183,10 +200,10 @@ def test_activations(weights, adapted, head, top_layers):
     config = replace(EXACT, top_layers=top_layers, head=head, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
     config = replace(config, device="cuda")
-    planned = memory.parts(weights.config, config, "adamw", BATCH, 3)["activations"]
+    planned = plan.parts(weights.config, config, "adamw", BATCH, 3)["activations"]
     # Of some hundreds of kilobytes, what is not planned is places of rows and masks of actions.
     assert planned == pytest.approx(kept_by_autograd(policy, prompts_of(BATCH)), rel=0.005)
-    planned = memory.parts(weights.config, config, "adamw", BATCH, 3, fused=False)["activations"]
+    planned = plan.parts(weights.config, config, "adamw", BATCH, 3, fused=False)["activations"]
     with sdpa_kernel(SDPBackend.MATH):
         kept = kept_by_autograd(policy, prompts_of(BATCH))
     assert planned == pytest.approx(kept, rel=0.005)
@@ -199,7 +216,7 @@ def test_a_real_model(smollm, all_threads):
     policy = Policy(weights, config, (7, 11, 13), 0)
     batch = PlanConfig(days=2, texts=5)
     config = replace(config, device="cuda")
-    planned = memory.parts(weights.config, config, "adamw", batch, 3)
+    planned = plan.parts(weights.config, config, "adamw", batch, 3)
     held = {name: bytes_of(tensors) for name, tensors in held_by(policy).items()}
     assert held == {name: planned[name] for name in held}
     assert planned["activations"] == pytest.approx(
@@ -213,7 +230,7 @@ def test_published_sizes():
     adapters of rank 16 on every linear layer have 41,943,040 (as Unsloth prints in training)."""
     model = json_config(Settings(LLAMA_8B, "Llama 3.1 8B"))
     config = PolicyConfig(dtype="bf16", trunk_weights="bf16", top_layers=32, lora_rank=16)
-    planned = memory.parts(model, config, "adamw", PlanConfig(), 3)
+    planned = plan.parts(model, config, "adamw", PlanConfig(), 3)
     stored = planned["trunk"] + planned["embedding"] + planned["top_frozen"]
     rotary = 32 * 4 * 64  # fp32 frequencies of half a head in each layer
     # The unembedding is not kept.

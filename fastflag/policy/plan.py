@@ -11,7 +11,7 @@ from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.model.bnb import BLOCKSIZE
 from fastflag.model.llama import LINEARS
 from fastflag.model.model_config import ModelConfig
-from fastflag.model.shared_prefix import padded_length
+from fastflag.model.shared_prefix import KEY_MULTIPLE, padded_length, round_up, tile_width
 from fastflag.model.weights import layer_shapes
 from fastflag.policy.heads import MLP_WIDTH, SIDES
 
@@ -32,9 +32,9 @@ def parts(
     """Bytes of each part, where `policy` has no more top layers than the model has layers;
     `actions` is how many the task has.
 
-    Without `fused`, attention is PyTorch's composite of products and a softmax, as where no kernel
-    takes both a mask and query heads that share keys: of PyTorch 2.13's, its documentation has
-    shared keys in flash attention alone, which takes no mask.
+    Without `fused`, a GPU's attention is products and a softmax, operator by operator, as where no
+    kernel takes both a mask and query heads that share keys: of PyTorch 2.13's, its documentation
+    has shared keys in flash attention alone, which takes no mask. A CPU's is always fused.
     """
     dtype, trunk = _BYTES[policy.dtype], model.layers - policy.top_layers
     between = _between(policy)
@@ -123,15 +123,24 @@ def prefix_bytes(
     model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, fused: bool
 ) -> int:
     """What autograd keeps of the top layers' pass over `rows` prefixes of `tokens`."""
-    return _Kept(model, policy, fused).passed(rows, padded_length(tokens), 0)
+    return _Kept(model, policy, fused).passed(_Texts(rows, padded_length(tokens)))
 
 
 def suffix_bytes(
-    model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, prefix: int, fused: bool
+    model: ModelConfig,
+    policy: PolicyConfig,
+    rows: int,
+    tokens: int,
+    prefixes: int,
+    prefix: int,
+    fused: bool,
 ) -> int:
-    """What it keeps of `rows` suffixes of `tokens`, after prefixes of `prefix` tokens."""
+    """What it keeps of `rows` suffixes of `tokens`, after up to `prefixes` prefixes of `prefix`
+    tokens; at most, as the suffixes of each are not counted."""
     tokens, prefix = map(padded_length, (tokens, prefix))
-    return _Kept(model, policy, fused).passed(rows, tokens, prefix)
+    width = tile_width(tokens)
+    tiles = (rows + (width - 1) * min(prefixes, rows)) // width
+    return _Kept(model, policy, fused).passed(_Texts(rows, tokens, prefix, tiles))
 
 
 def _evaluation(
@@ -139,11 +148,24 @@ def _evaluation(
 ) -> int:
     """Of tokens as they are padded (model/shared_prefix.py)."""
     prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
-    prefix, suffix = batch.prefix_tokens, batch.suffix_tokens
-    of_prefixes = prefix_bytes(model, policy, batch.days, prefix, fused)
-    of_suffixes = suffix_bytes(model, policy, prompts, suffix, prefix, fused)
-    read_out = _Kept(model, policy, fused).read_out(prompts, reference, actions)
-    return of_prefixes + of_suffixes + read_out
+    prefix, suffix = map(padded_length, (batch.prefix_tokens, batch.suffix_tokens))
+    tiles = batch.days * -(-batch.texts // tile_width(suffix))
+    kept = _Kept(model, policy, fused)
+    return (
+        kept.passed(_Texts(batch.days, prefix))
+        + kept.passed(_Texts(prompts, suffix, prefix, tiles))
+        + kept.read_out(prompts, reference, actions)
+    )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Prefixes, or with `prefix` suffixes after so many tokens; all padded to one length."""
+
+    rows: int
+    tokens: int
+    prefix: int = 0
+    tiles: int = 0  # in which a CPU's attention takes suffixes (model/attention.py)
 
 
 @dataclass(frozen=True)
@@ -154,37 +176,36 @@ class _Kept:
     policy: PolicyConfig
     fused: bool
 
-    def passed(self, rows: int, tokens: int, prefix: int) -> int:
-        """Of `rows` texts through the top layers, suffixes after `prefix` tokens or, after none,
-        prefixes. The last layer is asked for what suffixes attend to, and for their last token."""
-        asked = 1 if prefix else 0
+    def passed(self, texts: _Texts) -> int:
+        """Of texts through the top layers. The last layer is asked for what suffixes attend to, and
+        for their last token."""
+        asked = 1 if texts.prefix else 0
         # cos and sin, half a head each, of a prefix's places, of a suffix's and of its last token.
-        places = rows * (tokens + 1) if prefix else tokens
+        places = texts.rows * (texts.tokens + 1) if texts.prefix else texts.tokens
         total = places * self.model.head_dim * self._dtype
         for index in range(self.policy.top_layers):
-            queries = tokens if index < self.policy.top_layers - 1 else asked
-            total += self._layer(rows, tokens, queries, prefix, through=index > 0)
+            queries = texts.tokens if index < self.policy.top_layers - 1 else asked
+            total += self._layer(texts, queries, through=index > 0)
         return total
 
     @property
     def _dtype(self) -> int:
         return _between(self.policy)
 
-    def _layer(self, rows: int, tokens: int, queries: int, prefix: int, through: bool) -> int:
-        """A layer over `rows` texts of `tokens`, which attend to `prefix` tokens before them;
-        queries, output and MLP are those of the last `queries` tokens. A gradient goes through to
-        its input unless it is the first one trained."""
+    def _layer(self, texts: _Texts, queries: int, through: bool) -> int:
+        """A layer over texts, which asks for queries, output and MLP of the last `queries` tokens.
+        A gradient goes through to its input unless it is the first one trained."""
         model, width, mlp = self.model, self.model.width, self.model.mlp_width
-        read, asked = rows * tokens, rows * queries
+        read, asked = texts.rows * texts.tokens, texts.rows * queries
         # Linear layers keep their input, one for q, k and v, of which the last tokens' is copied.
-        inputs = read + (asked if queries < tokens else 0)
+        inputs = read + (asked if queries < texts.tokens else 0)
         total = inputs * width * self._dtype + self._linears(read, ("k", "v"), through)
         total += self._norm(read, width) if through else 0
         if model.qk_norm:
             total += self._norm(read * model.kv_heads + asked * model.heads, model.head_dim)
         if not queries:
             return total
-        total += self._attention(rows, queries, prefix + tokens, masked=prefix > 0)
+        total += self._attention(texts, queries)
         # gate and up have one input; silu keeps gate, the product silu(gate) and up, down its own.
         total += self._norm(asked, width) + asked * (width + 4 * mlp) * self._dtype
         total += self._linears(asked, ("q",), through)
@@ -208,20 +229,53 @@ class _Kept:
                 numbers += self.policy.lora_rank * (tokens + inputs * cast + outputs)
         return numbers * self._dtype
 
-    def _attention(self, rows: int, queries: int, keys: int, masked: bool) -> int:
-        """Fused: queries, keys and values (on a GPU each suffix has a copy of its prefix's), the
-        mask as numbers, an fp32 sum a query, and what was attended to, once more with its heads
-        side by side where there are several queries. Composite: all in fp32, keys and values for
-        each query head, the weights; what was attended to side by side."""
+    def _attention(self, texts: _Texts, queries: int) -> int:
+        """N texts of H query heads and G key/value heads of E numbers, Q queries and K keys a text;
+        on a GPU each suffix has a copy of its prefix's keys. A CPU's prefixes are as if fused, its
+        suffixes in B tiles of n (`_tiled`). What linear layers read of it, "side by side", is
+        [N, Q, H E] in all forms.
+
+        | tensor                  | fused               | not fused       |
+        |-------------------------|---------------------|-----------------|
+        | query                   | [N, H, Q, E]        | the same, fp32  |
+        | key, value              | [N, G, K, E] each   | [N, H, K, E] each, fp32 |
+        | mask of suffixes        | [N, Q, K]           |                 |
+        | a sum, or the weights   | [N, H, Q] fp32      | [N, H, Q, K] fp32 |
+        | attended                | [N, H, Q, E]        |                 |
+        | side by side            | where Q > 1, else `attended` is it | [N, Q, H E] |
+
+        dtype: the activations', where none is given.
+        """
+        if texts.tiles and self.policy.device == "cpu":
+            return self._tiled(texts, queries)
+        rows, keys = texts.rows, texts.prefix + texts.tokens
         heads, head = self.model.heads, self.model.head_dim
         asked = rows * heads * queries
-        if not self.fused:
+        if not self.fused and self.policy.device != "cpu":
             wide = asked * (head + keys) + rows * heads * 2 * keys * head
             return asked * head * self._dtype + _FP32 * wide
         copies = 3 if queries > 1 else 2
         shared = rows * 2 * self.model.kv_heads * keys * head
-        mask = rows * queries * keys if masked else 0
+        mask = rows * queries * keys if texts.prefix else 0
         return (copies * asked * head + shared + mask) * self._dtype + asked * _FP32
+
+    def _tiled(self, texts: _Texts, queries: int) -> int:
+        """A CPU's attention of suffixes, in tiles: all fp32, K the places of a tile's keys.
+
+        | tensor          | shape                 |
+        |-----------------|-----------------------|
+        | query, attended | [B, G, n H / G Q, E] each |
+        | key, value      | [B, G, K, E] each     |
+        | mask            | [B, n H / G Q, K]     |
+        | a sum           | [B, G, n H / G Q]     |
+        | side by side    | [N, Q, H E]           |
+        """
+        heads, groups, head = self.model.heads, self.model.kv_heads, self.model.head_dim
+        width = tile_width(texts.tokens)
+        keys = round_up(texts.prefix, KEY_MULTIPLE) + width * round_up(texts.tokens, KEY_MULTIPLE)
+        asked = width * queries * heads
+        of_tile = asked * (2 * head + 1) + 2 * groups * keys * head + asked // groups * keys
+        return _FP32 * (texts.tiles * of_tile + texts.rows * queries * heads * head)
 
     def read_out(self, prompts: int, reference: int, actions: int) -> int:
         """The final norm; then in fp32, of all rows and of the reference (one a day and side) what
