@@ -16,9 +16,9 @@ from test_simulator import FILLS, FREE, MODES, bars_of, one, run
 from fastflag import cli
 from fastflag.config import DataConfig, SimulatorConfig
 from fastflag.market import simulator
+from fastflag.market.adjusted import recover_splits_and_dividends
 from fastflag.market.bars import Bars
 from fastflag.market.baselines import fixed_action_equity
-from fastflag.market.events import recover_splits_and_dividends
 from fastflag.market.simulator import BUY, HOLD, SELL
 from fastflag.market.sources import SAMPLES, load
 
