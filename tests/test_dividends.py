@@ -15,8 +15,8 @@ from test_simulator import FILLS, FREE, MODES, bars_of, one, run
 
 from fastflag import cli
 from fastflag.config import DataConfig, SimulatorConfig
+from fastflag.market.adjusted import recover_splits_and_dividends
 from fastflag.market.bars import Bars
-from fastflag.market.events import recover_splits_and_dividends
 from fastflag.market.sources import SAMPLES, load
 from fastflag.market.tasks.baselines import fixed_action_equity
 from fastflag.market.tasks.single import BUY, HOLD, SELL, Single

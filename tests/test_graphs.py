@@ -12,7 +12,7 @@ from precision import compute_as_on_a_gpu
 
 from fastflag.files import InputError
 from fastflag.model.model_config import Settings, json_config
-from fastflag.model.recompute import Activations
+from fastflag.model.recompute import Recompute
 from fastflag.policy import graphs, plan
 from fastflag.policy.stage import Stage, content_of
 from fastflag.policy.table import Policy
@@ -119,7 +119,7 @@ def test_what_does_not_fit_any_more_gives_its_memory_back(policies):
     for _ in range(2):
         staged.evaluate(random_prompts(0))
     assert staged.graphs._captured and staged._staged
-    staged.activations = Activations(1)
+    staged.recompute = Recompute(1)
     staged.evaluate(random_prompts(0))
     assert not staged.graphs._captured and not staged._staged
 
@@ -180,7 +180,7 @@ def test_other_content_is_told_apart(name):
 
 def test_within_a_memory_budget_nothing_is_staged(policies):
     plain, staged = policies
-    staged.activations = Activations(1)
+    staged.recompute = Recompute(1)
     right, slopes = graded(plain, random_prompts(0))
     table, gradients = graded(staged, random_prompts(0))
     assert staged._staged is None
@@ -203,7 +203,7 @@ def test_a_budget_counts_padded_blocks(policies, fits):
     assert Stage.shape_of(prompts) == (days, prefix, rows, suffix)
     planned = plan.prefix_bytes(*shape, days, prefix, True)
     planned += plan.suffix_bytes(*shape, rows, suffix, days, prefix, staged._fused_suffixes())
-    staged.activations = Activations(2 * planned - (0 if fits else 2))  # half of it is kept
+    staged.recompute = Recompute(2 * planned - (0 if fits else 2))  # half of it is kept
     staged.evaluate(prompts)
     assert (staged._staged is not None) == fits
 

@@ -23,7 +23,7 @@ from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.llama import rotary_tables
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.quant import NF4Weight
-from fastflag.model.recompute import Activations
+from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
@@ -290,7 +290,7 @@ def test_any_lengths_counts_and_budgets_give_the_full_forwards_gradients(pair, d
         trunk_disk_mb=0,
     )
     policy = Policy(weights, config, (1, 2, 3), 0)
-    policy.activations = Activations(data.draw(st.sampled_from([0, 1, 10**5, 10**6])))
+    policy.recompute = Recompute(data.draw(st.sampled_from([0, 1, 10**5, 10**6])))
     weight = torch.randn(len(pairs), 64, generator=torch.Generator().manual_seed(0))
     ours = policy._features(prompts, policy.read(prompts.prefixes))
     (ours * weight).sum().backward()

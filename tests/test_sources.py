@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from fastflag.config import DataConfig
 from fastflag.files import InputError
-from fastflag.market.events import recover_splits_and_dividends
+from fastflag.market.adjusted import recover_splits_and_dividends
 from fastflag.market.sources import SAMPLES, load
 
 BARS = """Date,Open,High,Low,Close,Adj Close,Volume

@@ -12,7 +12,7 @@ from test_train import trained
 import fastflag.learn.rollout as rollout_module
 import fastflag.policy.table as table_module
 from fastflag.config import AlgorithmConfig
-from fastflag.model.recompute import Activations
+from fastflag.model.recompute import Recompute
 from fastflag.policy.table import Policy
 from fastflag.prompt.prompts import PromptSet
 
@@ -58,7 +58,7 @@ def all_at_once(monkeypatch):
 
 
 def recomputed(monkeypatch):
-    monkeypatch.setattr(table_module, "Activations", lambda budget: Activations(1))
+    monkeypatch.setattr(table_module, "Recompute", lambda budget: Recompute(1))
 
 
 def by_stages(monkeypatch):

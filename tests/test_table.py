@@ -275,7 +275,7 @@ def test_padding_never_changes_a_row(weights, monkeypatch):
     expected = rows_of(made(weights), PROMPTS)
     poisoned = made(weights)
     # Token 0 pads the trunk's batches and is in no text; zeros pad the top's.
-    poisoned.embedding[0] = 1e3 * torch.randn(64, generator=torch.Generator().manual_seed(3))
+    poisoned.trunk._embedding[0] = 1e3 * torch.randn(64, generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(
         table_module,
         "pad_sequence",

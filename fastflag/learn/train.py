@@ -83,7 +83,7 @@ def train(
                 work = partial(
                     _one_update, policy, optimizer, world, days, accounts, config, step, phase
                 )
-                accounts, lesson, statistics = policy.activations.attempt(work)
+                accounts, lesson, statistics = policy.recompute.attempt(work)
                 statistics["learning_rate"] = config.algorithm.learning_rate * factor
                 elapsed = time.perf_counter() - began
                 log.step(_record(step, lesson, accounts, annual, statistics, elapsed, phase.take()))

@@ -89,10 +89,10 @@ def update(
             learn = partial(_differentiate, optimizer, some, config)
             if history:
                 again = partial(_evaluated, policy, lesson.prompts, some.row)
-                statistics = policy.activations.attempt(lambda: learn(*again()))  # noqa: B023
+                statistics = policy.recompute.attempt(lambda: learn(*again()))  # noqa: B023
             else:
                 statistics = learn(*_gather(table, some.row))
-            policy.activations.commit()
+            policy.recompute.commit()
             statistics["grad_norm"] = _step(policy, optimizer, config.max_grad_norm)
             history.append(statistics)
         if config.target_kl and history[-1]["kl"] > config.target_kl:

@@ -10,11 +10,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
 from fastflag.files import InputError
+from fastflag.market.adjusted import decimals_of, recover_splits_and_dividends
 
 # Sizes below are logarithms of what a price is divided by: log(4) of a 4:1 split.
 # A split larger than so many ordinary moves of a night, and than 10%, is told from them.
@@ -94,50 +94,6 @@ def events(
             f"adj_close, or take the column {what} out, {rows.at(row)}"
         )
     return (declared, paid) if raw else (ones, zeros)
-
-
-def recover_splits_and_dividends(
-    close: np.ndarray, adjusted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits [T] and dividends [T] that turn raw closes [T] into adjusted closes [T] (NaN: no bar).
-
-    With gain = (adjusted / close)[t] / (adjusted / close)[last event], a day's event is
-
-        gain = split * (1 + dividend / close[t])
-
-    which is how Quandl's WIKI prices were adjusted: a dividend buys shares at the close of its day.
-    Reinvested so, the stream gives the adjusted total return whoever made the prices; with another
-    maker's formula (1 - dividend / close[t-1]) the dividend differs from the declared one by the
-    day's price move. Only rows up to t are used for row t.
-
-    One number can't tell a split from a dividend. A gain of 1 to 1.2 is a dividend. Any other is
-    the nearest p:q with q <= 5 and a dividend of at most 2%, or else a split of just that gain
-    (spin-offs).
-
-    Gains smaller than the rounding of `adjusted` are no events; its decimals are counted as they
-    are seen. Gains are taken from the last event, so rounding never adds up. Measured on the 95
-    events of the sample data: splits exact, dividends within 1e-11 dollars of whole cents, adjusted
-    total returns within 1e-13; with `adjusted` rounded to cents the same 95 events, dividends
-    within a cent.
-    """
-    split, dividend = np.ones(len(close)), np.zeros(len(close))
-    event_factor = event_adjusted = None
-    decimals = 2
-    for t in np.flatnonzero(np.isfinite(close) & np.isfinite(adjusted)):
-        factor = adjusted[t] / close[t]
-        decimals = max(decimals, _decimals(adjusted[t]))
-        if event_factor is None:
-            event_factor, event_adjusted = factor, adjusted[t]
-            continue
-        rounding = 0.5 * 10.0**-decimals * (1 / adjusted[t] + 1 / event_adjusted)
-        # Files made from float32 prices carry some 1e-7 of noise in every digit they print.
-        noise = max(1.01 * rounding, 1e-6)
-        gain = factor / event_factor
-        if abs(gain - 1) > noise:
-            split[t], dividend_yield = _split_and_yield(gain, noise)
-            dividend[t] = close[t] * dividend_yield
-            event_factor, event_adjusted = factor, adjusted[t]
-    return split, dividend
 
 
 def _recovered(rows: Rows, adjusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -315,7 +271,7 @@ def _gains(rows: Rows, adjusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         close = rows.close[span]
         known = np.flatnonzero(np.isfinite(close) & np.isfinite(adjusted[span]))
         price = adjusted[span][known]
-        unit = 0.5 * 10.0 ** -max(2, *(_decimals(each) for each in price[-50:]), 0)
+        unit = 0.5 * 10.0 ** -max(2, *(decimals_of(each) for each in price[-50:]), 0)
         gain[span][known[1:]] = np.diff(np.log(price / close[known]))
         rounding[span][known[1:]] = np.maximum(unit * (1 / price[1:] + 1 / price[:-1]), 1e-6)
     return gain, rounding
@@ -339,22 +295,3 @@ def _tell_undeclared(
             more.sum(),
             rows.at(int(np.argmax(more))),
         )
-
-
-def _split_and_yield(gain: float, noise: float) -> tuple[float, float]:
-    if 1 < gain < 1.2:
-        return 1.0, gain - 1
-    if not 1e-3 <= gain <= 1e3:
-        return gain, 0.0
-    if gain > 1:
-        ratio = float(Fraction(gain).limit_denominator(5))
-    else:
-        ratio = float(1 / Fraction(1 / gain).limit_denominator(5))
-    remainder = gain / ratio - 1
-    if not -noise <= remainder <= 0.02:
-        return gain, 0.0
-    return ratio, remainder if remainder > noise else 0.0
-
-
-def _decimals(value: float) -> int:
-    return len(np.format_float_positional(value, trim="-").partition(".")[2])

@@ -1,9 +1,19 @@
 """Attention in PyTorch: causal, and of suffixes that share their prefixes' keys and values.
 
+| op of model/ops.py | on a CPU | on CUDA | with Triton (kernels/)          |
+|--------------------|----------|---------|---------------------------------|
+| causal_attention   | causal   | causal  | none: PyTorch's has a kernel    |
+| prefix_attention   | by_tiles | padded  | prefix_attention.py, and a twin |
+
+The truth for all of prefix attention is a softmax token by token in fp64, values and gradients: in
+tests/test_llama.py for PyTorch's two forms, in tests/test_kernels_prefix_attention.py for the
+kernel, whose error may be no larger than its twin's. Whole forwards, causal attention in them, are
+compared with transformers' of each prompt (tests/test_llama.py).
+
 Shapes: N rows, T tokens, H query heads, G key/value heads, E head size; D prefixes of P tokens, U
-suffixes of S tokens, Q queries a suffix. The two forms of prefix attention take the same and give
-the same: query [U, H, Q, E], own_key and own_value [U, G, S, E], and first [U] int64: query i of
-suffix u sees all of its prefix and its own keys up to first[u] + i, in one softmax. -> [U, H, Q, E]
+suffixes of S tokens, Q queries a suffix. All forms of prefix attention give the same: query
+[U, H, Q, E], own_key and own_value [U, G, S, E], and first [U] int64: query i of suffix u sees all
+of its prefix and its own keys up to first[u] + i, in one softmax. -> [U, H, Q, E]
 """
 
 import torch

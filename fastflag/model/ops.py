@@ -116,9 +116,12 @@ def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
     return Choice("triton", f"right and not slower on sm_{major}{minor}", evidence)
 
 
+# PyTorch's form on each kind of device; the table in model/attention.py has all of them.
+_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.padded}
+
+
 def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
-    form = attention.padded if query.is_cuda else attention.by_tiles
-    return form(query, *arguments)
+    return _PREFIX_ATTENTION[query.device.type](query, *arguments)
 
 
 def _prefix_attention_triton(

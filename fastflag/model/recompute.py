@@ -1,7 +1,8 @@
-"""How much of the top layers' work autograd may keep for the backward pass.
+"""Gradient checkpointing of the trained layers within a budget of memory, and what is done where
+memory runs out all the same.
 
-What does not fit into the budget is cut into parts, of days or of prompts, whose work is done again
-in the backward pass: the same gradient, for a forward pass more and the memory of a part at a time.
+What does not fit into the budget is split into parts, of prefixes or of prompts, which the backward
+pass recomputes: the same gradient, for a forward pass more and the memory of a part at a time.
 """
 
 import logging
@@ -17,10 +18,17 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
-class Activations:
-    """A budget in bytes, 0 for none: half for what is kept, half for what is done again."""
+class Recompute:
+    """A budget of bytes, half for what autograd keeps and half for the part that is recomputed.
+
+    On out-of-memory, `attempt` halves the budget and retries, unless the work can't be split
+    further or the optimiser has stepped (`commit`). Attempts may lie in one another: of an update
+    that has stepped, the next step's forward and backward pass are retried by themselves. The
+    command line refuses in one line what no retry mends (`ran_out`).
+    """
 
     def __init__(self, budget: int):
+        """`budget`: 0 for none."""
         self._budget: float = budget or math.inf
         self._kept = self._asked = 0
         self._divisible = self._committed = False
@@ -30,8 +38,8 @@ class Activations:
         self._kept = self._asked = 0
 
     def run(self, work: Callable[[slice], T], rows: int, cost: Callable[[int], int]) -> list[T]:
-        """`work` on all of so many rows, or part by part; `cost` is the bytes that autograd keeps
-        of a number of them."""
+        """`work` on all of so many rows, or part by part, to be recomputed; `cost` is the bytes
+        that autograd keeps of a number of them."""
         if not torch.is_grad_enabled():
             return [work(part) for part in self._parts(rows, cost)]
         if self.keeps(rows, cost(rows)):
@@ -42,7 +50,7 @@ class Activations:
         ]
 
     def keeps(self, rows: int, size: int) -> bool:
-        """Whether autograd may keep `size` bytes more, of work on `rows` that could be cut."""
+        """Whether autograd may keep `size` bytes more, of work on `rows` that can be split."""
         self._asked += size
         if self._kept + size > self._budget / 2:
             return False
@@ -51,8 +59,8 @@ class Activations:
         return True
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """What `work` returns. Where memory runs out it is done again with half the budget, while
-        there is something to cut and nothing was committed."""
+        """What `work` returns, retried on out-of-memory as the class says. Raises the error of the
+        last try, and any other at once."""
         before = self._committed
         try:
             while True:
@@ -68,7 +76,7 @@ class Activations:
             self._committed = before
 
     def commit(self) -> None:
-        """What the attempt does from here on can't be done again."""
+        """From here on the attempt can't be retried: the optimiser steps."""
         self._committed = True
 
     def _halve(self) -> None:
@@ -79,7 +87,7 @@ class Activations:
             torch.cuda.empty_cache()
 
     def _parts(self, rows: int, cost: Callable[[int], int]) -> list[slice]:
-        # What is kept whatever the number of rows, such as matrices in bf16, no cut makes less.
+        # What is kept whatever the number of rows, such as matrices in bf16, no split makes less.
         size, fixed = rows, cost(0)
         while size > 1 and cost(size) - fixed > self._budget / 2:
             size = -(-size // 2)

@@ -11,13 +11,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastflag.files import InputError, read_json
 from fastflag.model.gguf_file import GGUFFile
 from fastflag.model.model_config import ModelConfig, Settings, json_config
+from fastflag.model.safetensors_file import EMBEDDING, HEAD, Safetensors, one_line
 
 HUB_SECONDS = 4  # for each of connecting and answering, before the hub counts as out of reach
 HUB_LIMIT = 9  # in all: name look-up, which no HTTP timeout covers, can hang for longer
@@ -34,7 +34,7 @@ class Weights:
     def __init__(
         self,
         config: ModelConfig,
-        storage: "_Safetensors | GGUFFile",
+        storage: Safetensors | GGUFFile,
         tokenizer_path: Path,
         source: str,
     ):
@@ -55,8 +55,8 @@ class Weights:
         Linear weights are [out, in]. Raises InputError for an unreadable tensor or one that holds
         NaN or infinity in `dtype`, and KeyError for a name that `names` lacks.
         """
-        if name == _HEAD and self.config.tied_embeddings:
-            name = _EMBEDDING
+        if name == HEAD and self.config.tied_embeddings:
+            name = EMBEDDING
         if name not in self._names:
             raise KeyError(name)
         values = self._storage.read(name)
@@ -94,7 +94,7 @@ def open_weights(model: str) -> Weights:
     path = _located(model, ["*.safetensors", "*.json", "tokenizer*"])
     if path.is_dir():
         config = _folder_config(path)
-        return Weights(config, _Safetensors(path, config.tied_embeddings), path, model)
+        return Weights(config, Safetensors(path, config.tied_embeddings), path, model)
     file = GGUFFile(path)
     return Weights(file.config, file, path, model)
 
@@ -181,12 +181,6 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# Safetensors
-
-
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
 def _folder_config(folder: Path) -> ModelConfig:
     if (folder / "adapter_config.json").exists():
         document = read_json(folder / "adapter_config.json")
@@ -201,94 +195,6 @@ def _folder_config(folder: Path) -> ModelConfig:
     return json_config(Settings(values, str(folder / "config.json")))
 
 
-class _Safetensors:
-    def __init__(self, folder: Path, tied: bool):
-        """`tied`: the head is the embedding, and either may stand for both."""
-        from safetensors import SafetensorError, safe_open
-
-        self._errors = (SafetensorError, OSError, ValueError)
-        self._stored: dict[str, tuple[Any, str]] = {}  # file and name in it
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.files = _safetensors_files(folder)
-        for path in self.files:
-            try:
-                handle = safe_open(path, framework="pt")
-                names = handle.keys()
-                slices = {name: handle.get_slice(name) for name in names}
-            except self._errors as error:
-                raise InputError(f"broken safetensors file ({_line(error)}), {path}") from None
-            for name, part in slices.items():
-                if part.get_dtype() not in ("F32", "F16", "BF16"):
-                    raise InputError(
-                        f"tensor {name!r} is {part.get_dtype()}, not supported, {path}"
-                    )
-                # A model saved without its head has names without their beginning.
-                bare = name.startswith(("embed_tokens.", "layers.", "norm."))
-                known = f"model.{name}" if bare else name
-                if known in self.shapes:
-                    raise InputError(f"tensor {known!r} is there twice, {path}")
-                self._stored[known] = (handle, name)
-                self.shapes[known] = tuple(part.get_shape())
-        if tied and _HEAD in self.shapes:
-            self._tie(folder)
-
-    def _tie(self, folder: Path) -> None:
-        if _EMBEDDING not in self.shapes:
-            self._stored[_EMBEDDING] = self._stored[_HEAD]
-            self.shapes[_EMBEDDING] = self.shapes[_HEAD]
-        elif not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
-            raise InputError(
-                f"tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}: which one is meant "
-                f"is not known, {folder / 'config.json'}"
-            )
-
-    def read(self, name: str) -> torch.Tensor:
-        try:
-            handle, stored = self._stored[name]
-            # A copy: the handle's tensor is a view of the mapped file.
-            return handle.get_tensor(stored).clone()
-        except self._errors as error:
-            raise InputError(
-                f"can't read tensor {name} ({_line(error)}), {self.files[0].parent}"
-            ) from None
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        document = read_json(index)
-        parts = document.get("weight_map") if isinstance(document, dict) else None
-        if not isinstance(parts, dict) or not parts:
-            raise InputError(f"weight_map is missing or empty, {index}")
-        names = set(parts.values()) if all(isinstance(p, str) for p in parts.values()) else {""}
-        if any(Path(name).name != name or not name for name in names):
-            raise InputError(f"weight_map must name files of its own folder, {index}")
-        files = [folder / name for name in sorted(names)]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        whole = folder / "model.safetensors"
-        files = [whole] if whole in files else files
-        if not files:
-            pickled = [p for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}")]
-            found = f"only {pickled[0].name}, which can run code" if pickled else "none here"
-            raise InputError(
-                f"safetensors weights needed, {found}: convert to safetensors, {folder}"
-            )
-        if len(files) > 1:
-            raise InputError(f"{len(files)} safetensors files and no {index.name}, {folder}")
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"no such file, {path}")
-    return files
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# GGUF
-
-
 def _packaged(model: str) -> Path:
     name = model.removeprefix("package:")
     # A dotted name would import its parent, and so run it.
@@ -300,9 +206,6 @@ def _packaged(model: str) -> Path:
     if len(files) != 1:
         raise InputError(f"{len(files)} GGUF files in the package, one needed, {model}")
     return files[0]
-
-
-# Hugging Face hub
 
 
 def _snapshot(model: str, files: list[str]) -> Path:
@@ -326,7 +229,7 @@ def _snapshot(model: str, files: list[str]) -> Path:
         elif isinstance(cause, RepositoryNotFoundError):
             what = "no such folder or file, and no such public model on the hub"
         elif problem is None:
-            what = f"download failed ({_line(error)})"
+            what = f"download failed ({one_line(error)})"
         else:
             what = (
                 "no such folder or file, and the hub can't be reached: give a folder or a GGUF file"

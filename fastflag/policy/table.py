@@ -29,7 +29,7 @@ from fastflag.model.llama import (
     suffix_pass,
 )
 from fastflag.model.quant import NF4Weight
-from fastflag.model.recompute import Activations
+from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import (
     TOKEN_MULTIPLE,
     Prefixes,
@@ -138,7 +138,7 @@ class Policy(nn.Module):
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
-        self.activations = Activations(config.memory_budget * 2**20)
+        self.recompute = Recompute(config.memory_budget * 2**20)
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
         self.graphs = self._graphs() if self.device.type == "cuda" else None
@@ -165,7 +165,7 @@ class Policy(nn.Module):
         for digest, state in states.items():
             by_size.setdefault(padded_length(len(state)), []).append(digest)
         if torch.is_grad_enabled():
-            self.activations.restart()
+            self.recompute.restart()
         parts = [
             part
             for size, alike in by_size.items()
@@ -186,7 +186,7 @@ class Policy(nn.Module):
             fused = self.device.type == "cuda"
             return plan.prefix_bytes(self.model, self.config, rows, size, fused)
 
-        return self.activations.run(some, len(states), cost)
+        return self.recompute.run(some, len(states), cost)
 
     def evaluate(
         self, prompts: PromptSet, statistics: Statistics | None = None, days: Days | None = None
@@ -252,11 +252,11 @@ class Policy(nn.Module):
     def _keeps(self, prompts: PromptSet) -> bool:
         """Whether autograd may keep all of an evaluation's work, by blocks of a stage."""
         days, prefix, rows, suffix = Stage.shape_of(prompts)
-        self.activations.restart()
+        self.recompute.restart()
         of_prefixes = plan.prefix_bytes(self.model, self.config, days, prefix, True)
         fused = self._fused_suffixes()
         of_suffixes = plan.suffix_bytes(self.model, self.config, rows, suffix, days, prefix, fused)
-        return self.activations.keeps(rows, of_prefixes + of_suffixes)
+        return self.recompute.keeps(rows, of_prefixes + of_suffixes)
 
     def _fused_suffixes(self) -> bool:
         """Whether one kernel computes the suffixes' attention. PyTorch has none with a mask for
@@ -321,7 +321,7 @@ class Policy(nn.Module):
                     self.model, self.config, count, tokens, of_days, longest, fused
                 )
 
-            return self.activations.run(lambda part: some(rows[part]), len(rows), cost)
+            return self.recompute.run(lambda part: some(rows[part]), len(rows), cost)
 
         order = np.lexsort((of_row, size))
         of_size = np.split(order, np.flatnonzero(np.diff(size[order])) + 1)

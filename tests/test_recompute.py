@@ -1,4 +1,4 @@
-"""The budget of what autograd keeps: the same numbers whatever it is, and what happens without."""
+"""Gradient checkpointing: the same numbers within any budget, and retries on out-of-memory."""
 
 import gc
 import logging
@@ -12,7 +12,7 @@ import fastflag.policy.table as table_module
 from fastflag.learn.batch import start_accounts
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
-from fastflag.model.recompute import Activations, ran_out
+from fastflag.model.recompute import Recompute, ran_out
 from fastflag.policy import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ def evaluated(model, budget, **changes):
     config = small_config(model, policy__top_layers=2, **changes)
     world, policy, days = small_world(config, small_market())
     make_opinionated(policy)
-    policy.activations = Activations(budget)
+    policy.recompute = Recompute(budget)
     accounts = start_accounts(config.rollout, config.simulator.cash)
     # By weak reference: what another pass lets go of does not count.
     storages = {}
@@ -74,7 +74,7 @@ def test_all_at_once_is_cut_into_parts_too(tiny_model, monkeypatch):
 
 
 def test_passes_are_kept_while_they_fit_into_half_the_budget(monkeypatch):
-    activations, again = Activations(100), []
+    recompute, again = Recompute(100), []
 
     def checkpoint(work, part, **named):
         again.append(part.stop - part.start)
@@ -89,14 +89,14 @@ def test_passes_are_kept_while_they_fit_into_half_the_budget(monkeypatch):
 
     def run(rows):
         ran.clear()
-        activations.run(work, rows, lambda rows: 10 * rows)
+        recompute.run(work, rows, lambda rows: 10 * rows)
         return ran
 
     assert run(3) == [3] and run(2) == [2]  # 50 bytes
     assert not again
     assert run(1) == [1] and run(12) == [3, 3, 3, 3]  # half the budget is 5 rows
     assert again == [1, 3, 3, 3, 3]
-    activations.restart()
+    recompute.restart()
     assert run(5) == [5] and len(again) == 5
     with torch.no_grad():
         assert run(6) == [3, 3]
@@ -150,18 +150,18 @@ def test_memory_that_the_top_layers_do_not_take_is_not_waited_for():
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        Activations(0).attempt(fail)
+        Recompute(0).attempt(fail)
     assert len(tried) == 1
 
 
 def test_it_goes_on_while_any_pass_can_be_cut():
     """One prompt of a day says nothing of the days' own pass."""
-    activations, sizes = Activations(0), []
+    recompute, sizes = Recompute(0), []
 
     def attempt():
         for rows in (8, 1):
             parts = []
-            activations.run(
+            recompute.run(
                 lambda part: parts.append(part.stop - part.start),  # noqa: B023
                 rows,
                 lambda rows: 100 + 10 * rows,
@@ -171,26 +171,26 @@ def test_it_goes_on_while_any_pass_can_be_cut():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with torch.enable_grad():
-        activations.attempt(attempt)
+        recompute.attempt(attempt)
     assert sizes[-2:] == [2, 1] and sizes[:2] == [8, 1]
 
 
 def test_what_is_committed_is_not_done_again():
-    activations, log = Activations(0), []
+    recompute, log = Recompute(0), []
 
     def later():
-        activations.run(lambda part: None, 4, lambda rows: rows)
+        recompute.run(lambda part: None, 4, lambda rows: rows)
         log.append("later")
         raise MemoryError
 
     def update():
-        activations.run(lambda part: None, 8, lambda rows: rows)
+        recompute.run(lambda part: None, 8, lambda rows: rows)
         log.append("step")
-        activations.commit()
-        activations.attempt(later)
+        recompute.commit()
+        recompute.attempt(later)
 
     with pytest.raises(MemoryError):
-        activations.attempt(update)
+        recompute.attempt(update)
     assert log.count("step") == 1 and log.count("later") > 1
 
 
@@ -199,7 +199,7 @@ def test_other_errors_are_not_taken_for_want_of_memory():
         raise RuntimeError("expected scalar type Float but found BFloat16")
 
     with pytest.raises(RuntimeError, match="scalar type"):
-        Activations(0).attempt(fail)
+        Recompute(0).attempt(fail)
     assert ran_out(MemoryError())
     assert ran_out(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"))
 
