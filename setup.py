@@ -31,7 +31,7 @@ setup(
         "fastflag.kernels",
     ],
     package_data={
-        "fastflag": ["py.typed"],
+        "fastflag": ["py.typed", "__init__.pyi"],
         "fastflag.evaluate": ["report.html", "report.css", "report.js"],
     },
     # Installed under fastflag, because the import name `kernels` is Hugging Face's.

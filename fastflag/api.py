@@ -13,8 +13,8 @@ wrong, in one line.
 """
 
 import errno
-import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,8 +33,10 @@ from fastflag.config import (
     SimulatorConfig,
     TrainConfig,
     base_of,
+    from_dict,
     with_settings,
 )
+from fastflag.evaluate.results import Backtest, Convention, Decision
 from fastflag.files import InputError, read_json
 
 if TYPE_CHECKING:
@@ -46,78 +48,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-Convention = Literal["standard", "flag", "investorbench", "paper-bh"]
 Track = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the days of a backtest, for a progress bar."""
-
-
-@dataclass(frozen=True)
-class Backtest:
-    """A policy on held-out days beside buy-and-hold and random policies: the document that
-    RUN/backtest.json holds."""
-
-    document: dict[str, Any]
-
-    def metrics(self, convention: Convention = "standard") -> "DataFrame":
-        """A row a policy: greedy, buy-and-hold, and the mean of the sampled episodes. Returns,
-        volatility and drawdown in percent; how each is defined by a convention is in the README."""
-        import pandas
-
-        policies = self.document["policies"]
-        rows = {name: policy["metrics"][convention] for name, policy in policies.items()}
-        sampled = self.document["sampled"]["metrics"][convention]
-        rows["sampled"] = {name: of and of["mean"] for name, of in sampled.items()}
-        return pandas.DataFrame.from_dict(rows, orient="index", dtype=float)
-
-    def to_frame(self) -> "DataFrame":
-        """A row a day: the close, equity at it, and of the greedy policy its position and, but for
-        the last day, its action and the probability of each."""
-        import pandas
-
-        document = self.document
-        greedy, held = (document["policies"][name] for name in ("greedy", "buy_and_hold"))
-        frame = pandas.DataFrame(
-            {
-                "close": document["close"],
-                "equity": greedy["equity"],
-                "buy_and_hold": held["equity"],
-                "position": greedy["position"],
-                "action": [*greedy["actions"], None],
-            },
-            index=pandas.DatetimeIndex(document["dates"], name="date"),
-        )
-        for place, name in enumerate(document["action_names"]):
-            frame[name] = [*(row[place] for row in greedy["probabilities"]), float("nan")]
-        return frame
-
-    def _repr_html_(self) -> str:
-        told = self.document
-        ahead = told["random"]["percentile"]["greedy"]
-        title = (
-            f"{told['symbol']}, {told['start']} to {told['end']}: ahead of {ahead:.0f}% of "
-            f"{told['random']['episodes']} random policies by Sharpe ratio"
-        )
-        return f"<p>{escape(title)}</p>{self.metrics().round(3).to_html()}"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a policy would do at one close."""
-
-    date: str
-    action: str
-    probabilities: dict[str, float]
-    value: float
-
-    def to_frame(self) -> "DataFrame":
-        """One row."""
-        import pandas
-
-        row = {"action": self.action, **self.probabilities, "value": self.value}
-        return pandas.DataFrame(row, index=pandas.DatetimeIndex([self.date], name="date"))
-
-    def _repr_html_(self) -> str:
-        return str(self.to_frame().to_html())
 
 
 @dataclass(frozen=True)
@@ -129,11 +61,12 @@ class Run:
 
     @property
     def metrics(self) -> "DataFrame":
-        """A row an update, as RUN/metrics.jsonl has it."""
+        """A row an update, as RUN/metrics.jsonl has it; seconds/NAME are those of a phase."""
         import pandas
 
-        with (self.folder / "metrics.jsonl").open() as lines:
-            return pandas.json_normalize([json.loads(line) for line in lines])
+        from fastflag.evaluate.report import read_updates
+
+        return pandas.json_normalize(read_updates(self.folder), sep="/")
 
     @property
     def tested(self) -> Backtest:
@@ -200,9 +133,12 @@ class Run:
         return write_report(self.folder)
 
     def _repr_html_(self) -> str:
-        """The report, in a frame of its own."""
-        page = (self.report()).read_text(encoding="utf-8")
-        return f'<iframe srcdoc="{escape(page)}" width="100%" height="720"></iframe>'
+        """The report that the folder holds, in a frame that can't reach the notebook."""
+        path = self.folder / "report.html"
+        if not path.exists():
+            return f"<p>No report yet: {escape(str(path))}</p>"
+        page, size = escape(path.read_text(encoding="utf-8")), 'width="100%" height="720"'
+        return f'<iframe sandbox="allow-scripts" {size} srcdoc="{page}"></iframe>'
 
     def _knows_market(self) -> bool:
         from fastflag.learn.run import trained_on
@@ -229,7 +165,7 @@ def load(data: str | DataConfig = DataConfig.data, **settings: Any) -> "Market":
 
     if isinstance(data, DataConfig):
         return sources.load(data)
-    return sources.load(with_settings(TrainConfig(), {"data": data, **settings}).data)
+    return sources.load(from_dict({"data": {"data": data, **settings}}, "load()").data)
 
 
 def train(
@@ -251,7 +187,7 @@ def train(
     from fastflag.learn.train import train
     from fastflag.model.weights import open_weights
 
-    folder = Path(out)
+    folder = _folder(out)
     if not str(folder).strip("."):
         raise InputError("a run needs a folder of its own, --out")
     config = with_settings(config or base_of(folder, preset, resume), settings)
@@ -278,13 +214,14 @@ def open(
     now, where they are no longer where they were."""
     from fastflag.learn.run import read_config
 
-    config = read_config(Path(run))
+    folder = _folder(run)
+    config = read_config(folder)
     named = {"data": data, "news": news, "symbol": symbol}
     changes = {name: value for name, value in named.items() if value}
     if data:
         changes["news"] = news
     policy = replace(config.policy, device=device, model=model or config.policy.model)
-    return Run(Path(run), replace(config, data=replace(config.data, **changes), policy=policy))
+    return Run(folder, replace(config, data=replace(config.data, **changes), policy=policy))
 
 
 def metrics(
@@ -333,6 +270,11 @@ def ran_out(error: BaseException) -> bool:
     from fastflag.model import recompute
 
     return recompute.ran_out(error)
+
+
+def _folder(path: Path | str) -> Path:
+    """With ~ as the shell writes it."""
+    return Path(os.path.expanduser(path))
 
 
 def _other_market() -> str:

@@ -28,9 +28,8 @@ def write_report(run: Path) -> Path:
         values = read_json(path)
         version = str(values.get("fastflag", ""))
         config = settings.from_run(values, str(path))
-    path = run / "metrics.jsonl"
-    with _refusing(path):
-        updates = _read_updates(path)
+    updates = read_updates(run)
+    with _refusing(run / "metrics.jsonl"):
         facts, figures = training_facts(config, updates), training_figures(updates)
         parts = {"training": _training_section(figures)}
     path = run / "backtest.json"
@@ -81,9 +80,14 @@ def _told(error: Exception) -> str:
     return str(error)[:200]
 
 
-def _read_updates(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that a kill cut off, which training drops, is none."""
-    text, updates = path.read_text(encoding="utf-8"), []
+def read_updates(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl but for a last one that a kill cut off: training drops it.
+
+    Raises InputError for a missing or malformed file.
+    """
+    path, updates = run / "metrics.jsonl", []
+    with _refusing(path):
+        text = path.read_text(encoding="utf-8")
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             updates.append(json.loads(line))

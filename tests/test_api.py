@@ -1,0 +1,222 @@
+"""The door: what `import fastflag` offers, held against the command line and the files."""
+
+import dataclasses
+import html
+import inspect
+import json
+import logging
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT, unchanged
+from small import DATES, TRAIN_DAYS, small_market
+
+import fastflag as ff
+from fastflag import api, cli
+from fastflag.config import DataConfig, TrainConfig, to_dict
+from fastflag.evaluate.chart import svg
+from fastflag.evaluate.figures import Figure
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_what_it_offers():
+    """The stub, which type checkers and editors read, names what there is."""
+    named = re.findall(r"import (\w+) as \1", (ROOT / "fastflag" / "__init__.pyi").read_text())
+    assert set(named) <= {*dir(ff)}
+    assert all(getattr(ff, name) is getattr(api, name) for name in named)
+    assert set(named) == set(ff._OF_API)
+    with pytest.raises(AttributeError, match="module 'fastflag' has no attribute 'trian'"):
+        _ = ff.trian
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        (cli.COMMANDS["backtest"], api.open),
+        (cli.COMMANDS["backtest"], api.Run.backtest),
+        (cli.COMMANDS["decide"], api.Run.decide),
+        (cli.COMMANDS["metrics"], api.load),
+        (cli.COMMANDS["metrics"], api.metrics),
+        (cli.COMMANDS["doctor"], api.plan),
+    ],
+)
+def test_a_flag_and_its_argument_have_one_default(command, function):
+    flags = {each.name: each.default for each in dataclasses.fields(command)}
+    arguments = inspect.signature(function).parameters
+    shared = {name: arguments[name].default for name in arguments if flags.get(name) is not None}
+    told = {name: flags[name] for name in shared if flags[name] is not dataclasses.MISSING}
+    assert told == {name: shared[name] for name in told} and told
+
+
+def test_settings_are_the_flags(config, tmp_path, monkeypatch):
+    """The same settings, by name from Python and as flags, make the same run."""
+    flat = {
+        name: value
+        for part, values in to_dict(config).items()
+        for name, value in (values.items() if isinstance(values, dict) else [(part, values)])
+    }
+    seen = []
+    monkeypatch.setattr("fastflag.learn.train.train", lambda *given: seen.append(given[0]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ff.train(tmp_path / "run", **flat)
+    with pytest.raises(ZeroDivisionError):
+        ff.train(tmp_path / "run", config)
+    with pytest.raises(ZeroDivisionError):
+        ff.train(tmp_path / "run", config, num_envs=8)
+    assert seen[0] == seen[1] == config
+    assert seen[2].rollout == dataclasses.replace(config.rollout, num_envs=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_env": 3}, "unknown config key 'num_env', settings"),
+        ({"num_envs": "many"}, "config key 'rollout.num_envs' must be a whole number, not 'many'"),
+        ({"num_envs": 0}, "num_envs must be at least 1 and at most 1,000,000,000,000, not 0"),
+        ({"fill": "now"}, "config key 'simulator.fill' must be one of next_open, next_close"),
+        ({"preset": "best"}, "unknown preset 'best', one of default, demo, paper"),
+        ({"data": "csv:none.csv"}, "No such file or directory, none.csv"),
+    ],
+)
+def test_train_refuses(settings, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ff.InputError) as error:
+        ff.train("run", **settings)
+    assert str(error.value).startswith(told) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_load_refuses_what_is_no_setting_of_a_market(bars):
+    with pytest.raises(ff.InputError, match=r"unknown config key 'data\.num_envs', load\(\)"):
+        ff.load(f"csv:{bars}", num_envs=3)
+    assert ff.load(f"csv:{bars}", symbol="ANY").symbols == ("ANY",)
+    assert ff.load(DataConfig(data=f"csv:{bars}")).symbols == ("BARS",)
+
+
+def test_it_tells_what_the_commands_print(run, capsys):
+    opened = ff.open(run)
+    cli.main(["backtest", str(run), "--json"])
+    assert opened.backtest().document == json.loads(capsys.readouterr().out)
+    assert opened.tested == ff.open(run).backtest()
+    held = {"position": "long", "entry": 100.0, "since": DATES[28]}
+    cli.main(["decide", str(run), "--date", DATES[30], "--json", *flags(held)])
+    decision = opened.decide(DATES[30], **held)
+    assert dataclasses.asdict(decision) == json.loads(capsys.readouterr().out)
+    data = opened.config.data.data
+    cli.main(["metrics", "--data", data, "--convention", "flag", "--json"])
+    told = ff.metrics(ff.load(data), convention="flag")
+    assert told == json.loads(capsys.readouterr().out)
+    assert list(told) == list(opened.backtest().metrics("flag"))
+
+
+def flags(arguments):
+    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_run_is_its_folder(config, trained, tmp_path):
+    """Trained here, opened here, or copied: the weights, decisions and documents are the same."""
+    run = ff.train(tmp_path / "run", config)
+    copy = ff.open(shutil.copytree(run.folder, tmp_path / "copy"))
+    assert ff.open(run.folder) == ff.open(str(run.folder)) != copy
+    for other in (ff.open(run.folder), copy, ff.open(trained)):
+        ours, theirs = run.policy.state_dict(), other.policy.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k].nan_to_num(), theirs[k].nan_to_num()) for k in ours)
+        assert other.decide(DATES[30]) == run.decide(DATES[30])
+        assert other.tested == run.tested == run.backtest()
+    assert run.world.seed == copy.world.seed
+
+
+def test_what_has_moved_is_named(run, bars, tmp_path, caplog):
+    copy = shutil.copy(bars, tmp_path / "copy.csv")
+    news = bars.with_suffix(".news.csv")
+    own = ff.open(run).decide(DATES[30])
+    moved = ff.open(run, data=f"csv:{copy}", news=str(news), symbol="ANY")
+    assert moved.decide(DATES[30]) == own and moved.market.symbols == ("ANY",)
+    assert caplog.records == []
+    without = ff.open(run, data=f"csv:{copy}")  # no news beside it
+    assert without.decide(DATES[30]) != own
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    with pytest.raises(ff.InputError, match="are not those that the run was trained on"):
+        without.backtest()
+
+
+def test_the_home_folder_is_meant_by_a_tilde(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ff.open("~/run").folder == run
+
+
+def test_frames(run):
+    tested, document = ff.open(run).tested, json.loads((run / "backtest.json").read_text())
+    frame = tested.to_frame()
+    market = small_market()
+    assert frame.index.strftime("%Y-%m-%d").tolist() == DATES[TRAIN_DAYS:]
+    np.testing.assert_allclose(frame["close"], market.close[TRAIN_DAYS:, 0])
+    # What is held from one close to the next earns what the price does; nothing earns nothing.
+    growth, side = frame["equity"] / frame["equity"].shift(), frame["position"]
+    kept = side.eq(side.shift())
+    price = (frame["close"] / frame["close"].shift()).where(side.eq(1), 1.0)
+    assert kept.sum() > 3 and growth[kept].to_numpy() == pytest.approx(price[kept].to_numpy())
+    assert frame[["Sell", "Hold", "Buy"]].iloc[:-1].sum(axis=1).to_numpy() == pytest.approx(1)
+    metrics = tested.metrics()
+    growth = frame.iloc[-1][["equity", "buy_and_hold"]] / 100_000 - 1
+    assert metrics["cr"][["greedy", "buy_and_hold"]].tolist() == pytest.approx(
+        [100 * x for x in growth]
+    )
+    spread = document["sampled"]["metrics"]["standard"]["cr"]
+    assert metrics.loc["sampled", "cr"] == spread["mean"]
+    decision = ff.open(run).decide(DATES[30])
+    row = decision.to_frame().iloc[0]
+    assert (row["action"], row["Buy"]) == (decision.action, decision.probabilities["Buy"])
+
+
+def test_metrics_of_the_updates(run):
+    updates = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    frame = ff.open(run).metrics
+    assert frame["return"].tolist() == [update["return"] for update in updates]
+    assert frame["seconds/update"].tolist() == [u["seconds"]["update"] for u in updates]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"return": 1')  # cut off by a kill
+    assert len(ff.open(run).metrics) == len(updates)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(ff.InputError, match=r"No such file or directory, .*metrics\.jsonl"):
+        _ = ff.open(run).metrics
+
+
+def test_what_a_notebook_shows(run):
+    opened = ff.open(run)
+    with unchanged(run):
+        page, tested = opened._repr_html_(), opened.tested._repr_html_()
+    inside = re.fullmatch(r'<iframe sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"></iframe>', page)
+    assert inside and html.unescape(inside[1]) == (run / "report.html").read_text()
+    assert f"<td>{opened.tested.metrics().loc['greedy', 'cr']:.3f}</td>" in tested
+    assert "random policies" in tested and tested.count("<polyline") == 2
+    assert opened.decide(DATES[30])._repr_html_().count(DATES[30]) == 1
+    (run / "report.html").unlink()
+    assert opened._repr_html_() == f"<p>No report yet: {run}/report.html</p>"
+
+
+def test_a_chart_is_to_scale():
+    """Growth of 0, 1 and 0.5 on three days: the points' heights have those proportions."""
+    line = {"x": ["2001-01-01", "2001-01-02", "2001-01-03"], "y": [0.0, 1.0, 0.5], "name": "<b>"}
+    band = {**line, "fill": "tonexty", "fillcolor": "#12345638", "line": {"width": 0}}
+    edge = {**line, "y": [0.0, None, 0.0], "showlegend": False, "line": {"width": 0}}
+    drawn = line | {"line": {"color": "#123456", "width": 2, "dash": "5px,3px"}}
+    text = svg(Figure("Equity", "", [edge, band, drawn], {}))
+    (points,) = re.findall(r'<polyline points="([^"]*)" stroke-dasharray="5,3"', text)
+    x, y = np.array([point.split(",") for point in points.split()], float).T
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1])
+    assert (y[0] - y[2]) / (y[0] - y[1]) == pytest.approx(0.5)
+    (polygon,) = re.findall(r'<polygon points="([^"]*)"', text)
+    assert len(polygon.split()) == 2 + 3 and polygon.split()[2:] == points.split()[::-1]
+    assert "100.0%" in text and "<b>" not in text and "2001-01-03" in text
+
+
+def test_a_config_of_a_run_is_what_was_trained(run, config):
+    stored = ff.open(run).config
+    assert isinstance(stored, TrainConfig) and stored.rollout == config.rollout
+    assert ff.open(run, device="cpu", model="elsewhere").config.policy.model == "elsewhere"
