@@ -204,7 +204,7 @@ LONG_FILES = {
     "fastflag/policy/table.py": 409,
 }
 LONG_CLASSES = {
-    "fastflag/policy/table.py Policy": 301,
+    "fastflag/policy/table.py Policy": 305,
 }
 
 
