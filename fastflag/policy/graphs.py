@@ -84,6 +84,22 @@ class Graphs:
         gc.collect()
 
 
+def made_for(
+    device: torch.device,
+    evaluate: Callable[[Stage], tuple[Tensor, ...]],
+    trained: nn.ModuleList,
+    replay: bool,
+) -> Graphs:
+    """A policy's, which launch everything anew without `replay` or where graphs are not chosen."""
+    if not replay or choice(device).implementation != "on":
+        return Graphs(evaluate, trained, None)
+    # Capturing is refused while a graph of autograd's from the default stream is alive, as the
+    # first table's is when the next gradient step evaluates anew.
+    torch.cuda.synchronize(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+    return Graphs(evaluate, trained, torch.cuda.make_graphed_callables)
+
+
 class _OfTensors(nn.Module):
     """A function of a stage in the form that PyTorch captures: a module, of tensors."""
 

@@ -3,8 +3,7 @@
 Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,18 +16,7 @@ from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.model import ops
 from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory
-from fastflag.model.linear import (
-    FrozenLinear,
-    LoRALinear,
-    TrainedLinear,
-)
-from fastflag.model.llama import (
-    Block,
-    LinearFactory,
-    prefix_pass,
-    suffix_pass,
-)
-from fastflag.model.quant import NF4Weight
+from fastflag.model.llama import prefix_pass, suffix_pass
 from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import (
     TOKEN_MULTIPLE,
@@ -47,6 +35,7 @@ from fastflag.policy.heads import (
     make_value_head,
     masked_log_softmax,
 )
+from fastflag.policy.layers import frozen, trained, with_parameters
 from fastflag.policy.stage import Stage, content_of, reference_of, side_index
 from fastflag.policy.trunk import Trunk, digest_of
 from fastflag.prompt.prompts import PromptSet
@@ -101,40 +90,32 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self,
-        weights: Weights,
-        config: PolicyConfig,
-        action_tokens: Sequence[int],
-        seed: int,
+        self, weights: Weights, config: PolicyConfig, action_tokens: Sequence[int], seed: int
     ):
         super().__init__()
         self.device = device_of(config.device)
         self.config = config = replace(config, device=self.device.type)
         self.model = weights.config
-        layers = self.model.layers
         split = self.model.trunk_layers(config.top_layers, weights.source)
         self.dtype = DTYPES[config.dtype]
         if self.device.type == "cpu":
             keep_freed_memory()
         generator = torch.Generator().manual_seed(seed)
         embedding = weights.tensor("model.embed_tokens.weight", self.dtype).to(self.device)
-        frozen = [self._block(weights, index, self._frozen) for index in range(split)]
-        self.trunk = Trunk(weights, config, embedding, frozen)
-        self.top = nn.ModuleList(
-            self._block(weights, index, self._trained(generator)) for index in range(split, layers)
-        )
+        below = frozen(weights, range(split), config, self.device)
+        self.trunk = Trunk(weights, config, embedding, below)
+        self.top = trained(weights, range(split, self.model.layers), config, self.device, generator)
         # Of type fp32, so that features are not rounded.
         self.final_norm = weights.tensor("model.norm.weight", torch.float32).to(self.device)
-        width = self.model.width
         if config.head == "lm":
             unembedding = weights.tensor("lm_head.weight", torch.float32)
             self.action_words = unembedding[list(action_tokens)].to(self.device)
             self.action_head = None
         else:
-            head = make_action_head(config.head, width, len(action_tokens), generator)
+            head = make_action_head(config.head, self.model.width, len(action_tokens), generator)
             self.action_head = head.to(self.device)
-        self.value_head = make_value_head(width).to(self.device)
-        self.running = RunningStatistics(width).to(self.device)
+        self.value_head = make_value_head(self.model.width).to(self.device)
+        self.running = RunningStatistics(self.model.width).to(self.device)
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
@@ -239,15 +220,13 @@ class Policy(nn.Module):
         allowed = torch.from_numpy(prompts.allowed).to(self.device)
         if self.action_head is not None:
             return masked_log_softmax(torch.zeros(allowed.shape, device=self.device), allowed)
-        with self._as_initialised():
+        with with_parameters(self, self._initial):
             return self.evaluate(prompts).log_probabilities
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(parameters of the trained layers, parameters of the heads)."""
-        heads = [*self.value_head.parameters()]
-        if self.action_head is not None:
-            heads += self.action_head.parameters()
-        return list(self.top.parameters()), heads
+        action = [] if self.action_head is None else self.action_head.parameters()
+        return list(self.top.parameters()), [*self.value_head.parameters(), *action]
 
     def _keeps(self, prompts: PromptSet) -> bool:
         """Whether autograd may keep all of an evaluation's work, by blocks of a stage."""
@@ -345,59 +324,12 @@ class Policy(nn.Module):
                 "lower --news-tokens or --window, prompts"
             )
 
-    def _block(self, weights: Weights, index: int, make_linear: LinearFactory) -> Block:
-        return Block(weights, index, self.dtype, self.device, make_linear)
-
-    def _frozen(self, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
-        return self._stored(weight, bias, self.config.trunk_weights)
-
-    def _stored(self, weight: Tensor, bias: Tensor | None, as_: str) -> FrozenLinear:
-        bias, weight = (x if x is None else x.to(self.device) for x in (bias, weight))
-        if as_ == "nf4":
-            return FrozenLinear(NF4Weight.quantise(weight), bias, self.dtype)
-        return FrozenLinear(weight.to(DTYPES[as_]), bias, self.dtype)
-
-    def _trained(self, generator: torch.Generator) -> LinearFactory:
-        def make(weight: Tensor, bias: Tensor | None) -> nn.Module:
-            if self.config.adaptation == "full":
-                return TrainedLinear(weight, bias, self.dtype).to(self.device)
-            qlora = self.config.adaptation == "qlora"
-            base = self._stored(weight, bias, "nf4" if qlora else self.config.dtype)
-            adapter = LoRALinear(base, self.config.lora_rank, self.config.lora_alpha, generator)
-            return adapter.to(self.device)
-
-        return make
-
     def _graphs(self) -> Graphs:
         heads = [head for head in (self.action_head, self.value_head) if head is not None]
+        modules = nn.ModuleList([*self.top, *heads])
         # A budget bounds what is kept, and each graph keeps an evaluation.
-        wanted = graphs.choice(self.device).implementation == "on"
-        replayed = wanted and not self.config.memory_budget
-        if replayed:
-            # Capturing is refused while a graph of autograd's from the default stream is alive, as
-            # the first table's is when the next gradient step evaluates anew.
-            torch.cuda.synchronize(self.device)
-            torch.cuda.set_stream(torch.cuda.Stream(self.device))
-        capture = torch.cuda.make_graphed_callables if replayed else None
-        return Graphs(self._evaluate_stage, nn.ModuleList([*self.top, *heads]), capture)
-
-    @contextmanager
-    def _as_initialised(self) -> Iterator[None]:
-        """Inside, the parameters are those before training.
-
-        Their storage is swapped, not written to: a forward that waits for its backward pass
-        keeps the values that it saved.
-        """
-        trained = {name: p.data for name, p in self.named_parameters()}
-        self._point_to(self._initial)
-        try:
-            yield
-        finally:
-            self._point_to(trained)
-
-    def _point_to(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self.named_parameters():
-            parameter.data = values[name]
+        replay = not self.config.memory_budget
+        return graphs.made_for(self.device, self._evaluate_stage, modules, replay)
 
 
 def _padded(states: list[Tensor]) -> Tensor:
