@@ -409,7 +409,7 @@ def test_dates_of_each_symbol_are_checked(file):
     [
         ("sample:TSLA", "unknown sample 'TSLA', bokeh_sampledata has AAPL, FB, GOOG, IBM, MSFT"),
         ("sample:", "unknown sample ''"),
-        ("AAPL", "unknown data source, 'AAPL' (known: sample:, csv:, parquet:, investorbench:)"),
+        ("AAPL", "unknown data source, 'AAPL' (known: sample:, csv:, parquet:, investorbench:, "),
         ("http://x", "unknown data source, 'http://x'"),
     ],
 )

@@ -18,7 +18,9 @@ from fastflag.config.fields import (
 @dataclass(frozen=True)
 class DataConfig:
     data: str = "sample:AAPL"
-    """Bars: sample:SYMBOL, csv:FILE, parquet:FILE or investorbench:FILE."""
+    """Bars: sample:SYMBOL, csv:FILE, parquet:FILE or investorbench:FILE; or a made-up market,
+    planted:days=500,edge=1,seed=0 (the defaults), whose headlines tell the next day's direction:
+    with edge 1 always, with edge 0 as a coin does."""
     news: str = ""
     """News file (CSV or Parquet: published, available, symbol, text); empty: NAME.news.csv or
     NAME.news.parquet beside the bars, where there is one."""

@@ -27,11 +27,10 @@ _SUFFIX = re.compile(
 )
 
 
-def news_beside(kind: str, name: str) -> Path | None:
+def news_beside(bars: Path) -> Path | None:
     """NAME.news.csv or NAME.news.parquet beside the bars, compressed or not, in any case of the
     name's end, where there is one. Raises InputError for several and for one that is no file."""
-    bars = Path(name)
-    if kind == "sample" or not bars.parent.is_dir():
+    if not bars.parent.is_dir():
         return None
     ends = {f".news.{kind}{packed}" for kind in ("csv", "parquet") for packed in ("", *COMPRESSED)}
     found = sorted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastflag.market.events import Rows, events
 from fastflag.market.frames import named, path_of, read_json, read_table, stem_of
 from fastflag.market.mend import mended
 from fastflag.market.news import assigned, news_beside, news_of, with_news
+from fastflag.market.planted import parse_planted, planted_market
 from fastflag.market.times import bar_dates, hours_of, refuse_longer_than_days, zone_of
 from fastflag.market.wide import long_rows
 
@@ -60,14 +62,20 @@ def load(data: DataConfig) -> Market:
     if not np.isfinite(market.close).any():
         raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
     refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
-    bars = path_of(name)
-    bars = bars.with_name(f"{stem_of(bars)}.csv")  # of bars.csv.gz it is bars.news.csv too
-    path = path_of(data.news) if data.news else news_beside(kind, str(bars))
+    path = path_of(data.news) if data.news else _news_beside(kind, name)
     if path is None:
         return market
     news = news_of(named(read_table(path), path), str(path), zone)
     own = assigned(news, market.symbols[0], symbols, str(path))
     return with_news(market, [*market.news, *own])
+
+
+def _news_beside(kind: str, name: str) -> Path | None:
+    """The file of news beside bars that are a file."""
+    if kind in ("sample", "planted"):
+        return None
+    bars = path_of(name)
+    return news_beside(bars.with_name(f"{stem_of(bars)}.csv"))  # of bars.csv.gz it is the same
 
 
 # Readers: (what follows the colon, all that is asked for) -> Market
@@ -127,11 +135,16 @@ def _investorbench(name: str, data: DataConfig) -> Market:
     return with_news(market, news)
 
 
+def _planted(settings: str, _data: DataConfig) -> Market:
+    return planted_market(parse_planted(settings))
+
+
 _READERS: dict[str, Callable[[str, DataConfig], Market]] = {
     "sample": _sample,
     "csv": _csv,
     "parquet": _parquet,
     "investorbench": _investorbench,
+    "planted": _planted,
 }
 
 
