@@ -60,7 +60,7 @@ def smollm() -> str:
 @pytest.fixture(scope="session")
 def tiny_model(smollm, tmp_path_factory) -> Path:
     """The folder of a random llama of 2 layers that reads text with SmolLM2's tokenizer."""
-    from planted import write_tiny_model
+    from tiny_model import write_tiny_model
 
     from fastflag.model.weights import open_weights
     from fastflag.prompt.tokens import Tokenizer

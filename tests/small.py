@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from planted import planted_market
 
 from fastflag.config import (
     AlgorithmConfig,
@@ -22,6 +21,7 @@ from fastflag.config import (
 from fastflag.learn.batch import World
 from fastflag.learn.run import build
 from fastflag.market.bars import Market, split_days
+from fastflag.market.planted import Planted, planted_market
 from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
 
@@ -30,7 +30,7 @@ TRAIN_DAYS = 24
 
 
 def small_market(**changes: Any) -> Market:
-    return dataclasses.replace(planted_market(DAYS, seed=3), **changes)
+    return dataclasses.replace(planted_market(Planted(DAYS, seed=3)), **changes)
 
 
 DATES = [str(date) for date in small_market().dates]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import write_tiny_model
 from safetensors.torch import load_file, save_file
 from small import small_config, small_market, small_world
+from tiny_model import write_tiny_model
 
 from fastflag.files import InputError
 from fastflag.learn.batch import start_accounts

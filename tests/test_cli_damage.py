@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from commands import unchanged
-from planted import write_tiny_model
 from small import DATES, DAYS
+from tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 from commands import command, the_refusal, unchanged
-from planted import write_tiny_model
 from small import DATES, DAYS, TRAIN_DAYS, small_market, write_csv
+from tiny_model import write_tiny_model
 
 from fastflag import cli
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.anatomy import _product_operations
+from bench.measure.anatomy import _product_operations
 from fastflag.model import ops, products
 from fastflag.model.arithmetic import keep_freed_memory
 from fastflag.model.linear import FrozenLinear

@@ -32,10 +32,10 @@ KERNELS = "fastflag.kernels"
 _OF_POLICY = ("prompts", "tokens", "gguf_header")
 
 
-def modules() -> dict[str, str]:
-    """Each module's name and source."""
+def modules(*folders: str) -> dict[str, str]:
+    """Each module's name and source; without `folders`, of the package's own."""
     names = {}
-    for folder in ("fastflag", "kernels"):
+    for folder in folders or ("fastflag", "kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             parts = ("fastflag", *parts) if folder == "kernels" else parts
@@ -103,6 +103,22 @@ def _forbidden(module: str, other: str) -> str:
     return ""
 
 
+def broken_bench_rules(sources: dict[str, str]) -> list[str]:
+    """One line for each import that bench/ is not to have, of its modules' `sources` by name."""
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
+    rooms, wrong = {module.rpartition(".")[0] for module in sources}, []
+    for module, source in sources.items():
+        room = module.rpartition(".")[0]
+        for other in sorted(set(imports(source, {*sources}))):
+            if other.partition(".")[0] in tests:
+                wrong.append(f"{module} imports {other}: no test is part of a measurement")
+            elif room == "bench.measure" and other.startswith("bench.rivals"):
+                wrong.append(f"{module} imports {other}: what measures knows no rival")
+            elif room != "bench" and other.rpartition(".")[0] == "bench" and other not in rooms:
+                wrong.append(f"{module} imports {other}: commands import, and are not imported")
+    return wrong
+
+
 def _level(module: str) -> int:
     return LEVELS.index(module.split(".")[1])
 
@@ -150,6 +166,29 @@ def test_a_broken_rule_is_told(module, statement, told):
     assert broken_rules(sources) == []
     sources[module] += f"\n{statement}\n"
     assert [line for line in broken_rules(sources) if told in line]
+
+
+def test_bench_measures_without_its_rivals_and_the_tests():
+    sources = modules("bench")
+    assert {"bench.measure.clock", "bench.rivals.ops", "bench.train"} <= {*sources}
+    assert broken_bench_rules(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "told"),
+    [
+        ("bench.learn", "from tests.oracles import splitmix", "no test"),
+        ("bench.rivals.ops", "def f():\n    import oracles", "no test"),
+        ("bench.measure.clock", "from bench.rivals.ops import adapted", "no rival"),
+        ("bench.measure.clock", "from bench import rivals", "no rival"),
+        ("bench.measure.loop", "from bench.train import main", "are not imported"),
+        ("bench.rivals.layer", "from bench import kernels", "are not imported"),
+    ],
+)
+def test_a_broken_rule_of_bench_is_told(module, statement, told):
+    sources = modules("bench")
+    sources[module] += f"\n{statement}\n"
+    assert [line for line in broken_bench_rules(sources) if told in line]
 
 
 def test_no_file_is_a_drawer_for_everything():

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from planted import planted_market
 
 import fastflag.learn.lesson
 from fastflag.config import (
@@ -17,6 +16,7 @@ from fastflag.config import (
 )
 from fastflag.evaluate.backtest import backtest
 from fastflag.learn.train import train
+from fastflag.market.sources import load
 from fastflag.model.weights import open_weights
 
 TEST_DAYS = 250
@@ -36,14 +36,15 @@ SMALL = TrainConfig(
 )
 
 
-def held_out(config, days, updates, run, shuffled=False):
+def held_out(config, days, updates, run, edge=1):
     """Trains on the market's first `days` and backtests on the rest."""
-    market = planted_market(days + TEST_DAYS, seed=1, shuffled=shuffled, drift=0.0003)
+    source = DataConfig(f"planted:days={days + TEST_DAYS},edge={edge},seed=1")
+    market = load(source)
     dates = market.dates
     config = replace(
         config,
-        data=DataConfig(
-            data="planted",
+        data=replace(
+            source,
             train=f"{dates[0]}..{dates[days - 1]}",
             test=f"{dates[days]}..{dates[-1]}",
         ),
@@ -80,7 +81,7 @@ def test_news_that_tells_is_learnt(tiny_model, tmp_path, algorithm, updates):
 @pytest.mark.usefixtures("one_thread")
 def test_news_dealt_at_random_teaches_nothing(tiny_model, tmp_path):
     config = small(tiny_model, PPO)
-    assert not has_learnt(held_out(config, 400, 40, tmp_path / "run", shuffled=True))
+    assert not has_learnt(held_out(config, 400, 40, tmp_path / "run", edge=0))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -114,4 +115,4 @@ def test_smollm2_learns_news_that_tells(smollm, tmp_path, algorithm):
 @pytest.mark.usefixtures("all_threads")
 def test_smollm2_learns_nothing_from_shuffled_news(smollm, tmp_path):
     config = large(smollm, REINFORCE)
-    assert not has_learnt(held_out(config, 128, 40, tmp_path / "run", shuffled=True))
+    assert not has_learnt(held_out(config, 128, 40, tmp_path / "run", edge=0))

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import EXACT, MODELS, TINY, Given, last_states, prompt_set, relative, texts, tiny
 from peft import LoraConfig, get_peft_model
-from planted import planted_market
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastflag.config import PolicyConfig, PromptConfig, SimulatorConfig
+from fastflag.market.planted import Planted, planted_market
 from fastflag.market.simulator import CODES
 from fastflag.model import attention
 from fastflag.model.linear import FrozenLinear, LoRALinear
@@ -501,7 +501,7 @@ def theirs(kept):
 
 @pytest.mark.parametrize("news_tokens", [0, 64])
 def test_smollm2_logits_equal_transformers(kept, theirs, news_tokens):
-    market, simulator = planted_market(40, 0), SimulatorConfig()
+    market, simulator = planted_market(Planted(40)), SimulatorConfig()
     prompter = Prompter(
         PromptConfig(news_tokens=news_tokens), market, "PLANTED", simulator, kept.tokenizer
     )
