@@ -27,7 +27,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from bench.results import document
+from bench.measure.results import document
 from fastflag.files import write_atomic
 
 ARCHITECTURES = (80, 89, 90, 100)
@@ -78,7 +78,7 @@ class Compiled:
 def examine(architecture: int, ops: list[str]) -> list[Compiled]:
     """Compiles every case of `ops` (all, if none is named) in this process, where no kernel may
     have been defined for the interpreter."""
-    from bench.cases import CASES, Memory
+    from bench.measure.cases import CASES, Memory
 
     found: dict[str, Compiled] = {}
     kernels = compile_instead(architecture)
@@ -229,7 +229,7 @@ def main() -> None:
         work = pool.map(partial(examine, ops=chosen.op), chosen.architecture, chunksize=1)
     rows = sorted(chain.from_iterable(work), key=lambda row: row.key)
     if not rows:
-        parser.error(f"no case of {' '.join(chosen.op)}: see bench/cases.py")
+        parser.error(f"no case of {' '.join(chosen.op)}: see bench/measure/cases.py")
     wrong = [f"{r.kernel} ({r.case}, sm_{r.architecture}): {r.wrong}" for r in rows if r.wrong]
     if chosen.record:
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)

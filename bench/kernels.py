@@ -2,14 +2,14 @@
 
     python -m bench.kernels [--json] [--op NAME ...] [--provider NAME ...] [--rounds 50]
 
-Every op of bench.cases at the shapes of three models, by every provider that is there
-(bench/providers.py), forward alone and forward with backward. Providers take turns, round by round;
+Every op of measure/cases.py at the shapes of three models, by every provider that is there
+(rivals/ops.py), forward alone and forward with backward. Providers take turns, round by round;
 a row has the median, the 20th and the 80th percentile, the memory that was allocated at most,
-and the share of the device's measured roofline (bench/roofline.py); its ratio is to the fastest of
-the others. Nothing wrong is timed: an op is refused while its test file fails, and a provider whose
-outputs or gradients are not the reference's. Each refusal is a line on stderr, and the exit status
-is 1. On a CPU the Triton kernels are left out, since their interpreter is no measure of them, and
-shapes are small.
+and the share of the device's measured roofline (measure/roofline.py); its ratio is to the fastest
+of the others. Nothing wrong is timed: an op is refused while its test file fails, and a provider
+whose outputs or gradients are not the reference's. Each refusal is a line on stderr, and the exit
+status is 1. On a CPU the Triton kernels are left out, since their interpreter is no measure of
+them, and shapes are small.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import clock, roofline
-from bench.cases import CASES, SMALL_CASES, Case, Inputs, Memory, tensors
-from bench.clock import Clock, Times, Work, interleaved
-from bench.providers import Absent, Function, Provider, providers
-from bench.results import Row, publish
-from bench.roofline import Cost, Roof, cost_of
+from bench.measure import clock, roofline
+from bench.measure.cases import CASES, SMALL_CASES, Case, Inputs, Memory, tensors
+from bench.measure.clock import Clock, Times, Work, interleaved
+from bench.measure.results import Row, publish
+from bench.measure.roofline import Cost, Roof, cost_of
+from bench.rivals.ops import Absent, Function, Provider, providers
 
 _ROOT = Path(__file__).resolve().parents[1]
 # |provider - reference| / |reference| of a tensor (Frobenius), by the narrowest type that takes

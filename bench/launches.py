@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 from torch.autograd.profiler_util import FunctionEvent
 
-from bench.cases import MODELS, PREFIX, SUFFIX, SUFFIXES
 from bench.compile import compile_instead
-from bench.results import Row, publish
+from bench.measure.cases import MODELS, PREFIX, SUFFIX, SUFFIXES
+from bench.measure.results import Row, publish
 from fastflag.model import attention, ops
 from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.llama import Block, suffix_pass

@@ -2,8 +2,8 @@
 
     python -m bench.learn [--json] [--tasks planted msft] [--envs 16 128 512] [--dtype auto]
 
-Two tasks: a held-out Sharpe ratio on a market whose headlines tell the next day (tests/planted.py),
-and a training Sharpe ratio on MSFT's 64 warm-up days (InvestorBench's file, named by
+Two tasks: a held-out Sharpe ratio on a market whose headlines tell the next day (`planted:`), and
+a training Sharpe ratio on MSFT's 64 warm-up days (InvestorBench's file, named by
 FASTFLAG_INVESTORBENCH or in ../shared/data/investorbench). Both loops have the same gradient, so
 after the same environment steps they are at the same place: one learning curve is run for each
 number of environments, and the plain loop's time is its environment steps at the seconds a step
@@ -12,6 +12,7 @@ environments that is fastest for it. FastFLAG begins with cold caches; scoring i
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import sys
@@ -21,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.results import Row, publish
-from bench.train import Baseline, Fastest, Trainer, seconds
+from bench.measure.loop import Trainer, seconds
+from bench.measure.results import Row, publish
+from bench.rivals.peft_loop import Baseline, Fastest
 from fastflag.config import (
     AlgorithmConfig,
     DataConfig,
@@ -35,7 +37,6 @@ from fastflag.config import (
 from fastflag.evaluate.backtest import backtest
 from fastflag.market.bars import Market
 from fastflag.market.metrics import annual_days
-from fastflag.market.planted import planted_market
 from fastflag.market.sources import load
 from fastflag.model.arithmetic import DTYPES
 
@@ -55,12 +56,14 @@ class Task:
 
 def planted() -> Task:
     """Twice the Sharpe ratio of always long, on days that were not trained on."""
-    market = planted_market(_TRAIN_DAYS + _TEST_DAYS, seed=1, drift=0.0003)
+    source = DataConfig(f"planted:days={_TRAIN_DAYS + _TEST_DAYS},seed=1,drift=0.0003")
+    market = load(source)
     dates = market.dates
 
     def configuration(envs: int, dtype: str) -> TrainConfig:
         return TrainConfig(
-            data=DataConfig(
+            data=dataclasses.replace(
+                source,
                 train=f"{dates[0]}..{dates[_TRAIN_DAYS - 1]}",
                 test=f"{dates[_TRAIN_DAYS]}..{dates[-1]}",
             ),

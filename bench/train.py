@@ -7,217 +7,34 @@ slow moment of the machine slows all. Each side computes in the dtype that is fa
 plain baseline runs one full prompt for every environment step, at the fastest of several batch
 sizes; the other one keeps each day's prefix in transformers' own cache during the rollout, and
 trains on full prompts. Neither is charged for the reference prompts that centre the features,
-though FastFLAG is. Of more environments than one a baseline is
-measured on a part, scaled by environment step, and its row says so.
+though FastFLAG is. Of more environments than one a baseline is measured on a part, scaled by
+environment step, and its row says so.
 
-FASTFLAG_BENCH_MODEL and FASTFLAG_BENCH_DATA name another model and other bars of the same days, for
-a machine without the demo's (bench/standin.py makes both).
+FASTFLAG_BENCH_MODEL and FASTFLAG_BENCH_DATA name another model and other bars (measure/loop.py).
 """
 
 import argparse
 import dataclasses
-import importlib.util
-import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bench.anatomy import update_rows
-from bench.baseline import PlainPolicy
-from bench.results import Row, publish
-from fastflag.config import PRESETS, AlgorithmConfig, TrainConfig
-from fastflag.learn.batch import Batch, start_accounts
-from fastflag.learn.lesson import Lesson, estimate
+from bench.measure.anatomy import update_rows
+from bench.measure.loop import STEPS, Trainer, configuration, seconds
+from bench.measure.results import Row, publish
+from bench.rivals.ablations import ablation_rows
+from bench.rivals.peft_loop import PART, Baseline, Fastest
+from bench.rivals.peft_policy import PlainPolicy
+from fastflag.config import AlgorithmConfig
+from fastflag.learn.batch import start_accounts
+from fastflag.learn.lesson import estimate
 from fastflag.learn.objective import loss_of
-from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
-from fastflag.learn.run import build
-from fastflag.learn.update import _gather, make_optimizer, update
-from fastflag.market.bars import Market, split_days
-from fastflag.market.sources import load
-from fastflag.model.arithmetic import DTYPES, resolved
-from fastflag.model.llama import prefix_pass, suffix_pass
-from fastflag.model.shared_prefix import SuffixLayout
-from fastflag.model.weights import open_weights
-from fastflag.policy.heads import Reference, Statistics
-from fastflag.policy.table import Policy, Table
-from fastflag.policy.trunk import digest_of
-from fastflag.prompt.prompts import PromptSet
-
-_PART = 64  # samples that a baseline of many is measured on
-_BATCHES = (4, 8, 16, 32, 64)
-_DAYS = 63
-
-
-def configuration(envs: int, dtype: str = "auto", account: str = "stepped") -> TrainConfig:
-    """64 days of AAPL in prompts of about 150 + 14 tokens; one environment lives 40 of them, which
-    is the paper's setting. Exact accounts are told in the paper's layout."""
-    demo = given(PRESETS["demo"])
-    steps = 40 if envs == 1 else _DAYS
-    layout = "default" if account == "stepped" else "paper"
-    return dataclasses.replace(
-        demo,
-        prompt=dataclasses.replace(demo.prompt, window=16, account=account, layout=layout),
-        policy=dataclasses.replace(demo.policy, dtype=dtype),
-        simulator=dataclasses.replace(demo.simulator, horizon=steps),
-        rollout=dataclasses.replace(demo.rollout, num_envs=envs, num_steps=steps),
-    )
-
-
-def given(config: TrainConfig) -> TrainConfig:
-    """The configuration with the environment's model and bars, and a trunk that this machine can
-    store: NF4 is quantised by bitsandbytes."""
-    policy, data = config.policy, config.data
-    stored = policy.trunk_weights if importlib.util.find_spec("bitsandbytes") else "bf16"
-    model = os.environ.get("FASTFLAG_BENCH_MODEL", policy.model)
-    bars = os.environ.get("FASTFLAG_BENCH_DATA", data.data)
-    return dataclasses.replace(
-        config,
-        policy=dataclasses.replace(policy, model=model, trunk_weights=stored),
-        data=dataclasses.replace(data, data=bars),
-    )
-
-
-class Trainer:
-    """FastFLAG's loop, an update at a time."""
-
-    def __init__(self, config: TrainConfig, market: Market | None = None):
-        market = market or load(config.data)
-        self.weights = open_weights(config.policy.model)
-        policy = resolved(config.policy, self.weights.config)
-        self.config = config = dataclasses.replace(config, policy=policy)
-        self.world, self.policy = build(config, market, self.weights)
-        self.days, _ = split_days(market, config.data.train, config.data.test)
-        self.optimizer = make_optimizer(self.policy, config.algorithm)
-        self.accounts = start_accounts(config.rollout, config.simulator.cash)
-        self.phase, self.updates = PhaseTimer(), 0
-
-    def collect(self, config: TrainConfig) -> tuple[Table, Iterator[Batch]]:
-        self.updates += 1
-        world, number = self.world, self.updates - 1
-        return rollout(self.policy, world, [self.days], self.accounts, config, number, self.phase)
-
-    def every_step(self) -> tuple[Table, Lesson]:
-        """A rollout whose samples are not added up."""
-        algorithm = dataclasses.replace(self.config.algorithm, minibatch_size=10**9)
-        table, batches = self.collect(dataclasses.replace(self.config, algorithm=algorithm))
-        return table, estimate(table, batches, algorithm, self.phase)
-
-    def update(self) -> dict[str, float]:
-        table, batches = self.collect(self.config)
-        lesson = estimate(table, batches, self.config.algorithm, self.phase)
-        with self.phase("update"):
-            return update(self.policy, self.optimizer, table, lesson, self.config.algorithm, 0)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Until the device is done, too."""
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-class Fastest(NamedTuple):
-    """How the plain loop is fastest: its dtype, the prompts of a forward in rollout, and those of a
-    forward and backward in update."""
-
-    dtype: str
-    rollout_batch: int
-    update_batch: int
-
-
-class Baseline:
-    """Seconds of the plain loops over the prompts of a batch."""
-
-    def __init__(self, trainer: Trainer, fastest: Fastest | None):
-        """`fastest` as another one of the same model found it."""
-        table, lesson = trainer.every_step()
-        self.algorithm = trainer.config.algorithm
-        self.prompts = lesson.prompts
-        # They come day by day: a part of them is of one day, whose prefix the cache holds.
-        self.rows, self.samples = lesson.samples.row.cpu().numpy(), lesson.samples
-        self.statistics = dataclasses.replace(
-            table.statistics,
-            mean=table.statistics.mean.detach(),
-            deviation=table.statistics.deviation.detach(),
-        )
-        made = {
-            dtype: partial(PlainPolicy, trainer.policy, trainer.weights, DTYPES[dtype])
-            for dtype in ([fastest.dtype] if fastest else DTYPES)
-        }
-        if fastest:
-            self.fastest, self.plain = fastest, made[fastest.dtype]()
-        else:
-            self.fastest = self._fastest(made)
-
-    def _fastest(self, made: dict[str, Callable[[], PlainPolicy]]) -> Fastest:
-        """The dtype that rolls a few prompts out in the least time, and with it batch sizes."""
-        times = {}
-        for dtype, make in made.items():
-            self.plain = make()
-            times[dtype] = min(seconds(lambda: self.roll(range(4), 4)) for _ in range(2))
-        dtype = min(times, key=times.__getitem__)
-        self.plain = made[dtype]()
-        tried = range(min(_PART, len(self.rows)))
-        rollout = min(_BATCHES, key=lambda n: seconds(lambda: self.roll(tried, n)))
-        learning = min(_BATCHES, key=lambda n: seconds(lambda: self.learn(tried, n)))
-        return Fastest(dtype, rollout, learning)
-
-    def roll(self, samples: range, batch: int) -> None:
-        with torch.no_grad():
-            for some in _parts(samples, batch):
-                rows = self.rows[some]
-                features = self.plain.features([self.prompts.tokens(row) for row in rows])
-                self.plain.heads(features, self.prompts, rows, self.statistics)
-
-    def roll_with_cache(self, samples: range, envs: int) -> None:
-        """As many environments of a day as there are share its prefix's cache."""
-        with torch.no_grad():
-            for some in _parts(samples, min(envs, _PART)):
-                rows = self.rows[some]
-                prefix = self.prompts.prefixes[self.prompts.pairs[rows[0], 0]]
-                suffixes = [self.prompts.suffixes[self.prompts.pairs[row, 1]] for row in rows]
-                cache = self.plain.prefix_cache(prefix, len(rows))
-                features = self.plain.suffix_features(cache, len(prefix), suffixes)
-                self.plain.heads(features, self.prompts, rows, self.statistics)
-
-    def learn(self, samples: range, batch: int) -> None:
-        for some in _parts(samples, batch):
-            rows = self.rows[some]
-            features = self.plain.features([self.prompts.tokens(row) for row in rows])
-            made = self.plain.heads(features, self.prompts, rows, self.statistics)
-            loss_of(*made, self.samples.take(torch.from_numpy(some)), self.algorithm)[0].backward()
-
-    def seconds_of_update(self, envs: int, steps: int) -> tuple[float, float]:
-        """Of the plain loop, and of the one with a cache in its rollout."""
-        part = range(min(len(self.rows), _PART))
-        rolled, learnt = self._seconds(envs, part)
-        # A part of _PART environments pays for one prefix; so does a day of all of them.
-        cached = seconds(lambda: self.roll_with_cache(part, envs))
-        scale = envs * steps / len(part)
-        return scale * (rolled + learnt), scale * (cached + learnt)
-
-    def seconds_of_a_step(self, envs: int) -> float:
-        """Of the plain loop, for each environment step."""
-        part = range(min(len(self.rows), _PART))
-        return sum(self._seconds(envs, part)) / len(part)
-
-    def _seconds(self, envs: int, part: range) -> tuple[float, float]:
-        rolled = seconds(lambda: self.roll(part, min(self.fastest.rollout_batch, envs)))
-        return rolled, seconds(lambda: self.learn(part, self.fastest.update_batch))
-
-
-def _parts(samples: range, size: int) -> list[np.ndarray]:
-    return [np.array(samples[start : start + size]) for start in range(0, len(samples), size)]
+from fastflag.learn.update import _gather
+from fastflag.model.arithmetic import DTYPES
 
 
 def speed_rows(
@@ -239,7 +56,7 @@ def speed_rows(
     phases = {name: value / rounds for name, value in trainer.phase.take().items()}
     exact = ", exact accounts" if account == "exact" else ""
     count, shape = envs * steps, f"{envs} x {steps}{exact}"
-    part = "" if envs == 1 else f"measured on {_PART} steps and scaled"
+    part = "" if envs == 1 else f"measured on {PART} steps and scaled"
     chosen, own = baseline.fastest, trainer.config.policy.dtype
     sizes = f"batches of {min(chosen.rollout_batch, envs)} and {chosen.update_batch}"
     note = ", ".join(filter(None, (chosen.dtype, sizes, part)))
@@ -295,89 +112,6 @@ def gradient_rows(dtype: str) -> list[Row]:
     return rows_made
 
 
-def ablation_rows(rounds: int) -> list[Row]:
-    """Forward and backward of what 64 environments visited, with one idea taken out at a time."""
-    trainer = Trainer(configuration(64))
-    _, lesson = trainer.every_step()
-    trainer.update()
-    policy, prompts = trainer.policy, lesson.prompts
-    every = np.concatenate([prompts.reference, lesson.samples.row.cpu().numpy()])
-    variants: dict[str, tuple[Policy, PromptSet, Callable[..., Table]]] = {
-        "fastflag": (policy, prompts, Policy.evaluate),
-        "without sharing prefixes": (policy, _unshared(prompts), Policy.evaluate),
-        "without distinct prompts": (policy, _repeated(prompts, every), Policy.evaluate),
-        "without the trunk cache": (_uncached(trainer), prompts, Policy.evaluate),
-        "without last-token-only": (policy, prompts, _evaluate_all_tokens),
-    }
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name, (chosen, some, evaluate) in variants.items():
-            took = seconds(lambda: evaluate(chosen, some).value.sum().backward())  # noqa: B023
-            if number:  # the first fills caches
-                times[name].append(took)
-    base = np.array(times["fastflag"])
-    return [
-        Row(
-            "forward and backward",
-            f"64 x {_DAYS}",
-            name,
-            float(np.median(took)),
-            "s",
-            float(np.median(base / np.array(took))),
-            "fastflag",
-        )
-        for name, took in times.items()
-    ]
-
-
-def _unshared(prompts: PromptSet) -> PromptSet:
-    """Each prompt a text of its own after the first token, which all have in common."""
-    whole = [prompts.tokens(row) for row in range(len(prompts.pairs))]
-    pairs = np.stack([np.zeros(len(whole)), np.arange(len(whole))], axis=1).astype(np.int32)
-    return dataclasses.replace(
-        prompts,
-        prefixes=(whole[0][:1],),
-        suffixes=tuple(tokens[1:] for tokens in whole),
-        pairs=pairs,
-    )
-
-
-def _repeated(prompts: PromptSet, rows: np.ndarray) -> PromptSet:
-    """One prompt for every environment step, equal ones too."""
-    return dataclasses.replace(
-        prompts,
-        pairs=prompts.pairs[rows],
-        side=prompts.side[rows],
-        allowed=prompts.allowed[rows],
-        reference=np.arange(len(prompts.reference), dtype=np.int32),
-    )
-
-
-def _uncached(trainer: Trainer) -> Policy:
-    none = dataclasses.replace(trainer.config.policy, trunk_cache_mb=0, trunk_disk_mb=0)
-    return Policy(trainer.weights, none, [0, 1, 2], trainer.config.seed)
-
-
-def _evaluate_all_tokens(policy: Policy, prompts: PromptSet) -> Table:
-    """As Policy.evaluate, but the last layer computes every token of prefixes and suffixes."""
-    hidden = policy.trunk.prefix_states({digest_of(prefix): prefix for prefix in prompts.prefixes})
-    padded = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
-    whole, keys_values = prefix_pass(policy.top, padded, [len(states) for states in hidden])
-    order = np.argsort(prompts.pairs[:, 0], kind="stable")
-    states = policy.trunk.suffix_states(prompts)
-    lengths = torch.tensor([len(states[row]) for row in order])
-    suffixes = torch.nn.utils.rnn.pad_sequence([states[row] for row in order], batch_first=True)
-    counts = np.bincount(prompts.pairs[:, 0]).tolist()
-    layout = SuffixLayout.build(counts, list(map(len, hidden)), lengths, suffixes.shape[1])
-    last = suffix_pass(policy.top, suffixes, keys_values, layout)
-    features = last[torch.arange(len(last)), lengths - 1].float() + 0 * whole.sum()
-    sides = prompts.side[order].astype(np.int64) + 1
-    statistics = Statistics.of(features, Reference.of(np.arange(len(order)), sides, policy.device))
-    side = torch.from_numpy(sides)
-    value = policy.value_head(statistics.centre(features, side), side)[:, 0]
-    return Table(features, value, statistics)
-
-
 def variance_rows(updates: int = 10, seeds: int = 16) -> list[Row]:
     """How far the gradient of 64 environments' batch is from that of another seed's: mean squared
     distance from the mean gradient, over its square. Of one policy, a little trained, and from the
@@ -416,7 +150,7 @@ def variance_rows(updates: int = 10, seeds: int = 16) -> list[Row]:
         values[name] = (variance / (mean.pow(2).sum() - variance / seeds)).item()
     note = f"after {updates} updates, {seeds} seeds"
     return [
-        Row("gradient: variance", f"64 x {_DAYS}", name, value, "of its square", note=note)
+        Row("gradient: variance", f"64 x {STEPS}", name, value, "of its square", note=note)
         for name, value in values.items()
     ]
 

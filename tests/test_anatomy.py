@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bench.anatomy import operations_of
+from bench.measure.anatomy import operations_of
 from fastflag.model import attention
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 

@@ -17,24 +17,22 @@ from torch.nn import functional
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from bench import gpu
-from bench.cases import SMALL, Memory, Model
-from bench.clock import WallClock
 from bench.gpu import (
     VARIANTS,
-    Failed,
     compared,
     curve_distance,
-    layer_inputs,
-    layer_rows,
-    run_program,
     run_test_files,
     sanitize,
     time_kernels,
-    whole_lesson,
 )
-from bench.parts import Part, Record, code_digest, run_parts
-from bench.providers import adapted
-from bench.standin import write_market, write_model
+from bench.measure.cases import SMALL, Memory, Model
+from bench.measure.clock import WallClock
+from bench.measure.parts import Part, Record, code_digest, run_parts
+from bench.measure.programs import Failed, run_program
+from bench.measure.standin import write_market, write_model
+from bench.measure.whole_lesson import whole_lesson
+from bench.rivals.layer import layer_inputs, layer_rows
+from bench.rivals.ops import adapted
 from fastflag.config import PRESETS
 from fastflag.learn.update import make_optimizer, update
 from fastflag.model.model_config import Settings, json_config
@@ -283,7 +281,7 @@ def test_the_stand_in_is_read_as_the_demo_is(tmp_path, monkeypatch):
     model = write_model(tmp_path / "model", Model("tiny", 64, 128, 4, 2, 16, 8192), layers=3)
     monkeypatch.setenv("FASTFLAG_BENCH_MODEL", str(model))
     monkeypatch.setenv("FASTFLAG_BENCH_DATA", f"csv:{write_market(tmp_path / 'walk.csv')}")
-    from bench.train import Trainer, configuration
+    from bench.measure.loop import Trainer, configuration
 
     trainer = Trainer(configuration(8, "fp32"))
     _, lesson = trainer.every_step()

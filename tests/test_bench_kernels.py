@@ -11,12 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
-from bench import kernels, results
-from bench.cases import SMALL_CASES, Case, Memory, tensors
-from bench.clock import DeviceClock, Sample, Times, WallClock, interleaved
+from bench import kernels
 from bench.kernels import Bench, Trial, rows_of, run_tests
-from bench.providers import Absent, Provider, providers
-from bench.roofline import Cost, Roof, cost_of
+from bench.measure import results
+from bench.measure.cases import SMALL_CASES, Case, Memory, tensors
+from bench.measure.clock import DeviceClock, Sample, Times, WallClock, interleaved
+from bench.measure.roofline import Cost, Roof, cost_of
+from bench.rivals.ops import Absent, Provider, providers
 from fastflag.kernels.rmsnorm import rms_norm, rms_norm_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,7 +170,7 @@ def test_attention_baselines_see_what_each_query_may(queries, first, monkeypatch
     for suffix, query, head in places:
         truth[suffix, head, query], seen = attended(inputs, suffix, query, head)
         pairs += seen
-    monkeypatch.setattr("bench.providers.symbol", lambda module, name: packed_attention)
+    monkeypatch.setattr("bench.rivals.ops.symbol", lambda module, name: packed_attention)
     case = named("prefix_attention", "query")
     made = {
         one.name: one.make(case, inputs) for one in providers(named("prefix_attention"), False)[2:]

@@ -6,7 +6,7 @@ import resource
 import pytest
 import torch
 
-from bench.anatomy import operations_of
+from bench.measure.anatomy import operations_of
 from fastflag.model import ops, products
 from fastflag.model.arithmetic import keep_freed_memory
 from fastflag.model.linear import FrozenLinear

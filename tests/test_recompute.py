@@ -124,10 +124,10 @@ def test_out_of_memory_halves_until_it_fits_and_says_so(tiny_model, tmp_path, mo
 
     config = small_config(tiny_model, algorithm__update_epochs=2)
     _, whole = trained(config, tmp_path / "whole")
-    machine = Machine(monkeypatch, 16)
+    machine = Machine(monkeypatch, 12)
     with caplog.at_level(logging.WARNING):
         _, halved = trained(config, tmp_path / "halved")
-    assert max(machine.calls) > 16
+    assert max(machine.calls) > 12
     assert "out of memory: going on with --memory-budget" in caplog.text
     assert len(halved) == len(whole) == 4
     for one, other in zip(whole, halved, strict=True):

@@ -21,6 +21,7 @@ from fastflag.kernels.prefix_attention import prefix_attention
 from fastflag.kernels.rmsnorm import add_rms_norm, rms_norm
 from fastflag.kernels.rope import rotate_
 from fastflag.kernels.swiglu import swiglu
+from fastflag.market.tasks.single import ACTIONS
 
 
 @dataclass(frozen=True)
@@ -227,14 +228,14 @@ def _prefix_attention(
 
 
 def _action_terms(memory: Memory) -> Inputs:
-    """Log-probabilities of three actions, of as many samples as there are prompts."""
+    """Log-probabilities of the trader's actions, of as many samples as there are prompts."""
     count, like = memory.rows // SUFFIX, {"dtype": torch.float32}
-    logits, initial = (memory.normal(count, 3, **like).log_softmax(-1) for _ in range(2))
+    logits, initial = (memory.normal(count, len(ACTIONS), **like).log_softmax(-1) for _ in range(2))
     old, advantage = (memory.normal(count, **like) for _ in range(2))
     return {
         "logits": logits,
         "allowed": None,
-        "action": memory.below(3, count),
+        "action": memory.below(len(ACTIONS), count),
         "old_log_probability": old,
         "advantage": advantage,
         "initial": initial,
@@ -273,7 +274,7 @@ _OF_A_MODEL = (
     (prefix_attention, ", pieces of 8 tokens", _pieces, ()),
     (token_log_probability, "", _token_log_probability, ("hidden",)),
 )
-_OF_NO_MODEL = ((action_terms, "3 actions", _action_terms, ("logits",)),)
+_OF_NO_MODEL = ((action_terms, f"{len(ACTIONS)} actions", _action_terms, ("logits",)),)
 
 
 def cases(models: Sequence[Model]) -> tuple[Case, ...]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs
-from bench.clock import Clock, interleaved
+from bench.measure.cases import Case, Inputs
+from bench.measure.clock import Clock, interleaved
 
 _ROUNDS, _SECONDS = 20, 5.0
 

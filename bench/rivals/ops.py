@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.cases import Case, Inputs
+from bench.measure.cases import Case, Inputs
 
 Function = Callable[..., Any]
 """The op's inputs by parameter name -> its outputs."""

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.results import Row
+from bench.measure.results import Row
 from fastflag.model.arithmetic import measured
 from fastflag.model.products import HAS_ONEDNN
 

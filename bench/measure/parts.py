@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.results import document, write_document
+from bench.measure.results import document, write_document
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("bench", "fastflag", "kernels", "tests")
 
 Found = dict[str, Any]

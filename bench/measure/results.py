@@ -15,7 +15,7 @@ import torch
 import fastflag
 from fastflag.files import write_atomic
 
-FOLDER = Path(__file__).with_name("results")
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 
 
 @dataclass(frozen=True)

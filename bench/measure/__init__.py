@@ -1,0 +1,1 @@
+"""How something is measured: the clock, the roofline, what is run, and where results are kept."""

@@ -1,0 +1,44 @@
+"""An update's largest lesson: every account text on every day, and every action of each."""
+
+import numpy as np
+import torch
+
+from bench.measure.cases import DAYS, PREFIX, SUFFIX, SUFFIXES
+from fastflag.learn.lesson import Lesson
+from fastflag.learn.samples import Before, Samples
+from fastflag.market.tasks.single import ACTIONS
+from fastflag.prompt.prompts import PromptSet
+
+
+def whole_lesson(vocabulary: int, device: torch.device) -> Lesson:
+    """Of random tokens, with advantages at random."""
+    actions = len(ACTIONS)
+    random = np.random.default_rng(0)
+    prefixes, suffixes = (
+        tuple(random.integers(1, vocabulary, (count, length)).astype(np.int32))
+        for count, length in ((DAYS, PREFIX), (SUFFIXES, SUFFIX))
+    )
+    pairs = np.indices((DAYS, SUFFIXES), np.int32).reshape(2, -1).T.copy()
+    count = len(pairs)
+    prompts = PromptSet(
+        prefixes,
+        suffixes,
+        pairs,
+        np.zeros(count, np.int8),
+        np.ones((count, actions), bool),
+        np.arange(0, count, SUFFIXES, dtype=np.int32),
+    )
+    rows, one = np.arange(count).repeat(actions), np.ones(count * actions)
+    value, uniform = torch.zeros(count), torch.full((count, actions), -float(np.log(actions)))
+    samples = Samples(
+        row=rows,
+        action=np.tile(np.arange(actions), count),
+        weight=one,
+        advantage=random.standard_normal(len(rows)),
+        advantage_spread=0 * one,
+        target=0 * one,
+        target_spread=0 * one,
+        old_log_probability=-one * np.log(actions),
+        before=Before(value.to(device), uniform.to(device)),
+    )
+    return Lesson(prompts, samples.placed(), len(rows), 0.0)

@@ -1,0 +1,1 @@
+"""What FastFLAG is compared with: other libraries, and itself without one of its ideas."""
