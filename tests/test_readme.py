@@ -1,0 +1,77 @@
+"""What the README shows of Python does what it says, as it stands there: as a script and in a
+notebook. The model alone is another one, which trains in seconds.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from commands import ROOT
+from nbclient import NotebookClient
+from small import small_market, write_csv
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where bars.csv lies, and programs start; they find the package."""
+    path = write_csv(small_market(), tmp_path / "bars.csv")
+    path.with_suffix(".news.csv").unlink()
+    bars = pd.read_csv(path)
+    dates = pd.bdate_range(end="2020-12-31", periods=len(bars) * 4).strftime("%Y-%m-%d")
+    pd.concat([bars] * 4).assign(date=dates).to_csv(path, index=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def shown_code(model: Path) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.split("\n\n")[1].splitlines()) <= 10
+    called = 'ff.train("runs/python", '
+    assert code.count(called) == 1
+    return code.replace(called, f"{called}model={str(model)!r}, ")
+
+
+def test_the_lines_of_python_as_a_script(folder, tiny_model):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", shown_code(tiny_model)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    printed = done.stdout
+    assert "'cr':" in printed and "entropy" in printed and "buy_and_hold" in printed
+    assert re.search(r"\{'Sell': 0\.0, 'Hold': 0\.\d+, 'Buy': 0\.\d+\}\n$", printed)
+    assert (folder / "runs" / "python" / "report.html").exists()
+
+
+def test_the_lines_of_python_in_a_notebook(folder, tiny_model):
+    cell = nbformat.v4.new_code_cell(shown_code(tiny_model))
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    last = notebook.cells[0].outputs[-1]
+    assert last.output_type == "execute_result"
+    assert last.data["text/html"].startswith("<iframe ") and "Backtest" in last.data["text/html"]
+
+
+def test_the_rooms_are_there():
+    """Every folder and file that the README's table of rooms names, and no room is left out."""
+    table = README.partition("## Where is what")[2].partition("## Where it stands")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+\?) \| (.*) \|$", table, re.MULTILINE)
+    rooms = {room.rstrip("/") for room, _, _ in rows}
+    packages = {p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob("fastflag/**/__init__.py")}
+    assert rooms >= packages - {"fastflag"} | {"kernels", "bench", "tests"}
+    for room, _, examples in rows:
+        assert (ROOT / room).exists()
+        for name in re.findall(r"`([\w/]+\.py)`", examples):
+            places = [ROOT / room / name, ROOT / "fastflag/market" / name, ROOT / "fastflag" / name]
+            assert any(place.is_file() for place in places), name
