@@ -411,7 +411,7 @@ def test_dates_of_each_symbol_are_checked(file):
         ("sample:", "unknown sample ''"),
         (
             "AAPL",
-            "'AAPL' (known: sample:, csv:, parquet:, investorbench:, planted:)",
+            "unknown data source, 'AAPL' (known: sample:, csv:, parquet:, invest",
         ),
         ("http://x", "unknown data source, 'http://x'"),
     ],
