@@ -33,4 +33,5 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary=none
 	$(BIN)/python -m pytest -q tests/test_layout.py

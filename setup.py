@@ -62,6 +62,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.12",
+            "pyrefly>=1.5",
             "build>=1.2",
             "nbclient>=0.10",
             "nbformat>=5.10",

@@ -217,7 +217,7 @@ def open(
     folder = _folder(run)
     config = read_config(folder)
     named = {"data": data, "news": news, "symbol": symbol}
-    changes = {name: value for name, value in named.items() if value}
+    changes: dict[str, Any] = {name: value for name, value in named.items() if value}
     if data:
         changes["news"] = news
     policy = replace(config.policy, device=device, model=model or config.policy.model)

@@ -1,5 +1,4 @@
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,7 +236,6 @@ def test_after_an_action_that_ruins_there_is_no_value():
         reward=np.array([[[0.1, 0.2, -1.0]]]),
         terminated=np.array([[[False, False, True]]]),
     )
-    batch = SimpleNamespace(steps=SimpleNamespace(row=np.array([[0]])), branches=branches)
-    advantage = _of_every_action(table, batch, AlgorithmConfig(gamma=0.9))
+    advantage = _of_every_action(table, np.array([[0]]), branches, AlgorithmConfig(gamma=0.9))
     expected = [0.1 + 0.9 * 0.5 - 0.5, 0.2 + 0.9 * 2.0 - 0.5, -1.0 - 0.5]
     np.testing.assert_allclose(advantage[0, 0], expected, rtol=1e-12)

@@ -5,7 +5,6 @@ import io
 import os
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def _train_default(arguments: list[str]) -> Any:
 def _value_of(flag: str, arguments: list[str]) -> str | None:
     """The flag's value; of several the last, as tyro takes it."""
     value = None
-    for argument, following in pairwise([*arguments, None]):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument == flag:
             value = following
         elif argument.startswith(f"{flag}="):

@@ -56,7 +56,7 @@ class _Held(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self._kept is not None:
             self._kept.append(record)
-        else:
+        elif logging.lastResort is not None:
             logging.lastResort.handle(record)  # on stderr, as without a handler
 
     def tell(self) -> None:

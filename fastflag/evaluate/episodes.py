@@ -72,8 +72,10 @@ def run_episodes(
                 if stepped:
                     told = _told(policy, world, window, read, accounts, choose_actions, number)
             if stepped:
+                # pyrefly: ignore[unbound-name] (the first decision opens a window)
                 probabilities = told[place, task.code(accounts, day)]
             else:
+                # pyrefly: ignore[unbound-name] (likewise)
                 probabilities = _asked(policy, world, read, accounts, day)
             action = choose_actions(probabilities, number)
             task.step(accounts, day, action)
@@ -117,6 +119,7 @@ def _told(
         tables.append(policy.evaluate(prompts, statistics, read).probabilities)
         told = guessed(np.concatenate(tables), row_of)
         new = (row_of < 0) & _met(world, days, accounts, told, choose_actions, first)
+    # pyrefly: ignore[unbound-name] (there are always prompts that centre)
     return told
 
 

@@ -198,7 +198,7 @@ def _array(values: list) -> np.ndarray:
 
 
 def _growth(equity: list[float | None]) -> np.ndarray:
-    if not equity[0] > 0:
+    if equity[0] is None or not equity[0] > 0:
         raise ValueError(f"an equity begins with {equity[0]}")
     return _array(equity) / equity[0] - 1
 

@@ -2,7 +2,7 @@
 
 import math
 from datetime import date
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from fastflag.config import TrainConfig
 _CONSTANT = 0.97
 
 
-def finite(value: float | None) -> bool:
+def finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 

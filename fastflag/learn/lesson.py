@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from fastflag.config import AlgorithmConfig
 from fastflag.learn.advantage import generalised_advantage
-from fastflag.learn.batch import Batch, Phase
+from fastflag.learn.batch import Batch, Branches, Phase
 from fastflag.learn.samples import Before, Samples
 from fastflag.policy.table import Table
 from fastflag.prompt.prompts import PromptSet
@@ -27,7 +28,7 @@ class Lesson:
     """What an update learns from; rows are those of `prompts`."""
 
     prompts: PromptSet
-    samples: Samples
+    samples: Samples[Tensor]
     env_steps: int
     reward: float  # summed over all steps
 
@@ -67,7 +68,9 @@ def _values(table: Table) -> np.ndarray:
     return table.value.detach().double().cpu().numpy()
 
 
-def _samples(table: Table, batch: Batch, advantage: np.ndarray, config: AlgorithmConfig) -> Samples:
+def _samples(
+    table: Table, batch: Batch, advantage: np.ndarray, config: AlgorithmConfig
+) -> Samples[np.ndarray]:
     """One for each step or, with branches, for each action of each step, in the order of steps."""
     steps, valid = batch.steps, batch.steps.valid.T
 
@@ -81,7 +84,7 @@ def _samples(table: Table, batch: Batch, advantage: np.ndarray, config: Algorith
         # [steps, A]; the value's target stays that of the step that was taken.
         probability, advantage = (
             table.probabilities[row],
-            flat(_of_every_action(table, batch, config)),
+            flat(_of_every_action(table, batch.steps.row, batch.branches, config)),
         )
         possible = probability.astype(np.float32) > 0
         (step, action), weight = np.nonzero(possible), probability[possible]
@@ -91,9 +94,11 @@ def _samples(table: Table, batch: Batch, advantage: np.ndarray, config: Algorith
     return Samples(row, action, weight, advantage, none, target, none, log_probability, before)
 
 
-def _of_every_action(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarray:
-    """r + gamma V(s') - V(s) of every action, [B, H, A]: of one that was not taken, nothing more is
-    known of what comes after than the value."""
-    value, branches = _values(table), batch.branches
+def _of_every_action(
+    table: Table, row: np.ndarray, branches: Branches, config: AlgorithmConfig
+) -> np.ndarray:
+    """r + gamma V(s') - V(s) of every action [B, H, A] in the states `row` [B, H]: of one that was
+    not taken, nothing more is known of what comes after than the value."""
+    value = _values(table)
     following = config.gamma * value[branches.next_row] * ~branches.terminated
-    return branches.reward + following - value[batch.steps.row][..., None]
+    return branches.reward + following - value[row][..., None]

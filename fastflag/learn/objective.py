@@ -12,7 +12,7 @@ from fastflag.model import ops
 
 
 def loss_of(
-    log_probabilities: Tensor, value: Tensor, samples: Samples, config: AlgorithmConfig
+    log_probabilities: Tensor, value: Tensor, samples: Samples[Tensor], config: AlgorithmConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """The whole loss: policy + vf_coef value - ent_coef entropy + kl_coef KL(policy || initial).
 
@@ -65,7 +65,7 @@ def squared_error(value: Tensor, target: Tensor, old_value: Tensor, clip: float 
     return 0.5 * loss
 
 
-def whitened(samples: Samples) -> Tensor:
+def whitened(samples: Samples[Tensor]) -> Tensor:
     """The advantages with mean 0 and standard deviation 1 (ddof 1), as CleanRL has it; one sample
     has no deviation and stays as it is. -> [N]"""
     total = samples.weight.sum()

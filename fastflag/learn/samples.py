@@ -5,13 +5,13 @@ Shapes: N samples, U rows of the table, A actions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Column = np.ndarray | Tensor
+Column = TypeVar("Column", np.ndarray, Tensor)
 
 
 class Before(NamedTuple):
@@ -22,7 +22,7 @@ class Before(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Generic[Column]):
     """Columns [N]: NumPy arrays, in float64, while samples are added up; tensors in an update.
 
     A sample may stand for several of one row and action: its advantage and target are their means
@@ -57,23 +57,23 @@ class Samples:
         """The columns by name: the samples' own, not copies."""
         return {each.name: getattr(self, each.name) for each in fields(self)[:8]}
 
-    def take(self, index: Tensor) -> "Samples":
+    def take(self, index: Column) -> "Samples[Column]":
         return replace(self, **{name: column[index] for name, column in self.columns().items()})
 
-    def mean(self, values: Tensor) -> Tensor:
+    def mean(self: "Samples[Tensor]", values: Tensor) -> Tensor:
         """values [N] -> scalar, by weight. Divides by N x the mean weight of all samples, so that a
         minibatch's mean is an unbiased estimate of theirs."""
         return (self.weight * values).sum() / (len(values) * self.mean_weight)
 
     @staticmethod
-    def joined(parts: Sequence["Samples"]) -> "Samples":
-        columns = {
+    def joined(parts: Sequence["Samples[np.ndarray]"]) -> "Samples[np.ndarray]":
+        columns: dict[str, Any] = {
             name: np.concatenate([part.columns()[name] for part in parts])
             for name in parts[0].columns()
         }
         return replace(parts[0], **columns)
 
-    def added_up(self) -> "Samples":
+    def added_up(self: "Samples[np.ndarray]") -> "Samples[np.ndarray]":
         """One sample for each row and action: means by weight, and how much what they are means of
         spreads. In the order of rows and actions."""
         if not len(self):
@@ -106,7 +106,7 @@ class Samples:
             self.before,
         )
 
-    def placed(self) -> "Samples":
+    def placed(self: "Samples[np.ndarray]") -> "Samples[Tensor]":
         """As tensors beside the rows' values; numbers are fp32."""
         device = self.before.value.device
 
@@ -114,6 +114,8 @@ class Samples:
             dtype = torch.int64 if name in ("row", "action") else torch.float32
             return torch.from_numpy(column).to(device, dtype)
 
-        columns = {name: tensor(name, column) for name, column in self.columns().items()}
+        columns: dict[str, Any] = {
+            name: tensor(name, column) for name, column in self.columns().items()
+        }
         mean_weight = float(self.weight.mean()) if len(self) else 1.0
-        return replace(self, **columns, mean_weight=mean_weight)
+        return Samples(**columns, before=self.before, mean_weight=mean_weight)

@@ -104,7 +104,7 @@ def update(
     return means
 
 
-def _explained(samples: Samples) -> float:
+def _explained(samples: Samples[Tensor]) -> float:
     columns = (samples.old_value, samples.target, samples.weight, samples.target_spread)
     return explained_variance(*torch.stack([c.double() for c in columns]).cpu().numpy())
 
@@ -137,7 +137,7 @@ def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[
 
 def _differentiate(
     optimizer: torch.optim.Optimizer,
-    samples: Samples,
+    samples: Samples[Tensor],
     config: AlgorithmConfig,
     log_probabilities: Tensor,
     value: Tensor,

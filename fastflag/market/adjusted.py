@@ -35,7 +35,7 @@ def recover_splits_and_dividends(
     for t in np.flatnonzero(np.isfinite(close) & np.isfinite(adjusted)):
         factor = adjusted[t] / close[t]
         decimals = max(decimals, decimals_of(adjusted[t]))
-        if event_factor is None:
+        if event_factor is None or event_adjusted is None:
             event_factor, event_adjusted = factor, adjusted[t]
             continue
         rounding = 0.5 * 10.0**-decimals * (1 / adjusted[t] + 1 / event_adjusted)

@@ -123,7 +123,7 @@ class Market:
     def first_bars(self) -> dict[str, np.datetime64]:
         """The date of the first close of every symbol of the file that has one."""
         bars = np.isfinite(self.close)
-        days = zip(self.symbols, bars.any(0), bars.argmax(0), strict=True)
+        days = zip(self.symbols, np.atleast_1d(bars.any(0)), bars.argmax(0), strict=True)
         return {name: self.dates[day] for name, some, day in days if some} | dict(self.others)
 
     def of(self, symbol: str = "") -> "Market":

@@ -3,6 +3,8 @@
 A frame's index numbers the file's lines or rows and is named "line" or "row".
 """
 
+from collections.abc import Hashable
+
 import numpy as np
 import pandas as pd
 
@@ -64,7 +66,7 @@ def require(frame: pd.DataFrame, names: tuple[str, ...], where: str) -> None:
         raise InputError(f"no column {', '.join(missing)}, {where}")
 
 
-def refuse(frame: pd.DataFrame, wrong: np.ndarray, what: str, name: str, where: str) -> None:
+def refuse(frame: pd.DataFrame, wrong: np.ndarray, what: str, name: Hashable, where: str) -> None:
     """Raises InputError with the first cell of column `name` that is `wrong` ([T] bool)."""
     if wrong.any():
         row = int(np.argmax(wrong))

@@ -37,7 +37,7 @@ class Rows:
     close: np.ndarray
     where: str
 
-    def at(self, row: int) -> str:
+    def at(self, row: int | np.integer) -> str:
         n = next(n for n, span in enumerate(self.spans) if span.start <= row < span.stop)
         return f"{self.symbols[n]} {self.dates[row]}, {self.where}"
 
@@ -60,12 +60,11 @@ def events(
     ones, zeros = np.ones(len(rows.close)), np.zeros(len(rows.close))
     declared = ones if split is None else np.where(np.isnan(split) | (split == 0), 1.0, split)
     paid = zeros if dividend is None else np.where(np.isnan(dividend), 0.0, dividend)
-    for name, wrong in (("split", ~(declared > 0)), ("dividend", ~(paid >= 0))):
-        infinite = np.isinf(declared if name == "split" else paid)
-        if (wrong | infinite).any():
-            row = int(np.argmax(wrong | infinite))
-            value = (split if name == "split" else dividend)[row]
-            raise InputError(f"{name} {value:g} is no {name}, {rows.at(row)}")
+    for name, told, right in (("split", declared, declared > 0), ("dividend", paid, paid >= 0)):
+        wrong = ~right | np.isinf(told)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise InputError(f"{name} {told[row]:g} is no {name}, {rows.at(row)}")
     fall, noise, before = _moves(rows)
     # Before the first bar nothing is held.
     declared = np.where(np.isnan(before), 1.0, declared)

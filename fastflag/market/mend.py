@@ -47,7 +47,7 @@ def mended(
         return result
     bars = np.bincount(owner[np.isfinite(close)], minlength=len(symbols))
     count = np.bincount(owner[wrong], minlength=len(symbols))
-    for n in np.flatnonzero(count > _FEW * bars):
+    for n in np.flatnonzero(count > _FEW * bars).tolist():
         row = np.flatnonzero(wrong & (owner == n))[0]
         what = next(what for what, rows in kinds.items() if rows[row])
         told = f", and {count[n]} of {bars[n]} bars are like it" if count[n] > 1 else ""

@@ -52,7 +52,7 @@ def news_of(frame: pd.DataFrame, where: str, zone: ZoneInfo | None) -> list[News
     """
     columns = ("published", "available", "symbol", "text")
     require(frame, columns, where)
-    tell_unused([name for name in frame if name not in columns], where)
+    tell_unused([str(name) for name in frame if name not in columns], where)
     published = moments(frame["published"], where, zone)
     available = moments(frame["available"], where, zone, ends=True)
     refuse(frame, available < published, "is before `published`", "available", where)

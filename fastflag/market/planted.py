@@ -51,7 +51,9 @@ def planted_market(
     returns = np.concatenate([[0.0], (np.where(up, size, -size) + drift)[:-1]])
     close = 100 * np.exp(np.cumsum(returns))
     opened = np.concatenate([[100.0], close[:-1]])
-    dates = np.busday_offset("2001-01-01", np.arange(days)).astype("datetime64[D]")
+    dates = np.busday_offset(np.datetime64("2001-01-01", "D"), np.arange(days)).astype(
+        "datetime64[D]"
+    )
     telling = random.permutation(up) if shuffled else up
     news = []
     for day, rises in zip(dates, telling, strict=True):

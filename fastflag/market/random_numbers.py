@@ -6,7 +6,7 @@ import numpy as np
 from fastflag.market.compiled.random import uniforms_nb
 
 
-def uniform(seed: int, env: np.ndarray, step: int) -> np.ndarray:
+def uniform(seed: int, env: np.ndarray | int, step: int) -> np.ndarray:
     """Random numbers in [0, 1) that depend on (seed + env, step) and nothing else: float64 [B]."""
     envs = np.ascontiguousarray(np.atleast_1d(env), dtype=np.int64)
     values = np.empty(envs.size)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -191,23 +192,27 @@ def _market(
         others = tuple(zip(symbols[found].tolist(), dates[bars][first], strict=True))
         numbers = {name: column[own] for name, column in numbers.items()}
         dates, owner, symbols = dates[own], np.zeros(own.sum(), int), np.array([wanted], object)
-    numbers = mended(numbers, dates, owner, symbols, where)
+    names: list[str] = symbols.tolist()
+    numbers = mended(numbers, dates, owner, names, where)
     calendar = np.unique(dates)
     place = (np.searchsorted(calendar, dates), owner)
-    shape = (len(calendar), len(symbols))
+    shape = (len(calendar), len(names))
 
     def aligned(column: np.ndarray, fill: float) -> np.ndarray:
         array = np.full(shape, fill, column.dtype)
         array[place] = column
         return array
 
-    split, dividend = _events(frame, numbers, dates, owner, symbols, where)
+    split, dividend = _events(frame, numbers, dates, owner, names, where)
     unknown = np.full(len(dates), np.nan)
+    prices: dict[str, Any] = {
+        name: aligned(numbers.get(name, unknown), np.nan) for name in (*PRICES, "volume")
+    }
     try:
         return Market(
             calendar,
-            tuple(symbols),
-            **{name: aligned(numbers.get(name, unknown), np.nan) for name in (*PRICES, "volume")},
+            tuple(names),
+            **prices,
             split=aligned(split, 1.0),
             dividend=aligned(dividend, 0.0),
             rows=aligned(np.ones(len(dates), bool), False),
@@ -258,4 +263,4 @@ def _events(
     if any((price > 0).sum() != np.isfinite(price).sum() for price in prices):
         return none  # the Market refuses it
     rows = Rows(symbols, spans, dates, *prices, where)
-    return events(rows, *columns, frame.attrs["yfinance"])
+    return events(rows, *columns, yfinance=frame.attrs["yfinance"])

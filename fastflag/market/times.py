@@ -114,7 +114,7 @@ def moments(column: pd.Series, where: str, zone: ZoneInfo | None, ends: bool = F
         refuse(column.to_frame(), zoned, f"has a time zone: {_GIVE_ZONE}", column.name, where)
     late = np.where(ends & _is_midnight(written.wall), _END_OF_DATE, np.timedelta64(0, "s"))
     local = written.wall + late
-    if zoned.any():
+    if zone is not None and zoned.any():
         local = np.where(zoned, _local(written.utc + late, zone), local)
         local = local + np.where(ends & _is_midnight(local), _END_OF_DATE, np.timedelta64(0, "s"))
     seconds = local.astype("datetime64[s]")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -36,7 +37,7 @@ class Speeds:
     seconds: dict[str, float]
 
     @property
-    def best(self) -> str:
+    def best(self) -> Literal["bf16", "fp32"]:
         """fp32, which is the more exact, unless bf16 is clearly faster: where they are close, the
         runs of a study must not be dealt different ones by chance."""
         return "bf16" if _CLEARLY * self.seconds["bf16"] < self.seconds["fp32"] else "fp32"
@@ -53,6 +54,11 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise InputError("no CUDA GPU is available, --device cuda")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def name_of(device: torch.device) -> Literal["cpu", "cuda"]:
+    """A device's name in a configuration."""
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def activations_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

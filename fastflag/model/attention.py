@@ -47,7 +47,7 @@ def by_tiles(
     for tiles in layout.tiles:
         some = [side.index_select(0, tiles.rows) for side in (query, own_key, own_value, visible)]
         shared = [side.index_select(0, tiles.prefix) for side in prefixes.of_size(tiles.size)]
-        attended.append(_tiled(*some, *shared, tiles.there))
+        attended.append(_tiled(*some, *shared, there=tiles.there))
     return torch.cat(attended).index_select(0, layout.untiled)
 
 

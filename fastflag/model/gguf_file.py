@@ -69,7 +69,7 @@ class GGUFFile:
             rows, columns = values.shape
             pairs = values.reshape(heads, rows // heads // 2, 2, columns)
             values = pairs.swapaxes(1, 2).reshape(rows, columns)
-        return torch.from_numpy(np.require(values, dtype=np.float32, requirements="CW"))
+        return torch.from_numpy(np.require(values, dtype=np.float32, requirements=["C", "W"]))
 
 
 class _Tensors:

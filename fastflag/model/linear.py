@@ -39,7 +39,8 @@ class FrozenLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.weight.shape)
+        rows, columns = self.weight.shape
+        return rows, columns
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W, [O, I]"""

@@ -45,6 +45,14 @@ class Block(nn.Module):
     Its norms are frozen, also where the matrices are trained in full.
     """
 
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
     def __init__(
         self,
         weights: Weights,
@@ -162,7 +170,8 @@ def suffix_pass(
         if last_only and number == len(blocks) - 1:
             key, value = block.keys_values(normed, rotary)
             x, normed = x[rows, layout.last][:, None], normed[rows, layout.last][:, None]
-            rotary = tuple(table[rows, :, layout.last][:, None] for table in rotary)
+            cosines, sines = (table[rows, :, layout.last][:, None] for table in rotary)
+            rotary = cosines, sines
             first, query = layout.last, block.queries(normed, rotary)
         else:
             query, key, value = block.queries_keys_values(normed, rotary)

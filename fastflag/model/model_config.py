@@ -153,9 +153,9 @@ def _rope_scaling(rope: Settings) -> dict[str, Any] | None:
         return {"rope_type": kind, "factor": rope.number("factor")}
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor")
-        scaling = {"rope_type": kind, **{key: rope.number(key) for key in keys}}
-        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        factors = {key: rope.number(key) for key in keys}
+        if factors["low_freq_factor"] >= factors["high_freq_factor"]:
             raise InputError(f"low_freq_factor must be below high_freq_factor, {rope.source}")
         positions = rope.whole("original_max_position_embeddings")
-        return {**scaling, "original_max_position_embeddings": positions}
+        return {"rope_type": kind, **factors, "original_max_position_embeddings": positions}
     raise InputError(f"rope type {kind!r} is not supported, {rope.source}")

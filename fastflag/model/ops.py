@@ -74,8 +74,8 @@ class Op:
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         """x is on the device that decides."""
         if x.device not in self._chosen:
-            triton = self.choice(x.device).implementation == "triton"
-            self._chosen[x.device] = self._triton if triton else self._torchs
+            triton = self._triton if self.choice(x.device).implementation == "triton" else None
+            self._chosen[x.device] = triton or self._torchs
         return self._chosen[x.device](x, *arguments)
 
     def choice(self, device: torch.device) -> Choice:

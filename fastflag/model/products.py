@@ -55,6 +55,7 @@ class _Product(torch.autograd.Function):
         return _multiplied(x, weight.float(), bias, dtype)
 
     @staticmethod
+    # pyrefly: ignore[bad-override] (torch's own has any number of gradients; there is one)
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
@@ -89,6 +90,7 @@ def _rounding(dtype: torch.dtype) -> Iterator[None]:
     All of the process's: another thread's too, so one thread alone may compute. Attention's would
     take five times as long (measured, AMX), so it stays outside.
     """
+    # pyrefly: ignore[missing-attribute] (torch puts it there when it is imported)
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"

@@ -25,7 +25,8 @@ class NF4Weight:
     @staticmethod
     def quantise(weight: torch.Tensor) -> "NF4Weight":
         """weight [out, in], floating point, on the device where it is to stay."""
-        return NF4Weight(*bnb.quantise_nf4(weight), tuple(weight.shape))
+        rows, columns = weight.shape
+        return NF4Weight(*bnb.quantise_nf4(weight), (rows, columns))
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in] in fp32, bf16 or fp16, on the weight's device."""

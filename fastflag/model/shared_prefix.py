@@ -98,8 +98,10 @@ def _rows(block: KeysValues) -> Iterator[KeysValues]:
 
 def _one_block(blocks: Sequence[KeysValues], size: int) -> KeysValues:
     """Blocks one after another, with P made `size`."""
-    sized = [tuple(_sized(side, size) for side in block) for block in blocks]
-    return sized[0] if len(sized) == 1 else tuple(map(torch.cat, zip(*sized, strict=True)))
+    sized = [(_sized(keys, size), _sized(values, size)) for keys, values in blocks]
+    if len(sized) == 1:
+        return sized[0]
+    return torch.cat([keys for keys, _ in sized]), torch.cat([values for _, values in sized])
 
 
 def _sized(side: Tensor, size: int) -> Tensor:

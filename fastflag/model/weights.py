@@ -114,7 +114,9 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "k": config.kv_heads * config.head_dim,
         "v": config.kv_heads * config.head_dim,
     }
-    layer = {f"self_attn.{part}_proj.weight": (size, width) for part, size in rows.items()}
+    layer: dict[str, tuple[int, ...]] = {
+        f"self_attn.{part}_proj.weight": (size, width) for part, size in rows.items()
+    }
     if config.attention_bias:
         layer |= {f"self_attn.{part}_proj.bias": (size,) for part, size in rows.items()}
     if config.qk_norm:
@@ -169,7 +171,7 @@ def _check_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]], sourc
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocabulary, config.width),
         "model.norm.weight": (config.width,),
     }

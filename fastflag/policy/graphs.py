@@ -8,6 +8,7 @@ evaluations, so a shape is captured when it comes a second time.
 import gc
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Graphs:
         self,
         evaluate: Callable[[Stage], tuple[Tensor, ...]],
         trained: nn.ModuleList,
-        capture: Callable[..., nn.Module] | None,
+        capture: Callable[..., Any] | None,
     ):
         """`capture` is torch.cuda.make_graphed_callables, None to launch everything anew."""
         self._evaluate, self._trained, self._capture = evaluate, trained, capture

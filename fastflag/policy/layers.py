@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def trained(
     config: PolicyConfig,
     device: torch.device,
     generator: torch.Generator,
-) -> nn.ModuleList:
+) -> Any:  # an nn.ModuleList, which can't tell that it holds Blocks
     """Layers of the top: trained in full, or by adapters over what stays frozen."""
     dtype = DTYPES[config.dtype]
 
@@ -49,7 +50,7 @@ def trained(
 def _stored(
     config: PolicyConfig, device: torch.device, weight: Tensor, bias: Tensor | None, as_: str
 ) -> FrozenLinear:
-    bias, weight = (x if x is None else x.to(device) for x in (bias, weight))
+    weight, bias = weight.to(device), None if bias is None else bias.to(device)
     kept = NF4Weight.quantise(weight) if as_ == "nf4" else weight.to(DTYPES[as_])
     return FrozenLinear(kept, bias, DTYPES[config.dtype])
 

@@ -66,7 +66,7 @@ def parts(
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
         "trunk_cache": min(_cacheable(model, trunk, batch, between), kept),
-        "activations": min(_evaluation(model, policy, batch, actions, fused), budget),
+        "activations": int(min(_evaluation(model, policy, batch, actions, fused), budget)),
     }
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.model import ops
-from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory
+from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory, name_of
 from fastflag.model.llama import prefix_pass, suffix_pass
 from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import (
@@ -94,7 +94,7 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.device = device_of(config.device)
-        self.config = config = replace(config, device=self.device.type)
+        self.config = config = replace(config, device=name_of(self.device))
         self.model = weights.config
         split = self.model.trunk_layers(config.top_layers, weights.source)
         self.dtype = DTYPES[config.dtype]
@@ -182,7 +182,7 @@ class Policy(nn.Module):
         whole = days is None and statistics is None and torch.is_grad_enabled()
         if self.graphs and whole:
             if self._keeps(prompts):
-                return self._staged_table(prompts)
+                return self._staged_table(prompts, self.graphs)
             self._staged = None
             self.graphs.forget()
         features = self._features(prompts, days or self.read(prompts.prefixes))
@@ -248,18 +248,18 @@ class Policy(nn.Module):
         """Whether these are the prompts whose blocks are on the device."""
         return self._staged is not None and self._staged[0] == content_of(prompts)
 
-    def _staged_table(self, prompts: PromptSet) -> Table:
+    def _staged_table(self, prompts: PromptSet, evaluate: Graphs) -> Table:
         """`evaluate` by a stage, which is kept until other prompts come."""
-        if not self.lies_ready(prompts):
+        if (staged := self._staged) is None or staged[0] != content_of(prompts):
             self._check_lengths(prompts)
             # Days of equal texts have equal states: a stock that stood still.
             tokens = {digest_of(text): text for text in prompts.prefixes}
             states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
             prefixes = [states[digest_of(text)] for text in prompts.prefixes]
             stage = Stage.of(prompts, prefixes, self.trunk.suffix_states(prompts))
-            self._staged = content_of(prompts), stage
-        stage, count = self._staged[1], len(prompts.pairs)
-        log_probabilities, value, mean, deviation = self.graphs(stage)
+            staged = self._staged = content_of(prompts), stage
+        stage, count = staged[1], len(prompts.pairs)
+        log_probabilities, value, mean, deviation = evaluate(stage)
         statistics = Statistics(mean, deviation, stage.reference.known)
         return Table(log_probabilities[:count], value[:count], statistics)
 

@@ -191,7 +191,7 @@ class TrunkFiles:
 
 
 def _checksum(tensor: Tensor) -> str:
-    data = tensor.reshape(-1).view(torch.uint8).numpy()
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

@@ -107,7 +107,7 @@ def _from_gguf(fields: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     if model != "gpt2":
         raise InputError(f"tokenizer model {model!r} is not supported (gpt2 is), {path}")
     name = fields.get("tokenizer.ggml.pre")
-    pre_tokenizer = _PRE_TOKENIZERS.get(name)
+    pre_tokenizer = _PRE_TOKENIZERS.get(str(name))
     if pre_tokenizer is None:
         known = ", ".join(_PRE_TOKENIZERS)
         raise InputError(f"pre-tokenizer {name!r} is not supported ({known} are), {path}")

@@ -71,7 +71,10 @@ class World:
         return whole
 
     def stepped(
-        self, moments: Sequence[int], present: np.ndarray, reference: np.ndarray | None = None
+        self,
+        moments: Sequence[int] | np.ndarray,
+        present: np.ndarray,
+        reference: np.ndarray | None = None,
     ) -> tuple[PromptSet, np.ndarray]:
         """The distinct prompts of account codes at `moments` [n], which are distinct.
 

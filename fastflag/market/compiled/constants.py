@@ -45,7 +45,7 @@ class Position(NamedTuple):
     cash: float
     shares: float
     entry: float
-    opened: int
+    opened: np.int64
     fees: float
 
 
@@ -67,11 +67,11 @@ class Account(NamedTuple):
     cash: float
     shares: float
     entry: float
-    opened: int
-    pending: int
+    opened: np.int64
+    pending: np.int64
     equity: float
     fees: float
-    count: int
+    count: np.int64
     mean: float
     m2: float
     sharpe: float

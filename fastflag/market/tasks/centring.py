@@ -12,7 +12,9 @@ from fastflag.market.tasks.single import BUY, HOLD, SELL, Single
 _HELD = np.array([1, 3, 10, 30])
 
 
-def centring_accounts(task: Single, moments: Sequence[int]) -> tuple[Accounts, np.ndarray]:
+def centring_accounts(
+    task: Single, moments: Sequence[int] | np.ndarray
+) -> tuple[Accounts, np.ndarray]:
     """An account of each side that the position mode knows at each of `moments`, and the moment of
     each account [R] int64.
 
