@@ -24,6 +24,7 @@ setup(
         "fastflag.market.tasks",
         "fastflag.prompt",
         "fastflag.model",
+        "fastflag.model.proof",
         "fastflag.policy",
         "fastflag.learn",
         "fastflag.evaluate",

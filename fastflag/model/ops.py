@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from fastflag.model import attention, bnb, products
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
 __all__ = [
+    "HAS_TRITON",
+    "KERNELS",
     "OPS",
     "Choice",
     "action_terms",
@@ -42,6 +45,8 @@ __all__ = [
 ]
 
 _VARIABLE = "FASTFLAG_KERNELS"
+KERNELS = Path(lora.__file__).parent
+"""The folder of the kernels' sources."""
 
 # {op: {architecture: where it was measured, and how much faster it was than the best of the
 # others}}; what bench.gpu has written to bench/results/. No kernel has run on a GPU yet.
