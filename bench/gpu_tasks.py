@@ -30,7 +30,6 @@ from bench.measure.cases import (
     Memory,
     Model,
 )
-from bench.measure.clock import clock
 from bench.measure.loop import Trainer, configuration, given, seconds
 from bench.measure.parts import Found
 from bench.measure.results import Row
@@ -42,6 +41,7 @@ from fastflag.evaluate.doctor import examine
 from fastflag.kernels.lora import lora_linear
 from fastflag.learn.update import make_optimizer, update
 from fastflag.market.tasks.single import ACTIONS
+from fastflag.model.proof.clock import clock
 from fastflag.model.weights import open_weights
 from fastflag.policy.plan import parts
 from fastflag.policy.table import Policy

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.measure import clock, roofline
+from bench.measure import roofline
 from bench.measure.cases import CASES, SMALL_CASES, Case, Inputs, Memory, tensors
-from bench.measure.clock import Clock, Times, Work, interleaved
 from bench.measure.results import Row, publish
 from bench.measure.roofline import Cost, Roof, cost_of
 from bench.rivals.ops import Absent, Function, Provider, providers
+from fastflag.model.proof.clock import Clock, Times, Work, clock, interleaved
 
 _ROOT = Path(__file__).resolve().parents[1]
 # |provider - reference| / |reference| of a tensor (Frobenius), by the narrowest type that takes
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=_positive, default=50, help="times that each is measured")
     parser.add_argument("--seconds", type=float, default=2.0, help="for a case's rounds, about")
     chosen = parser.parse_args()
-    timer = clock.clock()
+    timer = clock()
     if timer.device == "cpu":
         print("no GPU: Triton's kernels are left out, shapes are small", file=sys.stderr)
     roof = roofline.measured(timer)

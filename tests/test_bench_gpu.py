@@ -26,7 +26,6 @@ from bench.gpu import (
     time_kernels,
 )
 from bench.measure.cases import SMALL, Memory, Model
-from bench.measure.clock import WallClock
 from bench.measure.parts import Part, Record, code_digest, run_parts
 from bench.measure.programs import Failed, run_program
 from bench.measure.standin import write_market, write_model
@@ -36,6 +35,7 @@ from bench.rivals.ops import adapted
 from fastflag.config import PRESETS
 from fastflag.learn.update import make_optimizer, update
 from fastflag.model.model_config import Settings, json_config
+from fastflag.model.proof.clock import WallClock
 from fastflag.policy.table import Policy
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,10 +15,10 @@ from bench import kernels
 from bench.kernels import Bench, Trial, rows_of, run_tests
 from bench.measure import results
 from bench.measure.cases import SMALL_CASES, Case, Memory, tensors
-from bench.measure.clock import DeviceClock, Sample, Times, WallClock, interleaved
 from bench.measure.roofline import Cost, Roof, cost_of
 from bench.rivals.ops import Absent, Provider, providers
 from fastflag.kernels.rmsnorm import rms_norm, rms_norm_reference
+from fastflag.model.proof.clock import DeviceClock, Sample, Times, WallClock, interleaved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOF = Roof(bandwidth=1e9, rate=1e12)

@@ -206,7 +206,7 @@ def test_a_broken_rule_is_told(module, statement, told):
 
 def test_bench_measures_without_its_rivals_and_the_tests():
     sources = modules("bench")
-    assert {"bench.measure.clock", "bench.rivals.ops", "bench.train"} <= {*sources}
+    assert {"bench.measure.roofline", "bench.rivals.ops", "bench.train"} <= {*sources}
     assert broken_bench_rules(sources) == []
 
 
@@ -215,8 +215,8 @@ def test_bench_measures_without_its_rivals_and_the_tests():
     [
         ("bench.learn", "from tests.oracles import splitmix", "no test"),
         ("bench.rivals.ops", "def f():\n    import oracles", "no test"),
-        ("bench.measure.clock", "from bench.rivals.ops import adapted", "no rival"),
-        ("bench.measure.clock", "from bench import rivals", "no rival"),
+        ("bench.measure.roofline", "from bench.rivals.ops import adapted", "no rival"),
+        ("bench.measure.roofline", "from bench import rivals", "no rival"),
         ("bench.measure.loop", "from bench.train import main", "are not imported"),
         ("bench.rivals.layer", "from bench import kernels", "are not imported"),
     ],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.measure.cases import Case, Inputs
-from bench.measure.clock import Clock, interleaved
+from fastflag.model.proof.clock import Clock, interleaved
 
 _ROUNDS, _SECONDS = 20, 5.0
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from bench.measure.cases import Memory, Model
-from bench.measure.clock import Clock, interleaved
 from bench.measure.results import Row
 from bench.rivals.ops import adapted
+from fastflag.model.proof.clock import Clock, interleaved
 
 
 def layer_rows(model: Model, tokens: int, linear: Callable, timer: Clock) -> list[Row]:

@@ -4,4 +4,5 @@
     key        what a verdict holds for: model, GPU, libraries, sources, flags
     verdicts   one file an op, and the lock of a GPU
     judge      right and fast, of tensors and samples alone
+    clock      how long work takes
 """
