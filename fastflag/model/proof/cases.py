@@ -1,0 +1,322 @@
+"""What each op is tried on: a model's own shapes, with few rows and with an update's.
+
+Random numbers for the error and the time; and whole numbers, whose sums are exact, where an op only
+adds and multiplies: there a single wrong bit of a product shows.
+
+Shapes: M rows, C width, F width of the MLP, H query heads, G key/value heads, E head size, D
+prefixes of P tokens, U suffixes of S tokens, A actions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflag.config import PlanConfig
+from fastflag.model.arithmetic import DTYPES
+from fastflag.model.proof.exact import EXACT
+from fastflag.model.proof.key import Subject
+from fastflag.model.shared_prefix import Prefixes, SuffixLayout, round_up
+
+Tensors = dict[str, Tensor]
+Function = Callable[..., Any]
+
+# Around the rows of every tile that kernels/ has: 1, and one less and one more than 64 and 128.
+_FEW = (1, 63, 65, 129)
+# Numbers of a sum that are not 0, so that sums of whole numbers stay below 256, where bf16 ends:
+# of -1 and 1 in 64 places no sum exceeds 64.
+_TERMS = 64
+_FP64 = 8 * 12  # bytes of the exact results of one number: a dozen tensors with their gradients
+_NIBBLES = (0, 7, 15)  # NF4's codes of -1, 0 and 1
+
+
+@dataclass(frozen=True)
+class Case:
+    what: str
+    tensors: Tensors
+    call: Callable[[Function, Tensors], Any]
+    """Gives a function the op's arguments, of tensors such as those above."""
+    exact: Function
+    """In fp64."""
+    trained: tuple[str, ...] = ()
+    """Tensors that get a gradient."""
+    whole: bool = False
+    """Whole numbers in, and out where they are small."""
+    timed: bool = False
+    """Part of an update; the others are tried alone."""
+
+    def outputs(self, function: Function, tensors: Tensors) -> list[Tensor]:
+        """Those that are there."""
+        made = self.call(function, tensors)
+        made = (made,) if isinstance(made, Tensor) else made
+        return [output for output in made if output is not None]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes tensors: of random numbers, or of whole ones."""
+
+    subject: Subject
+    device: torch.device
+    batch: PlanConfig
+    rows: int
+    whole: bool = False
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "generator", torch.Generator(self.device).manual_seed(self.rows))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and of products' factors."""
+        return DTYPES[self.subject.dtype]
+
+    def numbers(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+        if self.whole:
+            made = self.below(3, *shape).sub_(1)
+        else:
+            made = torch.randn(shape, device=self.device, generator=self.generator).mul_(scale)
+        return made.to(dtype or self.dtype)
+
+    def factor(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A matrix of a product, [rows, columns], whose results are near 1, or small."""
+        made = self.numbers(rows, columns, dtype=dtype, scale=columns**-0.5)
+        return made.mul_(self._kept(rows, columns).to(made)) if self.whole else made
+
+    def nf4(self, rows: int, columns: int) -> Tensors:
+        """A matrix in NF4."""
+        count = round_up(rows * columns, 64)
+        if self.whole:
+            codes = torch.tensor(_NIBBLES, dtype=torch.uint8, device=self.device)
+            signs = self.below(3, count).sub_(1)
+            signs[: rows * columns].mul_(self._kept(rows, columns).flatten().long())
+            high, low = codes[signs + 1].view(-1, 2).unbind(-1)
+            absmax = torch.ones(count // 64, device=self.device)
+            return {"weight": high << 4 | low, "absmax": absmax}
+        random = torch.rand(count // 64, device=self.device, generator=self.generator)
+        absmax = (random + 0.5) * columns**-0.5
+        return {"weight": self.below(256, count // 2).to(torch.uint8), "absmax": absmax}
+
+    def below(self, limit: int, *shape: int) -> Tensor:
+        """Whole numbers from 0, int64."""
+        return torch.randint(limit, shape, device=self.device, generator=self.generator)
+
+    def heads(self, count: int, number: int, tokens: int) -> Tensor:
+        """[count, number, tokens, E] as a linear layer's output is laid out."""
+        return self.numbers(count, tokens, number, self.subject.head_dim).transpose(1, 2)
+
+    def _kept(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns], 1 in 64 places of each row and of each column at most, on average."""
+        share = min(_TERMS / max(rows, columns), 1.0)
+        return torch.rand(rows, columns, device=self.device, generator=self.generator) < share
+
+
+def cases(op: str, subject: Subject, batch: PlanConfig, device: torch.device) -> Iterator[Case]:
+    """Of an op, one after another, since each may take a part of the memory."""
+    rows = batch.days * batch.texts * batch.suffix_tokens
+    for whole in (False, True) if op in _ADD_AND_MULTIPLY else (False,):
+        for count in (*(few for few in _FEW if few < rows), rows):
+            maker = Maker(subject, device, batch, count, whole)
+            for case in _MADE[op](maker):
+                timed = count == rows and not whole
+                told = f"{case.what}, {count} rows" + (", whole numbers" if whole else "")
+                yield replace(case, what=told.strip(", "), whole=whole, timed=timed)
+
+
+def fitting(batch: PlanConfig, subject: Subject, memory: int) -> PlanConfig:
+    """The batch with as many days as the exact results have room for in half of `memory` bytes."""
+    wide = max(subject.mlp_width, 2 * subject.width, 2 * subject.heads * subject.head_dim)
+    day = batch.texts * batch.suffix_tokens * wide * _FP64
+    return replace(batch, days=max(1, min(batch.days, memory // 2 // day)))
+
+
+def _plain(op: str, *names: str, **rest: Any) -> dict[str, Any]:
+    """How a function of the tensors of these names, and of `rest` after them, is called."""
+    return {
+        "call": lambda function, tensors: function(
+            *(tensors.get(name) for name in names), *rest.values()
+        ),
+        "exact": EXACT[op],
+    }
+
+
+def _rms_norm(make: Maker) -> Iterator[Case]:
+    """Of the residual stream, which is fp32; of the last one; and of heads, where they are
+    normed."""
+    width, called = make.subject.width, _plain("rms_norm", "x", "weight", epsilon=1e-5)
+    stream = make.numbers(make.rows, width, dtype=torch.float32)
+    for what, dtype in (("", make.dtype), ("the last norm", torch.float32)):
+        weight = make.numbers(width, dtype=dtype)
+        yield Case(what, {"x": stream, "weight": weight}, **called, trained=("x",))
+    if make.subject.qk_norm:
+        heads = make.heads(make.rows, make.subject.heads, 1).transpose(1, 2)
+        tensors = {"x": heads, "weight": make.numbers(make.subject.head_dim)}
+        yield Case("heads", tensors, **called, trained=("x",))
+
+
+def _add_rms_norm(make: Maker) -> Iterator[Case]:
+    width = make.subject.width
+    tensors = {
+        "x": make.numbers(make.rows, width),
+        "residual": make.numbers(make.rows, width, dtype=torch.float32),
+        "weight": make.numbers(width),
+    }
+    called = _plain("add_rms_norm", "x", "residual", "weight", epsilon=1e-5)
+    yield Case("", tensors, **called, trained=("x", "residual"))
+
+
+def _rotate(make: Maker) -> Iterator[Case]:
+    """Whole numbers are turned by quarters of a circle."""
+    tokens = make.batch.suffix_tokens if make.rows > make.batch.suffix_tokens else 1
+    count, half = max(make.rows // tokens, 1), make.subject.head_dim // 2
+    query, key = (
+        make.heads(count, number, tokens) for number in (make.subject.heads, make.subject.kv_heads)
+    )
+    if make.whole:
+        quarter = make.below(4, count, 1, tokens, half)
+        cos, sin = (torch.tensor(side, device=make.device)[quarter] for side in _QUARTERS)
+    else:
+        angles = make.numbers(count, 1, tokens, half, dtype=torch.float32, scale=3.0)
+        cos, sin = angles.cos(), angles.sin()
+    angles = {"cos": cos.to(make.dtype), "sin": sin.to(make.dtype)}
+    called = _plain("rotate", "query", "key", "cos", "sin")
+    both = {"query": query, "key": key, **angles}
+    yield Case("queries and keys", both, **called, trained=("query", "key"))
+    yield Case("keys alone", {"query": key.clone(), **angles}, **called, trained=("query",))
+
+
+_QUARTERS = (1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, -1.0)
+
+
+def _swiglu(make: Maker) -> Iterator[Case]:
+    gate, up = (make.numbers(make.rows, make.subject.mlp_width) for _ in range(2))
+    yield Case("", {"gate": gate, "up": up}, **_plain("swiglu", "gate", "up"), trained=("gate", "up"))
+
+
+def _matrices(subject: Subject) -> dict[str, tuple[int, int]]:
+    """The layer's kinds of matrices, [outputs, inputs] of each."""
+    queries, keys = (heads * subject.head_dim for heads in (subject.heads, subject.kv_heads))
+    return {
+        "q": (queries, subject.width),
+        "k": (keys, subject.width),
+        "o": (subject.width, queries),
+        "gate": (subject.mlp_width, subject.width),
+        "down": (subject.width, subject.mlp_width),
+    }
+
+
+def _nf4_dequantise(make: Maker) -> Iterator[Case]:
+    """There are no rows: once."""
+    if make.rows != 1 and make.rows in _FEW:
+        return
+    for name, shape in _matrices(make.subject).items():
+        called = _plain("nf4_dequantise", "weight", "absmax", shape=shape, dtype=make.dtype)
+        yield Case(name, make.nf4(*shape), **called)
+
+
+def _nf4_linear(make: Maker) -> Iterator[Case]:
+    for name, (outputs, inputs) in _matrices(make.subject).items():
+        tensors = {"x": make.numbers(make.rows, inputs), **make.nf4(outputs, inputs)}
+        called = _plain("nf4_linear", "x", "weight", "absmax", outputs=outputs, dtype=make.dtype)
+        yield Case(name, tensors, **called, trained=("x",))
+
+
+def _lora_linear(make: Maker) -> Iterator[Case]:
+    """Over the kind of matrix that the model is trained with."""
+    rank, single = make.subject.lora_rank, {"dtype": torch.float32}
+    for name, (outputs, inputs) in _matrices(make.subject).items():
+        packed = make.subject.adaptation == "qlora"
+        tensors = {
+            "x": make.numbers(make.rows, inputs),
+            **(make.nf4(outputs, inputs) if packed else {"weight": make.factor(outputs, inputs)}),
+            "a": make.factor(rank, inputs, **single),
+            "b": make.factor(outputs, rank, **single),
+        }
+        names = ("x", "weight", "absmax", "a", "b")
+        called = _plain("lora_linear", *names, scale=2.0, dtype=make.dtype)
+        yield Case(name, tensors, **called, trained=("x", "a", "b"))
+
+
+def _prefix_attention(make: Maker) -> Iterator[Case]:
+    """Prefixes of several lengths, one of them empty; every token of a suffix, and its last one."""
+    tokens, longest = make.batch.suffix_tokens, make.batch.prefix_tokens
+    suffixes = max(make.rows // tokens, 1)
+    prefixes = max(min(suffixes // make.batch.texts, make.batch.days), 2)
+    lengths = torch.linspace(0, longest, prefixes).long()
+    if make.rows not in _FEW:  # an update's are all about as long
+        lengths = lengths // 8 + longest - longest // 8
+    counts = torch.full((prefixes,), suffixes // prefixes)
+    counts[-1] += suffixes - int(counts.sum())
+    own = torch.full((suffixes,), tokens, device=make.device)
+    layout = SuffixLayout.build(counts.tolist(), lengths.tolist(), own, tokens)
+    groups = make.subject.kv_heads
+    shared, mine = (
+        [make.heads(count, groups, size) for _ in range(2)]
+        for count, size in ((prefixes, longest), (suffixes, tokens))
+    )
+    for what, queries in (("all tokens", tokens), ("last tokens", 1)):
+        query = make.heads(suffixes, make.subject.heads, queries)
+        if make.whole:
+            query, shared[0], mine[0] = _pointing(make, query, shared[0], mine[0])
+        tensors = dict(zip(("key", "value"), shared, strict=True))
+        tensors |= {"query": query, "own_key": mine[0], "own_value": mine[1]}
+        tensors["first"] = torch.full_like(own, tokens - queries)
+        call = partial(_attend, lengths=lengths.tolist(), layout=layout)
+        yield Case(what, tensors, call, EXACT["prefix_attention"], trained=_ATTENDED)
+
+
+_ATTENDED = ("query", "key", "value", "own_key", "own_value")
+
+
+def _attend(
+    function: Function, tensors: Mapping[str, Tensor], lengths: list[int], layout: SuffixLayout
+) -> Tensor:
+    prefixes = Prefixes([(tensors["key"], tensors["value"])], lengths)
+    own = (tensors[name] for name in ("query", "own_key", "own_value", "first"))
+    return function(*own, prefixes, layout)
+
+
+def _pointing(make: Maker, query: Tensor, key: Tensor, own_key: Tensor) -> tuple[Tensor, ...]:
+    """Queries and keys of which each query sees one key alone: its own first one, which every query
+    sees. The others' probabilities are 0, and what is attended to is that key's value exactly."""
+    key, own_key = torch.zeros_like(key), torch.zeros_like(own_key)
+    own_key[:, :, 0, 0] = 64.0
+    query = torch.zeros_like(query)
+    query[..., 0] = 64.0
+    return query, key, own_key
+
+
+def _action_terms(make: Maker) -> Iterator[Case]:
+    """A sample a row, as many as there are prompts in an update."""
+    count = max(make.rows // make.batch.suffix_tokens, 1)
+    single = {"dtype": torch.float32}
+    wide = [make.numbers(count, make.subject.actions, **single) for _ in range(2)]
+    tensors = {
+        "logits": wide[0].log_softmax(-1),
+        "action": make.below(make.subject.actions, count),
+        "old": wide[0].log_softmax(-1)[:, 0] + make.numbers(count, **single, scale=0.2),
+        "advantage": make.numbers(count, **single),
+        "initial": wide[1].log_softmax(-1),
+    }
+    names = ("logits", "allowed", "action", "old", "advantage", "initial")
+    called = _plain("action_terms", *names, clip=0.2)
+    yield Case("", tensors, **called, trained=("logits",))
+
+
+_MADE: dict[str, Callable[[Maker], Iterator[Case]]] = {
+    "nf4_dequantise": _nf4_dequantise,
+    "nf4_linear": _nf4_linear,
+    "lora_linear": _lora_linear,
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rotate": _rotate,
+    "swiglu": _swiglu,
+    "prefix_attention": _prefix_attention,
+    "action_terms": _action_terms,
+}
+# Ops whose results of whole numbers are whole numbers.
+_ADD_AND_MULTIPLY = ("nf4_dequantise", "nf4_linear", "lora_linear", "rotate", "prefix_attention")
+OPS = (*_MADE,)
