@@ -26,7 +26,7 @@ def dequantise_nf4(
     """The weight [out, in] in fp32, bf16 or fp16, on its device."""
     if shape[1] % BLOCKSIZE == 0:
         return _unpacked(packed, absmax, shape, dtype)
-    # One flat row of whole bytes. For rows that end within a block bitsandbytes' CPU kernel (0.50.2)
+    # One flat row of whole bytes. On a CPU, for rows that end within a block bitsandbytes (0.50.2)
     # takes other blocks' scales, where 32 divides their length; for rows that end within a byte it
     # falls back to code that torch.compile takes 15 s to build for each shape.
     row = _unpacked(packed, absmax, (1, 2 * packed.numel()), dtype)

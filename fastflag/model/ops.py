@@ -1,13 +1,13 @@
 """Every op a layer needs, by one name. Triton or PyTorch is chosen here, once, with the reason.
 
-A Triton kernel is taken on GPUs where bench.gpu has shown it right and not slower than PyTorch's
-(`_PROVEN`). FASTFLAG_KERNELS=triton takes every kernel all the same, in Triton's interpreter too;
-FASTFLAG_KERNELS=torch takes none.
+A Triton kernel is taken on a GPU where a proof found it right and faster than PyTorch's there
+(model/proof), and a run keeps what it began with (`settle`). FASTFLAG_KERNELS=triton takes every
+kernel all the same, in Triton's interpreter too; FASTFLAG_KERNELS=torch takes none.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,13 @@ __all__ = [
     "prefix_attention",
     "rms_norm",
     "rotate",
+    "settle",
     "swiglu",
 ]
 
 _VARIABLE = "FASTFLAG_KERNELS"
 KERNELS = Path(lora.__file__).parent
 """The folder of the kernels' sources."""
-
-# {op: {architecture: where it was measured, and how much faster it was than the best of the
-# others}}; what bench.gpu has written to bench/results/. No kernel has run on a GPU yet.
-_PROVEN: dict[str, dict[int, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,10 @@ class Choice:
     implementation: str
     reason: str
     evidence: str = "none"
+
+
+# What `settle` was given last.
+_settled: dict[str, Choice] = {}
 
 
 class Op:
@@ -82,6 +83,22 @@ class Op:
             triton = self._triton if self.choice(x.device).implementation == "triton" else None
             self._chosen[x.device] = triton or self._torchs
         return self._chosen[x.device](x, *arguments)
+
+    @property
+    def implementations(self) -> dict[str, Callable[..., Any]]:
+        """Those that there are here, PyTorch's first."""
+        found = {"torch": self._torchs}
+        if self._triton is not None and HAS_TRITON:
+            found["triton"] = self._triton
+        return found
+
+    def take(self, device: torch.device, implementation: str) -> None:
+        """On the device from now on, whatever is chosen: for who compares them."""
+        self._chosen[device] = self.implementations[implementation]
+
+    def forget(self) -> None:
+        """Chooses anew when it is next called."""
+        self._chosen.clear()
 
     def choice(self, device: torch.device) -> Choice:
         """Raises InputError where FASTFLAG_KERNELS asks for what there is not."""
@@ -108,17 +125,24 @@ def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
         return Choice("triton", f"{_VARIABLE}=triton, in the interpreter")
     if device.type != "cuda":
         return Choice(otherwise, "Triton's kernels are for GPUs")
-    major, minor = torch.cuda.get_device_capability(device)
-    evidence = _PROVEN.get(name, {}).get(10 * major + minor)
+    settled = _settled.get(name)
     if asked == "triton":
-        return Choice("triton", f"{_VARIABLE}=triton", evidence or "none")
-    if evidence is None:
-        return Choice(
-            otherwise,
-            f"the Triton kernel is not measured on sm_{major}{minor}: `python -m bench.gpu` does "
-            f"it, {_VARIABLE}=triton takes it all the same",
-        )
-    return Choice("triton", f"right and not slower on sm_{major}{minor}", evidence)
+        return Choice("triton", f"{_VARIABLE}=triton", settled.evidence if settled else "none")
+    if settled is None:
+        return Choice(otherwise, "not proved: `fastflag doctor --prove` does it")
+    is_torchs = settled.implementation == "torch"
+    return replace(settled, implementation=otherwise) if is_torchs else settled
+
+
+def settle(choices: Mapping[str, Choice]) -> None:
+    """What ops take on a GPU from now on, by name, where the environment leaves it open. It is the
+    process's: a policy says it again before it evaluates (policy/table.py)."""
+    if _settled == choices:
+        return
+    _settled.clear()
+    _settled.update(choices)
+    for op in OPS:
+        op.forget()
 
 
 # PyTorch's form on each kind of device; the table in model/attention.py has all of them.

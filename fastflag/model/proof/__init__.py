@@ -1,8 +1,8 @@
 """Kernels prove themselves on the machine where they are to run: right first, then faster.
 
-    gpu        what the GPU is, without a context on it
-    key        what a verdict holds for: model, GPU, libraries, sources, flags
-    verdicts   one file an op, and the lock of a GPU
-    judge      right and fast, of tensors and samples alone
-    clock      how long work takes
+gpu        what the GPU is, without a context on it
+key        what a verdict holds for: model, GPU, libraries, sources, flags
+verdicts   one file an op, and the lock of a GPU
+judge      right and fast, of tensors and samples alone
+clock      how long work takes
 """

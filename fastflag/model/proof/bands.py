@@ -2,7 +2,7 @@
 it is written, in it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -47,9 +47,10 @@ class Bands:
 
             return made
 
-        owners = (torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")
-        patches = [patch.object(owner, name, banded(getattr(owner, name))) for owner, name in owners]
-        with patches[0], patches[1], patches[2]:
+        with ExitStack() as stack:
+            for owner, name in (torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"):
+                make = banded(getattr(owner, name))
+                stack.enter_context(patch.object(owner, name, make))
             yield
 
     @property

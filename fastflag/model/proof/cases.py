@@ -193,7 +193,8 @@ _QUARTERS = (1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 0.0, -1.0)
 
 def _swiglu(make: Maker) -> Iterator[Case]:
     gate, up = (make.numbers(make.rows, make.subject.mlp_width) for _ in range(2))
-    yield Case("", {"gate": gate, "up": up}, **_plain("swiglu", "gate", "up"), trained=("gate", "up"))
+    called = _plain("swiglu", "gate", "up")
+    yield Case("", {"gate": gate, "up": up}, **called, trained=("gate", "up"))
 
 
 def _matrices(subject: Subject) -> dict[str, tuple[int, int]]:

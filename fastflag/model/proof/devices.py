@@ -1,7 +1,7 @@
 """Where a proof is made: a GPU, or a CPU, on which the prover's own code is tried."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -14,15 +14,19 @@ Work = Callable[[], list[Tensor]]
 
 class Device(Protocol):
     torch: torch.device
-    clock: Clock
     memory: int
     """Bytes that a proof may take."""
 
+    @property
+    def clock(self) -> Clock: ...
+
     def replayed(self, work: Work) -> Work:
         """`work` as a CUDA graph replays it; its results are valid until the next call."""
+        ...
 
-    def busy(self) -> Iterator[None]:
+    def busy(self) -> AbstractContextManager[None]:
         """Inside, something else is at work on the device."""
+        ...
 
 
 class Cpu:

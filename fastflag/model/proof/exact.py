@@ -119,8 +119,8 @@ def action_terms(
     chosen = logits.gather(-1, action[:, None])[:, 0]
     ratio = (chosen - old).exp()
     bounded = ratio if clip is None else ratio.clamp(1 - clip, 1 + clip)
-    surrogate = -advantage * chosen if clip is None else -torch.min(
-        advantage * ratio, advantage * bounded
+    surrogate = (
+        -advantage * chosen if clip is None else -torch.min(advantage * ratio, advantage * bounded)
     )
     finite = torch.where(p > 0, logits, 0.0)
     gap = torch.where((p > 0) & initial.isfinite(), finite - initial, 0.0)

@@ -5,7 +5,7 @@ at a bound of 3%, and what breaks a kernel on one machine (an assembler's fault,
 that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,10 +42,10 @@ def compared(name: str, ours: Tensor, torchs: Tensor, exact: Tensor) -> Compared
         told = f"{ours.dtype} {list(ours.shape)}, not {torchs.dtype} {list(torchs.shape)}"
         return Compared(float("inf"), f"{name} is {told}")
     rounding = _ROUNDINGS[ours.dtype]
-    both = [_lines(tensor.detach().double()) for tensor in (ours, torchs, exact)]
+    lines = [_lines(tensor.detach().double()) for tensor in (ours, torchs, exact)]
     worst = Compared(0.0, "")
     for axis, line in ((1, "row"), (0, "column")):
-        errors = _errors(*both, axis, rounding)
+        errors = _errors(lines, axis, rounding)
         if not len(errors):
             continue
         place = int(errors.argmax())
@@ -102,13 +102,14 @@ def _lines(x: Tensor) -> Tensor:
     return x.reshape(-1, 1) if x.dim() < 2 else x.reshape(-1, x.shape[-1])
 
 
-def _errors(ours: Tensor, torchs: Tensor, exact: Tensor, axis: int, rounding: float) -> Tensor:
+def _errors(lines: Sequence[Tensor], axis: int, rounding: float) -> Tensor:
     """Each line's error in units of PyTorch's own; infinite where it is not finite.
 
     PyTorch's own error of a line is the line's, or that of its worst line for the line's size: of
     24,576 rows of 64 numbers some are off by half as much again as most, and one of a few numbers
     by nothing, all by luck.
     """
+    ours, torchs, exact = lines
     size = exact.norm(dim=axis)
     typical = float(size.square().mean().sqrt())
     size = size.clamp_min(typical)

@@ -39,21 +39,23 @@ class Trial:
 
     def passed(self, function: Function, prepare: Callable[[Tensor], Tensor] = torch.clone) -> Work:
         """A call of `function` and its backward pass, on copies of the case's tensors that
-        `prepare` makes, since some implementations write over theirs."""
-        case = self.case
+        `prepare` makes each time, since some implementations write over theirs."""
+        return lambda: self._pass(function, *self._given(prepare))
 
-        def work() -> list[Tensor]:
-            leaves, given = self._given(prepare)
-            with torch.enable_grad():
-                outputs = case.outputs(function, given)
-            if not case.trained:
-                return outputs
-            pairs = [(y, dy) for y, dy in zip(outputs, self._upstream, strict=True) if y.grad_fn]
-            asked, upstream = zip(*((y, dy.to(y.dtype)) for y, dy in pairs), strict=True)
-            gradients = torch.autograd.grad(asked, leaves, upstream)
-            return [*(output.detach() for output in outputs), *gradients]
+    def prepared(self, function: Function) -> Work:
+        """The same once, its tensors copied already."""
+        given = self._given(torch.clone)
+        return lambda: self._pass(function, *given)
 
-        return work
+    def _pass(self, function: Function, leaves: list[Tensor], given: Tensors) -> list[Tensor]:
+        with torch.enable_grad():
+            outputs = self.case.outputs(function, given)
+        if not leaves:
+            return outputs
+        pairs = [(y, dy) for y, dy in zip(outputs, self._upstream, strict=True) if y.requires_grad]
+        asked, upstream = zip(*((y, dy.to(y.dtype)) for y, dy in pairs), strict=True)
+        gradients = torch.autograd.grad(asked, leaves, upstream)
+        return [*(output.detach() for output in outputs), *gradients]
 
     def _given(self, prepare: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], Tensors]:
         """The leaves, and the tensors made of them."""

@@ -20,8 +20,8 @@ from fastflag import caches
 from fastflag.files import InputError, read_json, write_atomic
 from fastflag.model.proof.key import Subject, Surroundings, facts, key
 
-Outcome = Literal["right", "wrong", "faulted", "silent", "absent"]
-"""right; wrong numbers; its process died; its process said nothing for too long; not installed."""
+Outcome = Literal["right", "wrong", "failed", "faulted", "silent"]
+"""right; wrong numbers; it raised an error; its process died; its process said nothing for long."""
 
 _LOG = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.5
@@ -165,11 +165,17 @@ def _document(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def verdict_of(values: Mapping[str, Any]) -> Verdict:
+    """Of `dataclasses.asdict`. Raises KeyError, TypeError, ValueError or AttributeError for what is
+    of another form."""
+    found = {str(name): Found(**one) for name, one in values["found"].items()}
+    rest = {name: value for name, value in values.items() if name != "found"}
+    return Verdict(**rest, found=found)
+
+
 def _verdict(document: dict[str, Any], op: str) -> Verdict | None:
     try:
-        values = dict(document["verdict"])
-        found = {str(name): Found(**one) for name, one in values.pop("found").items()}
-        verdict = Verdict(**values, found=found)
+        verdict = verdict_of(document["verdict"])
     except (KeyError, TypeError, AttributeError, ValueError):
         verdict = None
     texts = () if verdict is None else (verdict.launched, verdict.replayed, verdict.reason)
