@@ -99,6 +99,8 @@ def test_whole_numbers_are_equal_or_not():
     assert differing("y", ours, exact) == (
         "y: 1 of whole numbers differ, the first in row 2, column 1"
     )
+    assert differing("y", exact.bfloat16(), exact + 1e-222) == ""
+    assert differing("y", exact.bfloat16() + 1, exact + 1e-222)
     # 257 has no bf16: it may be either of its neighbours.
     wide = exact + 257
     assert differing("y", wide.bfloat16(), wide) == ""
