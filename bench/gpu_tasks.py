@@ -34,12 +34,12 @@ from bench.measure.loop import Trainer, configuration, given, seconds
 from bench.measure.parts import Found
 from bench.measure.results import Row
 from bench.measure.standin import write_model
-from bench.measure.whole_lesson import whole_lesson
 from bench.rivals.layer import layer_rows
 from fastflag.config import PRESETS, PlanConfig
 from fastflag.evaluate.doctor import examine
 from fastflag.kernels.lora import lora_linear
 from fastflag.learn.update import make_optimizer, update
+from fastflag.learn.whole_lesson import whole_lesson
 from fastflag.market.tasks.single import ACTIONS
 from fastflag.model.proof.clock import clock
 from fastflag.model.weights import open_weights
@@ -93,7 +93,8 @@ def _update_task(variant: str) -> list[dict]:
     weights = open_weights(config.policy.model)
     policy = Policy(weights, config.policy, range(len(ACTIONS)), config.seed)
     optimizer = make_optimizer(policy, config.algorithm)
-    lesson = whole_lesson(weights.config.vocabulary, policy.device)
+    batch = PlanConfig(DAYS, SUFFIXES, PREFIX, SUFFIX)
+    lesson = whole_lesson(batch, weights.config.vocabulary, policy.device)
 
     def one_update() -> None:
         table = policy.evaluate(lesson.prompts)
@@ -103,7 +104,6 @@ def _update_task(variant: str) -> list[dict]:
         one_update()
     torch.cuda.reset_peak_memory_stats()
     took = float(np.median([seconds(one_update) for _ in range(30)]))
-    batch = PlanConfig(DAYS, SUFFIXES, PREFIX, SUFFIX)
     plan = parts(weights.config, config.policy, config.algorithm.optimizer, batch, len(ACTIONS))
     shape = f"{DAYS} days x {SUFFIXES} texts"
     peak = torch.cuda.max_memory_allocated() / 1e6

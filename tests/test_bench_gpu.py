@@ -29,11 +29,11 @@ from bench.measure.cases import SMALL, Memory, Model
 from bench.measure.parts import Part, Record, code_digest, run_parts
 from bench.measure.programs import Failed, run_program
 from bench.measure.standin import write_market, write_model
-from bench.measure.whole_lesson import whole_lesson
 from bench.rivals.layer import layer_inputs, layer_rows
 from bench.rivals.ops import adapted
-from fastflag.config import PRESETS
+from fastflag.config import PRESETS, PlanConfig
 from fastflag.learn.update import make_optimizer, update
+from fastflag.learn.whole_lesson import whole_lesson
 from fastflag.model.model_config import Settings, json_config
 from fastflag.model.proof.clock import WallClock
 from fastflag.policy.table import Policy
@@ -264,7 +264,7 @@ def test_the_lesson_of_an_update_is_whole():
     config = json_config(Settings(model.config.to_dict(), "memory"))
     weights = Given(config, {name: t.detach() for name, t in model.state_dict().items()})
     policy = Policy(weights, EXACT, range(3), 0)
-    lesson = whole_lesson(config.vocabulary, policy.device)
+    lesson = whole_lesson(PlanConfig(64, 24, 150, 16), config.vocabulary, policy.device)
     assert len(lesson.prompts.pairs) == 64 * 24 and len(lesson.samples) == 3 * 64 * 24
     assert len(set(map(tuple, lesson.prompts.pairs.tolist()))) == 64 * 24
     assert {*map(len, lesson.prompts.prefixes)} == {150}

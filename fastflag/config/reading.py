@@ -34,7 +34,8 @@ def from_run(
     """
     values = {key: value for key, value in document.items() if key not in ("fastflag", "market")}
     simulator = dataclasses.replace(base.simulator, dividends="cash")
-    return from_dict(values, where, dataclasses.replace(base, simulator=simulator))
+    policy = dataclasses.replace(base.policy, kernels="torch", graphs="off")
+    return from_dict(values, where, dataclasses.replace(base, simulator=simulator, policy=policy))
 
 
 def with_settings(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

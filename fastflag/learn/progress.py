@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from fastflag.files import write_atomic
 
@@ -66,6 +73,36 @@ class _Board:
         event.wall_time = time.time()
         self._writer.write(event.SerializeToString())
         self._writer.flush()
+
+
+class Proving:
+    """A bar on stderr while kernels prove themselves; it is not there before they begin."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]trying kernels on this GPU, once"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Proving":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._progress.stop()
+
+    def __call__(self, text: str, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task("proving", total=total, text=text)
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=total, text=text)
 
 
 class Log:

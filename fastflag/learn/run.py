@@ -26,6 +26,7 @@ from fastflag.prompt.world import World
 
 OTHER_MARKET = "the training days' bars or news are not those that the run was trained on"
 
+_MAY_CHANGE = ("memory_budget", "kernels", "graphs")
 # What a training puts into its folder.
 _WRITTEN = ("config.json", "metrics.jsonl", "checkpoint", "backtest.json", "report.html")
 
@@ -58,8 +59,10 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
     if not resume:
         raise InputError(f"holds a run already: go on with --resume or name another, {run}")
     stored, asked = to_dict(read_config(run)), to_dict(config)
-    # It bears on rounding alone, and what was out of memory may need another one to go on.
-    stored["policy"]["memory_budget"] = asked["policy"]["memory_budget"]
+    # They bear on rounding alone, and what was out of memory, or on another machine, may need
+    # others to go on.
+    for name in _MAY_CHANGE:
+        stored["policy"][name] = asked["policy"][name]
     stored["total_timesteps"] = max(stored["total_timesteps"], asked["total_timesteps"])
     difference = _first_difference(stored, asked)
     if difference:
@@ -95,15 +98,20 @@ def claim(run: Path, config: TrainConfig, resume: bool, market: str = "") -> Ite
         else:
             if not _is_of(run, market):
                 raise InputError(f"{OTHER_MARKET}, {config.data.data}")
-            _extend(run, config.total_timesteps)
+            _extend(run, config)
         yield resumes
 
 
-def _extend(run: Path, total_timesteps: int) -> None:
-    """A longer run says so before it goes on, else a resumed one would end where it first did."""
-    document = read_json(run / "config.json")
-    if document.get("total_timesteps") != total_timesteps:
-        document["total_timesteps"] = total_timesteps
+def _extend(run: Path, config: TrainConfig) -> None:
+    """A longer run says so before it goes on, else a resumed one would end where it first did; and
+    so does one that goes on with other implementations."""
+    before = read_json(run / "config.json")
+    kept = {"kernels": config.policy.kernels, "graphs": config.policy.graphs}
+    document = before | {
+        "total_timesteps": config.total_timesteps,
+        "policy": before["policy"] | kept,
+    }
+    if document != before:
         write_atomic(run / "config.json", json.dumps(document, indent=1))
 
 
@@ -144,13 +152,29 @@ def with_periods(config: TrainConfig, market: Market) -> TrainConfig:
     return dataclasses.replace(config, data=data)
 
 
-def with_dtype(config: TrainConfig, model: ModelConfig, run: Path, resume: bool) -> TrainConfig:
-    """The configuration with a dtype: its own, that of the run that it goes on with, or what this
-    device is fastest in."""
-    policy = config.policy
-    if policy.dtype == "auto" and resume and _has_checkpoint(run):
-        policy = dataclasses.replace(policy, dtype=read_config(run).policy.dtype)
-    return dataclasses.replace(config, policy=resolved(policy, model))
+def as_it_began(config: TrainConfig, run: Path, resume: bool) -> TrainConfig:
+    """The configuration with the dtype and the implementations of the run that it goes on with,
+    where it leaves them open: another dtype, or another kernel, would be other numbers."""
+    if not (resume and _has_checkpoint(run)):
+        return config
+    policy, kept = config.policy, read_config(run).policy
+    names = [name for name in ("dtype", "kernels", "graphs") if getattr(policy, name) == "auto"]
+    changes = {name: getattr(kept, name) for name in names}
+    return dataclasses.replace(config, policy=dataclasses.replace(policy, **changes))
+
+
+def with_dtype(config: TrainConfig, model: ModelConfig) -> TrainConfig:
+    """The configuration with a dtype: its own, or what this device is fastest in."""
+    return dataclasses.replace(config, policy=resolved(config.policy, model))
+
+
+def updates_done(run: Path, resume: bool) -> int:
+    """Of the run that is gone on with; 0 where it is a new one."""
+    if not (resume and _has_checkpoint(run)):
+        return 0
+    state = read_json(run / "checkpoint" / "state.json")
+    step = state.get("step") if isinstance(state, dict) else 0
+    return step if isinstance(step, int) else 0  # what is damaged is refused when it is read
 
 
 def _is_run(run: Path) -> bool:

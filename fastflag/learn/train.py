@@ -31,9 +31,18 @@ from fastflag.learn.checkpoint import (
     write_checkpoint,
 )
 from fastflag.learn.lesson import Lesson, estimate
-from fastflag.learn.progress import Log, PhaseTimer
+from fastflag.learn.progress import Log, PhaseTimer, Proving
+from fastflag.learn.prove import prove_for, with_implementations
 from fastflag.learn.rollout import rollout
-from fastflag.learn.run import build, check_claim, claim, with_dtype, with_periods
+from fastflag.learn.run import (
+    as_it_began,
+    build,
+    check_claim,
+    claim,
+    updates_done,
+    with_dtype,
+    with_periods,
+)
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
@@ -57,7 +66,11 @@ def train(
             f"total_timesteps {config.total_timesteps} is less than one update of "
             f"{config.rollout.num_envs} x {config.rollout.num_steps}, config"
         )
-    config = with_dtype(with_periods(config, market), weights.config, run, resume)
+    config = as_it_began(with_periods(config, market), run, resume)
+    # Before anything of this process is on the GPU.
+    with Proving() as proving:
+        proof = prove_for(config, weights.config, updates_done(run, resume), proving)
+    config = with_implementations(with_dtype(config, weights.config), proof)
     check_claim(run, config, resume)
     days, test_days = split_days(market, config.data.train, config.data.test)
     world, policy = build(config, market, weights)

@@ -34,6 +34,7 @@ __all__ = [
     "add_rms_norm",
     "causal_attention",
     "frozen_linear",
+    "left_open",
     "linear",
     "lora_linear",
     "nf4_dequantise",
@@ -132,6 +133,11 @@ def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
         return Choice(otherwise, "not proved: `fastflag doctor --prove` does it")
     is_torchs = settled.implementation == "torch"
     return replace(settled, implementation=otherwise) if is_torchs else settled
+
+
+def left_open() -> bool:
+    """Whether the environment leaves it to what is settled."""
+    return os.environ.get(_VARIABLE, "auto") == "auto"
 
 
 def settle(choices: Mapping[str, Choice]) -> None:

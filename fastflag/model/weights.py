@@ -43,7 +43,7 @@ class Weights:
         self.source = source
         self._storage = storage
         _check_shapes(config, storage.shapes, source)
-        self._names = dict.fromkeys(_expected_shapes(config))
+        self._names = dict.fromkeys(expected_shapes(config))
 
     def names(self) -> list[str]:
         """Every parameter; `lm_head.weight` is none where the embedding stands in for it."""
@@ -157,7 +157,7 @@ def _piece_digest(piece: tuple[Path, int]) -> bytes:
 def _check_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]], source: str) -> None:
     if config.layers > len(shapes):  # before a broken config makes a list of a billion names
         raise InputError(f"{len(shapes)} tensors are too few for {config.layers} layers, {source}")
-    expected = _expected_shapes(config)
+    expected = expected_shapes(config)
     for name, shape in expected.items():
         if name not in shapes:
             raise InputError(f"tensor {name} is missing, {source}")
@@ -170,7 +170,7 @@ def _check_shapes(config: ModelConfig, shapes: dict[str, tuple[int, ...]], sourc
             raise InputError(f"tensor {name!r} belongs to no {config.architecture} model, {source}")
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocabulary, config.width),
         "model.norm.weight": (config.width,),

@@ -18,28 +18,23 @@ from fastflag.model.ops import Choice
 from fastflag.policy.stage import Stage
 
 _VARIABLE = "FASTFLAG_GRAPHS"
-# {architecture: where bench.gpu has measured it, and how much faster it was}. None has been.
-_PROVEN: dict[int, str] = {}
 # Each holds the activations of an evaluation. What has another shape is launched: capturing one in
 # the place of another, in turn, would take longer.
 _KEPT = 4
 
 
-def choice(device: torch.device) -> Choice:
-    """Whether evaluations are replayed on `device`; raises InputError where FASTFLAG_GRAPHS is none
-    of auto, on and off."""
+def choice(device: torch.device, found: Choice | None = None) -> Choice:
+    """Whether evaluations are replayed on `device`: as the environment says, or as `found` does, a
+    run's setting or a proof. Raises InputError where FASTFLAG_GRAPHS is none of auto, on and off.
+    """
     asked = os.environ.get(_VARIABLE, "auto")
     if asked not in ("auto", "on", "off"):
         raise InputError(f"{_VARIABLE} is {asked!r}, not auto, on or off, environment")
     if device.type != "cuda":
         return Choice("off", "graphs are for GPUs")
-    major, minor = torch.cuda.get_device_capability(device)
-    evidence = _PROVEN.get(10 * major + minor)
     if asked != "auto":
-        return Choice(asked, f"{_VARIABLE}={asked}", evidence or "none")
-    if evidence is None:
-        return Choice("off", f"not measured on sm_{major}{minor}; {_VARIABLE}=on takes them")
-    return Choice("on", f"faster on sm_{major}{minor}", evidence)
+        return Choice(asked, f"{_VARIABLE}={asked}", found.evidence if found else "none")
+    return found or Choice("off", "not proved: `fastflag doctor --prove` does it")
 
 
 class Graphs:
@@ -90,9 +85,12 @@ def made_for(
     evaluate: Callable[[Stage], tuple[Tensor, ...]],
     trained: nn.ModuleList,
     replay: bool,
+    setting: str = "auto",
 ) -> Graphs:
-    """A policy's, which launch everything anew without `replay` or where graphs are not chosen."""
-    if not replay or choice(device).implementation != "on":
+    """A policy's, which launch everything anew without `replay` or where graphs are not chosen, by
+    the environment or its `setting`."""
+    found = None if setting == "auto" else Choice(setting, "as the run began")
+    if not replay or choice(device, found).implementation != "on":
         return Graphs(evaluate, trained, None)
     # Capturing is refused while a graph of autograd's from the default stream is alive, as the
     # first table's is when the next gradient step evaluates anew.

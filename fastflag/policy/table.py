@@ -17,6 +17,7 @@ from fastflag.files import InputError
 from fastflag.model import ops
 from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory, name_of
 from fastflag.model.llama import prefix_pass, suffix_pass
+from fastflag.model.proof import choice
 from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import (
     TOKEN_MULTIPLE,
@@ -120,6 +121,8 @@ class Policy(nn.Module):
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
         self.recompute = Recompute(config.memory_budget * 2**20)
+        self._kernels = choice.parsed(config.kernels)
+        ops.settle(self._kernels)
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
         self.graphs = self._graphs() if self.device.type == "cuda" else None
@@ -179,6 +182,7 @@ class Policy(nn.Module):
         never changes a row, on a CPU not in its last bit. Raises ValueError where there are neither
         statistics nor a reference, InputError for a prompt that the model can't read.
         """
+        ops.settle(self._kernels)  # another policy of this process may have others
         whole = days is None and statistics is None and torch.is_grad_enabled()
         if self.graphs and whole:
             if self._keeps(prompts):
@@ -329,7 +333,8 @@ class Policy(nn.Module):
         modules = nn.ModuleList([*self.top, *heads])
         # A budget bounds what is kept, and each graph keeps an evaluation.
         replay = not self.config.memory_budget
-        return graphs.made_for(self.device, self._evaluate_stage, modules, replay)
+        setting = self.config.graphs
+        return graphs.made_for(self.device, self._evaluate_stage, modules, replay, setting)
 
 
 def _padded(states: list[Tensor]) -> Tensor:

@@ -115,7 +115,7 @@ def prove_op(op: str, request: Request, device: Device, tell: Tell) -> Verdict:
                 samples[name].append(times)
         del trial
         gc.collect()
-    timed = {name: _added_up(samples[name]) for name in functions if name not in found}
+    timed = {name: added_up(samples[name]) for name in functions if name not in found}
     return _verdict(op, timed, found, errors)
 
 
@@ -141,7 +141,7 @@ def _times(
     return interleaved(works, device.clock, request.rounds, request.seconds)
 
 
-def _added_up(samples: list[Times]) -> Timed:
+def added_up(samples: list[Times]) -> Timed:
     """An op's whole work in an update: round by round, all cases together."""
     rounds = min((len(times.samples) for times in samples), default=0)
     totals = [

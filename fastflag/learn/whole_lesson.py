@@ -3,22 +3,25 @@
 import numpy as np
 import torch
 
-from bench.measure.cases import DAYS, PREFIX, SUFFIX, SUFFIXES
+from fastflag.config import PlanConfig
 from fastflag.learn.lesson import Lesson
 from fastflag.learn.samples import Before, Samples
 from fastflag.market.tasks.single import ACTIONS
 from fastflag.prompt.prompts import PromptSet
 
 
-def whole_lesson(vocabulary: int, device: torch.device) -> Lesson:
+def whole_lesson(batch: PlanConfig, vocabulary: int, device: torch.device) -> Lesson:
     """Of random tokens, with advantages at random."""
     actions = len(ACTIONS)
     random = np.random.default_rng(0)
     prefixes, suffixes = (
         tuple(random.integers(1, vocabulary, (count, length)).astype(np.int32))
-        for count, length in ((DAYS, PREFIX), (SUFFIXES, SUFFIX))
+        for count, length in (
+            (batch.days, batch.prefix_tokens),
+            (batch.texts, batch.suffix_tokens),
+        )
     )
-    pairs = np.indices((DAYS, SUFFIXES), np.int32).reshape(2, -1).T.copy()
+    pairs = np.indices((batch.days, batch.texts), np.int32).reshape(2, -1).T.copy()
     count = len(pairs)
     prompts = PromptSet(
         prefixes,
@@ -26,7 +29,7 @@ def whole_lesson(vocabulary: int, device: torch.device) -> Lesson:
         pairs,
         np.zeros(count, np.int8),
         np.ones((count, actions), bool),
-        np.arange(0, count, SUFFIXES, dtype=np.int32),
+        np.arange(0, count, batch.texts, dtype=np.int32),
     )
     rows, one = np.arange(count).repeat(actions), np.ones(count * actions)
     value, uniform = torch.zeros(count), torch.full((count, actions), -float(np.log(actions)))
