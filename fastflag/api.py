@@ -247,11 +247,26 @@ def metrics(
     return {name: None if value != value else value for name, value in values.items()}
 
 
-def doctor() -> dict[str, dict[str, Any]]:
-    """What this machine has, which implementation each op uses and why."""
+def doctor(policy: PolicyConfig | None = None) -> dict[str, dict[str, Any]]:
+    """What this machine has, and which implementation each op uses, and why, to train `policy`."""
     from fastflag.evaluate.doctor import examine
 
-    return examine()
+    return examine(policy)
+
+
+def prove(policy: PolicyConfig | None = None) -> None:
+    """Has Triton's kernels prove themselves on this GPU, for a policy that is trained so, where
+    they have not yet."""
+    from fastflag.evaluate import doctor
+
+    doctor.prove(policy or PolicyConfig())
+
+
+def forget_proofs() -> int:
+    """Removes what kernels proved, of every model; how many ops that were."""
+    from fastflag.evaluate import doctor
+
+    return doctor.forget()
 
 
 def plan(

