@@ -22,7 +22,7 @@ from fastflag.kernels import prefix_attention as kernel_attention
 from fastflag.kernels import swiglu as swiglu_file
 from fastflag.kernels.language import HAS_TRITON
 from fastflag.kernels.tiles import interpreted
-from fastflag.model import attention, bnb, products
+from fastflag.model import attention, bnb, flash, products
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
 __all__ = [
@@ -73,16 +73,17 @@ class Op:
         torchs: Callable[..., Any],
         triton: Callable[..., Any] | None = None,
         by: str = "torch",
+        flash: Callable[..., Any] | None = None,
     ):
-        self.name = name
+        self.name, self._flash = name, flash
         self._torchs, self._triton, self._by = torchs, triton, by
         self._chosen: dict[torch.device, Callable[..., Any]] = {}
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         """x is on the device that decides."""
         if x.device not in self._chosen:
-            triton = self._triton if self.choice(x.device).implementation == "triton" else None
-            self._chosen[x.device] = triton or self._torchs
+            taken = self.choice(x.device).implementation
+            self._chosen[x.device] = self.implementations.get(taken, self._torchs)
         return self._chosen[x.device](x, *arguments)
 
     @property
@@ -91,6 +92,8 @@ class Op:
         found = {"torch": self._torchs}
         if self._triton is not None and HAS_TRITON:
             found["triton"] = self._triton
+        if self._flash is not None and flash.varlen() is not None:
+            found["flash-attn"] = self._flash
         return found
 
     def take(self, device: torch.device, implementation: str) -> None:
@@ -248,6 +251,7 @@ prefix_attention = Op(
     _prefix_attention,
     _prefix_attention_triton,
     by="torch scaled_dot_product_attention, on a CPU by tiles",
+    flash=flash.prefix_attention,
 )
 
 OPS = (
