@@ -70,6 +70,12 @@ def small_config(model: Path | str, **changes: Any) -> TrainConfig:
     return reduce(_with, changes.items(), config)
 
 
+def as_kept(config: TrainConfig) -> TrainConfig:
+    """As a run on a CPU keeps it: implementations that were left open are PyTorch's."""
+    policy = dataclasses.replace(config.policy, kernels="torch", graphs="off")
+    return dataclasses.replace(config, policy=policy)
+
+
 def _with(config: Any, change: tuple[str, Any]) -> Any:
     name, value = change
     first, _, rest = name.partition("__")

@@ -121,8 +121,7 @@ class Policy(nn.Module):
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
         self.recompute = Recompute(config.memory_budget * 2**20)
-        self._kernels = choice.parsed(config.kernels)
-        ops.settle(self._kernels)
+        ops.settle(choice.parsed(config.kernels))
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
         self.graphs = self._graphs() if self.device.type == "cuda" else None
@@ -182,7 +181,7 @@ class Policy(nn.Module):
         never changes a row, on a CPU not in its last bit. Raises ValueError where there are neither
         statistics nor a reference, InputError for a prompt that the model can't read.
         """
-        ops.settle(self._kernels)  # another policy of this process may have others
+        ops.settle(choice.parsed(self.config.kernels))  # another policy may have had others
         whole = days is None and statistics is None and torch.is_grad_enabled()
         if self.graphs and whole:
             if self._keeps(prompts):
@@ -332,9 +331,8 @@ class Policy(nn.Module):
         heads = [head for head in (self.action_head, self.value_head) if head is not None]
         modules = nn.ModuleList([*self.top, *heads])
         # A budget bounds what is kept, and each graph keeps an evaluation.
-        replay = not self.config.memory_budget
-        setting = self.config.graphs
-        return graphs.made_for(self.device, self._evaluate_stage, modules, replay, setting)
+        settings = not self.config.memory_budget, self.config.graphs
+        return graphs.made_for(self.device, self._evaluate_stage, modules, *settings)
 
 
 def _padded(states: list[Tensor]) -> Tensor:
