@@ -391,6 +391,22 @@ def test_graphs_are_judged_on_a_whole_update(monkeypatch):
     assert {one["implementation"] for one in told} == {"off", "on"}
 
 
+def test_graphs_that_replay_another_gradient_are_refused(monkeypatch):
+    from fastflag.learn import whole_update
+
+    real = whole_update._update
+
+    def doubled(request, device, way):
+        one = real(request, device, way)
+        factor = 2.0 if way == "on" else 1.0
+        return lambda: {"grad_norm": factor * float(one()["grad_norm"])}
+
+    monkeypatch.setattr(whole_update, "_update", doubled)
+    request = request_of(qk_norm=False, attention_bias=False, adaptation="lora")
+    verdict = whole_update.prove_graphs(request, Cpu(), lambda _: None)
+    assert verdict.launched == "off" and verdict.found["on"].outcome == "wrong"
+
+
 def test_the_child_is_a_program():
     """The real one, on a CPU, asked for one op: lines of ours alone come on stdout."""
     from test_proof_child import BATCH

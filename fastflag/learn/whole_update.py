@@ -4,6 +4,7 @@ It has never run on a GPU.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastflag.config import AlgorithmConfig, from_dict
@@ -21,6 +22,7 @@ from fastflag.model.proof.verdicts import Found, Verdict
 from fastflag.policy.table import Policy
 
 _VOCABULARY = 1024
+_BOUND = 0.05  # of the gradient's norm after some updates, whose kernels may round otherwise
 _WARM_UP = 4  # updates: the trunk is read, kernels compiled, and at the second one graphs captured
 
 
@@ -30,12 +32,20 @@ def prove_graphs(request: Request, device: Device, tell: Tell) -> Verdict:
     for way in ("off", "on"):
         tell({"begin": GRAPHS, "implementation": way, "case": "capture"})
         updates[way] = _update(request, device, way)
+    norms = dict.fromkeys(updates, 0.0)
     samples: dict[str, list[Sample]] = {way: [] for way in updates}
     for number in range(_WARM_UP + request.rounds):
         tell({"begin": GRAPHS, "implementation": "on", "case": f"update {number + 1}"})
         for way, one in updates.items():
-            samples[way].append(device.clock.sample(lambda one=one: one))
-    timed = {way: added_up([Times(tuple(some[_WARM_UP:]))]) for way, some in samples.items()}
+            if number < _WARM_UP:
+                norms[way] = float(one()["grad_norm"])
+            else:
+                samples[way].append(device.clock.sample(partial(_itself, one)))
+    if not abs(norms["on"] - norms["off"]) <= _BOUND * norms["off"]:  # NaN is not
+        why = f"the gradient's norm is {norms['on']:.3g}, not {norms['off']:.3g}"
+        found = {"off": Found("right"), "on": Found("wrong", why)}
+        return Verdict(GRAPHS, "off", "off", "on wrong", found, today())
+    timed = {way: added_up([Times(tuple(some))]) for way, some in samples.items()}
     # An update waits for the device at its end, and for the host all along.
     gain = faster(timed["on"], timed["off"], replayed=False)
     taken = "on" if gain >= FASTER else "off"
@@ -45,6 +55,10 @@ def prove_graphs(request: Request, device: Device, tell: Tell) -> Verdict:
         for way, one in timed.items()
     }
     return Verdict(GRAPHS, taken, taken, reason, found, today())
+
+
+def _itself(work: Callable[[], Any]) -> Callable[[], Any]:
+    return work
 
 
 def _update(request: Request, device: Device, way: str) -> Callable[[], Any]:

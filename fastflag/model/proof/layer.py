@@ -1,6 +1,7 @@
 """The chosen implementations together, in a whole layer with its backward pass: what is faster by
 itself may not be among the others. A layer of random weights takes as long as one of a model's."""
 
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def random_weights(subject: Subject, layers: int, vocabulary: int) -> Weights:
 
 
 class _Random:
-    """Storage of weights that keep activations near 1."""
+    """Storage of weights that keep activations near 1, the same each time."""
 
     def __init__(self, config: ModelConfig):
         self.shapes, self.files = expected_shapes(config), []
@@ -91,7 +92,9 @@ class _Random:
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape)
-        return torch.randn(shape) * (1.0 if "embed" in name else shape[1] ** -0.5)
+        random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        scale = 1.0 if "embed" in name else shape[1] ** -0.5
+        return torch.randn(shape, generator=random).mul_(scale)
 
 
 def _work(request: Request, device: Device) -> Callable[[], Work]:

@@ -10,9 +10,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import fastflag
 from fastflag.model.proof.child import Request
 from fastflag.model.proof.verdicts import Found, Verdict, verdict_of
 
@@ -20,6 +23,7 @@ SILENCE = 60.0
 """Seconds without a line, after which the child counts as hanging."""
 DEATHS = 3
 """Children that may die before the rest is given up."""
+_LAST_SECONDS = 5.0  # of a child that has said all, to end by itself
 _TAIL = 300  # characters of what a dead child said last
 
 
@@ -104,6 +108,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, _places()))},
             start_new_session=True,
         )
         self._said = b""
@@ -126,7 +131,10 @@ class _Child:
             while ready.get_map():
                 if time.monotonic() - last > silence:
                     raise _Hangs
-                for key, _ in ready.select(timeout=min(silence, 1.0)):
+                heard = ready.select(timeout=min(silence, 1.0))
+                if not heard and self._process.poll() is not None:
+                    break  # what it has started holds its pipes
+                for key, _ in heard:
                     data = os.read(key.fd, 2**16)
                     if not data:
                         ready.unregister(key.fileobj)
@@ -138,14 +146,13 @@ class _Child:
                             yield told
                             # What is done with it is not the child's time.
                             last = time.monotonic()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_SECONDS)
 
     def end(self) -> None:
         """With all that it has started."""
-        if self._process.poll() is None:
-            try:
-                self._process.wait(timeout=0.5 if self._process.stdout is None else 0.1)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:
@@ -160,6 +167,11 @@ class _Child:
         if status == 0:
             return "ended without a verdict"
         return f"died: {said[0]}" if said else f"died with status {status}"
+
+
+def _places() -> tuple[str, str]:
+    """Where the child finds this package, as this process did, and all else."""
+    return str(Path(fastflag.__file__).parents[1]), os.environ.get("PYTHONPATH", "")
 
 
 def _meaning(line: bytes) -> Begun | Verdict | None:
