@@ -115,6 +115,13 @@ def test_the_first_verdict_of_an_op_stays():
     assert verdicts["rms_norm"].launched == "triton"
 
 
+def test_who_goes_on_speaking_does_not_hang():
+    """2.4 seconds in all, a line every 0.4, where 1.2 seconds of silence end it."""
+    line = "tell(begin='swiglu', implementation='triton', case='1 rows')"
+    verdicts, _ = told_by(f"for _ in range(6): {line}; time.sleep(0.4)", silence=1.2)
+    assert verdicts["swiglu"].launched == "triton"
+
+
 def test_three_deaths_end_it():
     ops = ("rms_norm", "swiglu", "rotate", "lora_linear", "action_terms")
     verdicts, given_up = told_by("os._exit(9)", bad=ops, ops=ops)
