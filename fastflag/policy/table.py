@@ -96,6 +96,7 @@ class Policy(nn.Module):
         super().__init__()
         self.device = device_of(config.device)
         self.config = config = replace(config, device=name_of(self.device))
+        ops.settle(choice.parsed(config.kernels))  # before anything is named by it
         self.model = weights.config
         split = self.model.trunk_layers(config.top_layers, weights.source)
         self.dtype = DTYPES[config.dtype]
@@ -121,7 +122,6 @@ class Policy(nn.Module):
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
         self.recompute = Recompute(config.memory_budget * 2**20)
-        ops.settle(choice.parsed(config.kernels))
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
         self.graphs = self._graphs() if self.device.type == "cuda" else None
