@@ -36,7 +36,14 @@ from fastflag.config import (
     from_dict,
     with_settings,
 )
-from fastflag.evaluate.results import Backtest, Convention, Decision
+from fastflag.evaluate.results import (
+    Backtest,
+    Convention,
+    Decision,
+    Examination,
+    MemoryPlan,
+    Metrics,
+)
 from fastflag.files import InputError, read_json
 
 if TYPE_CHECKING:
@@ -230,9 +237,9 @@ def metrics(
     end: str = "",
     convention: Convention = "standard",
     symbol: str = "",
-) -> dict[str, float | None]:
+) -> Metrics:
     """Metrics of buying and holding from the close of `start` to that of `end`, dividends
-    reinvested: those of the adjusted closes. None where one is not defined."""
+    reinvested: those of the adjusted closes."""
     from fastflag.market import metrics as conventions
     from fastflag.market.bars import Bars
     from fastflag.market.tasks.baselines import fixed_action_equity
@@ -244,25 +251,26 @@ def metrics(
     task = Single.of(costless, Bars.from_market(market, symbol))
     equity = fixed_action_equity(task, days, BUY)
     values = conventions.metrics(equity, convention, market.calendar)
-    return {name: None if value != value else value for name, value in values.items()}
+    defined = {name: None if value != value else value for name, value in values.items()}
+    return Metrics(first, last, convention, defined)
 
 
-def doctor() -> dict[str, dict[str, Any]]:
+def doctor() -> Examination:
     """What this machine has, which implementation each op uses and why."""
     from fastflag.evaluate.doctor import examine
 
-    return examine()
+    return Examination(**examine())
 
 
 def plan(
     policy: PolicyConfig | None = None,
     optimizer: Optimizer = AlgorithmConfig.optimizer,
     batch: PlanConfig | None = None,
-) -> dict[str, Any]:
+) -> MemoryPlan:
     """What training takes of a GPU's memory, in bytes, by part."""
     from fastflag.evaluate import doctor
 
-    return doctor.plan(policy or PolicyConfig(), optimizer, batch or PlanConfig())
+    return MemoryPlan(**doctor.plan(policy or PolicyConfig(), optimizer, batch or PlanConfig()))
 
 
 def ran_out(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from small import DATES, TRAIN_DAYS, small_market
 
 import fastflag as ff
 from fastflag import api, cli
-from fastflag.config import DataConfig, TrainConfig, to_dict
+from fastflag.config import DataConfig, PolicyConfig, TrainConfig, to_dict
 from fastflag.evaluate.chart import svg
 from fastflag.evaluate.figures import Figure
 
@@ -109,12 +109,33 @@ def test_it_tells_what_the_commands_print(run, capsys):
     data = opened.config.data.data
     cli.main(["metrics", "--data", data, "--convention", "flag", "--json"])
     told = ff.metrics(ff.load(data), convention="flag")
-    assert told == json.loads(capsys.readouterr().out)
-    assert list(told) == list(opened.backtest().metrics("flag"))
+    assert told.values == json.loads(capsys.readouterr().out)
+    assert list(told.values) == list(opened.backtest().metrics("flag"))
+    assert told.to_frame().loc[(DATES[0], DATES[-1]), "cr"] == told.values["cr"]
+    policy = opened.config.policy
+    layers = {"model": policy.model, "top_layers": 1}
+    cli.main(["doctor", "--plan", "--json", *flags(layers)])
+    plan = ff.plan(PolicyConfig(**layers))
+    assert dataclasses.asdict(plan) == json.loads(capsys.readouterr().out)
+    frame = plan.to_frame()["bytes"]
+    assert frame["total"] == frame[list(plan.parts)].sum()
+
+
+def test_what_a_machine_has_is_a_table():
+    told = ff.doctor()
+    frame = told.to_frame()["told"]
+    assert frame["machine", "fastflag"] == ff.__version__
+    assert frame["packages", "torch"] == str(torch.__version__)
+    assert frame["ops", "rms_norm"].startswith(told.ops["rms_norm"]["implementation"])
+    assert html.escape(told.ops["rms_norm"]["reason"]) in told._repr_html_()
 
 
 def flags(arguments):
-    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return [
+        word
+        for name, value in arguments.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def test_a_run_is_its_folder(config, trained, tmp_path):

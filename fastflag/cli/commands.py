@@ -142,11 +142,12 @@ class Metrics:
         market = api.load(
             self.data, symbol=self.symbol, calendar=self.calendar, timezone=self.timezone
         )
-        values = api.metrics(market, self.start, self.end, self.convention, self.symbol)
+        held = api.metrics(market, self.start, self.end, self.convention, self.symbol)
         if self.json:
-            print(json.dumps(values))
+            print(json.dumps(held.values))
         else:
-            print("\n".join(f"{name:>16}  {_shown(value)}" for name, value in values.items()))
+            rows = held.values.items()
+            print("\n".join(f"{name:>16}  {_shown(value)}" for name, value in rows))
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,12 @@ class Doctor:
         from fastflag import api
 
         if self.plan:
-            document = api.plan(self.policy, self.optimizer, self.batch)
+            document = dataclasses.asdict(api.plan(self.policy, self.optimizer, self.batch))
             print(json.dumps(document) if self.json else _plan_table(document))
             return
         if self != Doctor(json=self.json):
             raise InputError("settings of a policy need --plan, doctor")
-        document = api.doctor()
+        document = dataclasses.asdict(api.doctor())
         if self.json:
             print(json.dumps(document))
             return
