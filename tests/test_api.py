@@ -127,7 +127,8 @@ def test_what_a_machine_has_is_a_table():
     assert frame["machine", "fastflag"] == ff.__version__
     assert frame["packages", "torch"] == str(torch.__version__)
     assert frame["ops", "rms_norm"].startswith(told.ops["rms_norm"]["implementation"])
-    assert html.escape(told.ops["rms_norm"]["reason"]) in told._repr_html_()
+    longest = max(told.caches.values(), key=len)
+    assert longest in told._repr_html_()  # pandas cuts what is longer than 50 characters
 
 
 def flags(arguments):

@@ -156,4 +156,7 @@ class MemoryPlan:
 
 
 def _table(result: Decision | Metrics | Examination | MemoryPlan) -> str:
-    return str(result.to_frame().to_html())
+    import pandas
+
+    with pandas.option_context("display.max_colwidth", None):  # paths and reasons are long
+        return str(result.to_frame().to_html())
