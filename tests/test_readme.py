@@ -14,6 +14,10 @@ from commands import ROOT
 from nbclient import NotebookClient
 from small import small_market, write_csv
 
+from fastflag.cli.arguments import command_of
+from fastflag.config import DataConfig
+from fastflag.market.sources import load
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -61,6 +65,17 @@ def test_the_lines_of_python_in_a_notebook(folder, tiny_model):
     last = notebook.cells[0].outputs[-1]
     assert last.output_type == "execute_result"
     assert last.data["text/html"].startswith("<iframe ") and "Backtest" in last.data["text/html"]
+
+
+def test_its_commands_are_commands(tmp_path, monkeypatch):
+    """Each line that starts with `fastflag`, and each source of made-up bars."""
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    fastflag (.+)$", README, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        assert command_of(line.split()) is not None
+    for source in {*re.findall(r"planted:[\w=,.]*", README)}:
+        assert len(load(DataConfig(data=source)).dates) >= 2
 
 
 def test_the_rooms_are_there():
