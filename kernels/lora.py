@@ -42,7 +42,7 @@ def _weight_tile(
     if absmax_ptr is None:
         at = column + tl.arange(0, COLUMNS)[None, :]
         mask = inside & (at < columns)
-        return tl.load(weight_ptr + row * columns + at, mask=mask, other=0.0).to(dtype)
+        tile = tl.load(weight_ptr + row * columns + at, mask=mask, other=0.0).to(dtype)
     else:
         at = column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
         mask = inside & (at < columns // 2)
@@ -50,7 +50,8 @@ def _weight_tile(
         at = column // 64 + tl.arange(0, COLUMNS // 64)[None, :]
         mask = inside & (at < columns // 64)
         absmax = tl.load(absmax_ptr + row * (columns // 64) + at, mask=mask, other=0.0)
-        return decode(packed, absmax, dtype)
+        tile = decode(packed, absmax, dtype)
+    return tile
 
 
 @jit(do_not_specialize=["rows"])

@@ -22,7 +22,8 @@ from torch import Tensor
 from fastflag.kernels.language import cdiv, next_power_of_2
 from fastflag.kernels.prefix_attention_device import (
     forward_kernel,
-    key_backward_kernel,
+    own_key_backward_kernel,
+    prefix_key_backward_kernel,
     query_backward_kernel,
 )
 from fastflag.kernels.tiles import Tile, recorded
@@ -172,33 +173,44 @@ def _key_backward(
     query, key, value, own_key, own_value, d_output = _side_by_side(
         query, key, value, own_key, own_value, d_output
     )
-    gradients = [torch.empty_like(x) for x in (key, value, own_key, own_value)]
-    tile = _tile(query)
+    d_key, d_value, d_own_key, d_own_value = map(torch.empty_like, (key, value, own_key, own_value))
+    tile, constants = _tile(query), _constants(query, key)
     prefixes, groups, keys, _ = key.shape
     suffixes, _, own_keys, _ = own_key.shape
-    tiles = prefixes * cdiv(keys, tile["KEPT"]) + cdiv(suffixes * own_keys, tile["KEPT"])
-    key_backward_kernel[(tiles, groups)](
+    prefix_key_backward_kernel[(prefixes * cdiv(keys, tile["KEPT"]), groups)](
         _view(query),
         _view(key),
         _view(value),
         lengths,
         starts,
+        normaliser,
+        _view(d_output),
+        delta,
+        _view(d_key),
+        _view(d_value),
+        suffixes,
+        keys,
+        query.shape[2],
+        **constants,
+        **tile,
+    )
+    own_key_backward_kernel[(cdiv(suffixes * own_keys, tile["KEPT"]), groups)](
+        _view(query),
         _view(own_key),
         _view(own_value),
         first,
         normaliser,
         _view(d_output),
         delta,
-        *map(_view, gradients),
-        prefixes,
+        _view(d_own_key),
+        _view(d_own_value),
         suffixes,
-        keys,
         own_keys,
         query.shape[2],
-        **_constants(query, key),
+        **constants,
         **tile,
     )
-    return tuple(gradients)
+    return d_key, d_value, d_own_key, d_own_value
 
 
 @_key_backward.register_fake
