@@ -271,8 +271,8 @@ def _key_gradients(
     E: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """d_k and d_v with what one more tile of rows adds. Row i sees tokens low[i] .. high[i] - 1; one
-    that is not inside has a query and a d_output of 0, and adds nothing."""
+    """d_k and d_v with what one more tile of rows adds. Row i sees tokens low[i] .. high[i] - 1.
+    A row that is not inside has a query and a d_output of 0, and adds nothing."""
     q = _load(_row_pointers(query, row, queries, R, COLUMNS), inside, E)
     d_o = _load(_row_pointers(d_output, row, queries, R, COLUMNS), inside, E)
     in_group = tl.program_id(1).to(tl.int64) * suffixes * (R * queries) + row

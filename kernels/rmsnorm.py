@@ -15,6 +15,7 @@ nine operators forward, and most of their intermediate results are fp32.
 import torch
 from torch import Tensor
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import cdiv, check_shapes, jit, next_power_of_2, tl
 
 
@@ -174,15 +175,16 @@ def _launch(kernel, x: Tensor, *tensors: Tensor | None, epsilon: float) -> None:
     columns = x.shape[-1]
     rows, block = x.numel() // columns, next_power_of_2(columns)
     rows_each = max(_ELEMENTS // block, 1)
-    kernel[(cdiv(rows, rows_each),)](
-        *(tensor if tensor is None else tensor.contiguous() for tensor in (x, *tensors)),
-        rows,
-        columns,
-        epsilon,
-        ROWS=rows_each,
-        BLOCK=block,
-        num_warps=min(rows_each * block // 512, 16),
-    )
+    with launching(x):
+        kernel[(cdiv(rows, rows_each),)](
+            *(tensor if tensor is None else tensor.contiguous() for tensor in (x, *tensors)),
+            rows,
+            columns,
+            epsilon,
+            ROWS=rows_each,
+            BLOCK=block,
+            num_warps=min(rows_each * block // 512, 16),
+        )
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,9 +11,9 @@ KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 
 def hazards(source: str) -> Iterator[str]:
     """A line for each return of a jitted function before its end, and each branch that is taken at
-    run time. Triton 3.7.0 compiled either to silently wrong sums (triton-lang/triton#11148, #11153).
-    What is known when a kernel is compiled makes no branch: a constant in capitals, a type, whether
-    a pointer is None."""
+    run time. Triton 3.7.0 compiled either to wrong sums, silently (triton-lang/triton#11148,
+    #11153). What is known when a kernel is compiled makes no branch: a constant in capitals, a
+    type, whether a pointer is None."""
     functions = [f for f in ast.walk(ast.parse(source)) if isinstance(f, ast.FunctionDef)]
     for function in functions:
         if not any(map(is_jit, function.decorator_list)):
