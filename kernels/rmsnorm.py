@@ -152,10 +152,10 @@ add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The same in PyTorch: in fp32, rounded once."""
-    wide = x.float()
+    """The same in PyTorch: in fp32, rounded once; in fp64 where x and the weight are."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-    return (normed * weight.float()).to(weight.dtype)
+    return (normed * weight.to(torch.promote_types(weight.dtype, torch.float32))).to(weight.dtype)
 
 
 def add_rms_norm_reference(
