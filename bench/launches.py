@@ -5,7 +5,8 @@
 A layer of SmolLM2-135M with adapters on its seven matrices runs over one day's suffixes on the CPU,
 under PyTorch's profiler, while Triton compiles in place of launching (bench.compile). Counted are
 Triton's launches and PyTorch's operators that compute or copy; views and empty memory are not. On a
-GPU each of those operators is one launch or more.
+GPU each of those operators is one launch or more. PyTorch's flash attention, which a CPU has not,
+is one forward, and backward three and two that add up shared heads.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from bench.compile import compile_instead
 from bench.measure.cases import MODELS, PREFIX, SUFFIX, SUFFIXES
 from bench.measure.results import Row, publish
-from fastflag.model import attention, ops
+from fastflag.model import attention, ops, packed_attention
 from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.llama import Block, suffix_pass
 from fastflag.model.model_config import Settings, json_config
@@ -31,8 +32,8 @@ from fastflag.model.weights import layer_shapes
 
 _FREE = """
     _reshape_alias _unsafe_view alias as_strided chunk contiguous detach empty empty_like
-    empty_strided expand flatten lift_fresh narrow new_empty numpy_T permute promote_types reshape
-    resize_ resolve_conj result_type select slice split squeeze t to transpose unbind unflatten
+    empty_strided expand flatten lift_fresh mT narrow new_empty numpy_T permute promote_types
+    reshape resize_ resolve_conj result_type select slice split squeeze t to transpose unbind unflatten
     unsqueeze view view_as
     """
 
@@ -100,6 +101,17 @@ def launches(block: Block, launched: list) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+def flash_forward(query: Tensor, *_: object) -> packed_attention.Attended:
+    lse = torch.empty(query.shape[1], len(query))
+    return packed_attention.Attended(torch.zeros_like(query), lse)
+
+
+def flash_backward(gradient: Tensor, *sides: Tensor) -> tuple[Tensor, ...]:
+    query, key, value = sides[:3]
+    made = [torch.zeros_like(side) for side in (query, query, query, key, value)]
+    return tuple(made[2:])
+
+
 def _operators(profiled: profile) -> int:
     """PyTorch's operators that compute: those that call no other that does."""
     return sum(_computes(event) and not _any_below(event) for event in profiled.function_events)
@@ -120,7 +132,8 @@ def main() -> None:
     as_json = parser.parse_args().json
     launched = compile_instead(90)
     block, rows, cpu = layer(), [], torch.device("cpu")
-    ops.prefix_attention._torchs = attention.padded  # as on a GPU
+    ops.prefix_attention._torchs = attention.on_cuda  # as on a GPU
+    packed_attention._attend, packed_attention._differentiate = flash_forward, flash_backward
     ways = {"torch": "_torchs", "triton": "_triton"}
     counted = {}
     for name, way in ways.items():

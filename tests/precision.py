@@ -52,7 +52,7 @@ def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(llama, "activations_dtype", lambda device, dtype: dtype)
     monkeypatch.setattr(products, "product", linear)
-    for op, form in ((prefix_attention, attention.padded), (frozen_linear, multiply)):
+    for op, form in ((prefix_attention, attention.on_cuda), (frozen_linear, multiply)):
         monkeypatch.setattr(op, "_torchs", form)
         monkeypatch.setattr(op, "_chosen", {})
 

@@ -3,10 +3,13 @@
 | op of model/ops.py | on a CPU | on CUDA | with Triton (kernels/)          |
 |--------------------|----------|---------|---------------------------------|
 | causal_attention   | causal   | causal  | none: PyTorch's has a kernel    |
-| prefix_attention   | by_tiles | padded  | prefix_attention.py, and a twin |
+| prefix_attention   | by_tiles | on_cuda | prefix_attention.py, and a twin |
+
+On CUDA that is packed_attention.py, where PyTorch's flash attention takes the tensors (16 bits,
+sm_80 and newer), else `padded`.
 
 The truth for all of prefix attention is a softmax token by token in fp64, values and gradients: in
-tests/test_llama.py for PyTorch's two forms, in tests/test_kernels_prefix_attention.py for the
+tests/test_llama.py for PyTorch's forms, in tests/test_kernels_prefix_attention.py for the
 kernel, whose error may be no larger than its twin's. Whole forwards, causal attention in them, are
 compared with transformers' of each prompt (tests/test_llama.py).
 
@@ -16,10 +19,13 @@ suffixes of S tokens, Q queries a suffix. All forms of prefix attention give the
 of its prefix and its own keys up to first[u] + i, in one softmax. -> [U, H, Q, E]
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastflag.model import packed_attention
 from fastflag.model.shared_prefix import KEY_MULTIPLE, Prefixes, SuffixLayout, padded_up
 
 
@@ -83,6 +89,12 @@ def _tiled(
     return attended.view(each.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
+def on_cuda(query: Tensor, *arguments: Any) -> Tensor:
+    """By the form that PyTorch has a fast kernel for."""
+    form = packed_attention.packed if packed_attention.takes(query) else padded
+    return form(query, *arguments)
+
+
 def padded(
     query: Tensor,
     own_key: Tensor,
@@ -91,8 +103,12 @@ def padded(
     prefixes: Prefixes,
     layout: SuffixLayout,
 ) -> Tensor:
-    """By PyTorch's attention, each suffix with a copy of its prefix: a launch for all of them."""
-    count, _, queries, _ = query.shape
+    """By PyTorch's attention, each suffix with a copy of its prefix: a launch for all of them.
+
+    Each query head has copies of its own too: of PyTorch's kernels that which takes a mask takes no
+    shared heads, and what is left would compute in fp32, score by score, with copies in fp32.
+    """
+    count, heads, queries, _ = query.shape
     rows = torch.arange(count, device=query.device, dtype=torch.int32)
     of_prefix = torch.searchsorted(layout.starts[1:], rows, right=True)
     keys, values = (side.index_select(0, of_prefix) for side in prefixes.whole)
@@ -100,13 +116,9 @@ def padded(
     shared = places < layout.prefix_lengths.index_select(0, of_prefix)[:, None]
     own = _visible(first, queries, own_key.shape[2])
     mask = torch.cat((shared[:, None].expand(-1, queries, -1), own), dim=-1)
-    return functional.scaled_dot_product_attention(
-        query,
-        torch.cat((keys, own_key), dim=2),
-        torch.cat((values, own_value), dim=2),
-        attn_mask=mask[:, None],
-        enable_gqa=query.shape[1] != own_key.shape[1],
-    )
+    sides = (torch.cat(parts, dim=2) for parts in ((keys, own_key), (values, own_value)))
+    key, value = (side.repeat_interleave(heads // side.shape[1], 1) for side in sides)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
 
 
 def _visible(first: Tensor, queries: int, tokens: int) -> Tensor:

@@ -117,7 +117,7 @@ def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
 
 
 # PyTorch's form on each kind of device; the table in model/attention.py has all of them.
-_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.padded}
+_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.on_cuda}
 
 
 def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
@@ -212,7 +212,7 @@ prefix_attention = Op(
     "prefix_attention",
     _prefix_attention,
     _prefix_attention_triton,
-    by="torch scaled_dot_product_attention, on a CPU by tiles",
+    by="torch's flash attention and products, on a CPU scaled_dot_product_attention by tiles",
 )
 
 OPS = (
