@@ -33,8 +33,8 @@ from fastflag.model.weights import layer_shapes
 _FREE = """
     _reshape_alias _unsafe_view alias as_strided chunk contiguous detach empty empty_like
     empty_strided expand flatten lift_fresh mT narrow new_empty numpy_T permute promote_types
-    reshape resize_ resolve_conj result_type select slice split squeeze t to transpose unbind unflatten
-    unsqueeze view view_as
+    reshape resize_ resolve_conj result_type select slice split squeeze t to transpose unbind
+    unflatten unsqueeze view view_as
     """
 
 

@@ -202,24 +202,24 @@ def test_a_budget_counts_padded_blocks(policies, fits):
     (days, prefix, _), (rows, suffix, _) = stage.prefixes.shape, stage.suffixes.shape
     assert Stage.shape_of(prompts) == (days, prefix, rows, suffix)
     planned = plan.prefix_bytes(*shape, days, prefix, True)
-    planned += plan.suffix_bytes(*shape, rows, suffix, days, prefix, staged._fused_suffixes())
+    planned += plan.suffix_bytes(*shape, rows, suffix, days, prefix, staged._flash())
     staged.recompute = Recompute(2 * planned - (0 if fits else 2))  # half of it is kept
     staged.evaluate(prompts)
     assert (staged._staged is not None) == fits
 
 
-def test_a_budget_counts_what_composite_attention_keeps(policies, monkeypatch):
-    """PyTorch's attention is fused with a mask only where each query head has keys of its own."""
+def test_a_budget_counts_copies_where_flash_attention_takes_none(policies, monkeypatch):
     staged = policies[1]
-    assert (staged.model.heads, staged.model.kv_heads) == (4, 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(staged, "device", torch.device("cuda"))
-    assert not staged._fused_suffixes()
-    monkeypatch.setattr(staged, "model", replace(staged.model, kv_heads=4))
-    assert staged._fused_suffixes()
-    monkeypatch.setattr(staged, "model", replace(staged.model, kv_heads=2))
+    assert staged.dtype == torch.float32 and not staged._flash()
+    monkeypatch.setattr(staged, "dtype", torch.bfloat16)
+    assert staged._flash()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not staged._flash()
     monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
-    assert staged._fused_suffixes()
+    assert staged._flash()
 
 
 def test_graphs_are_for_gpus_and_asked_for_by_known_names(monkeypatch):

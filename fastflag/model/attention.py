@@ -31,6 +31,8 @@ from fastflag.model.shared_prefix import KEY_MULTIPLE, Prefixes, SuffixLayout, p
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Each token attends to itself and those before it. query [N,H,T,E]; key, value [N,G,T,E]."""
+    if not packed_attention.takes(query.device, query.dtype, query.shape[-1]):
+        key, value = _copied(query, key), _copied(query, value)
     return functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -91,8 +93,8 @@ def _tiled(
 
 def on_cuda(query: Tensor, *arguments: Any) -> Tensor:
     """By the form that PyTorch has a fast kernel for."""
-    form = packed_attention.packed if packed_attention.takes(query) else padded
-    return form(query, *arguments)
+    taken = packed_attention.takes(query.device, query.dtype, query.shape[-1])
+    return (packed_attention.packed if taken else padded)(query, *arguments)
 
 
 def padded(
@@ -103,12 +105,8 @@ def padded(
     prefixes: Prefixes,
     layout: SuffixLayout,
 ) -> Tensor:
-    """By PyTorch's attention, each suffix with a copy of its prefix: a launch for all of them.
-
-    Each query head has copies of its own too: of PyTorch's kernels that which takes a mask takes no
-    shared heads, and what is left would compute in fp32, score by score, with copies in fp32.
-    """
-    count, heads, queries, _ = query.shape
+    """By PyTorch's attention, each suffix with a copy of its prefix: a launch for all of them."""
+    count, _, queries, _ = query.shape
     rows = torch.arange(count, device=query.device, dtype=torch.int32)
     of_prefix = torch.searchsorted(layout.starts[1:], rows, right=True)
     keys, values = (side.index_select(0, of_prefix) for side in prefixes.whole)
@@ -117,8 +115,15 @@ def padded(
     own = _visible(first, queries, own_key.shape[2])
     mask = torch.cat((shared[:, None].expand(-1, queries, -1), own), dim=-1)
     sides = (torch.cat(parts, dim=2) for parts in ((keys, own_key), (values, own_value)))
-    key, value = (side.repeat_interleave(heads // side.shape[1], 1) for side in sides)
+    key, value = (_copied(query, side) for side in sides)
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
+
+
+def _copied(query: Tensor, side: Tensor) -> Tensor:
+    """Keys or values [N, G, K, E] for each query head, [N, H, K, E]. The kernel of PyTorch's that
+    takes fp32 and masks takes no shared heads; what is left of them computes score by score."""
+    shared = query.shape[1] // side.shape[1]
+    return side if shared == 1 else side.repeat_interleave(shared, 1)
 
 
 def _visible(first: Tensor, queries: int, tokens: int) -> Tensor:

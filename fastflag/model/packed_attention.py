@@ -65,17 +65,16 @@ class Attended(NamedTuple):
     state: tuple[Tensor, ...] = ()
 
 
-def takes(query: Tensor) -> bool:
-    """Whether a query's device, dtype and head size are some that PyTorch's flash attention takes;
-    on a CPU its stand-in takes all."""
-    if not query.is_cuda:
+def takes(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether PyTorch's flash attention takes heads of this size there; a CPU's stand-in takes all.
+    Of its other kernels those that are fast take no query heads that share keys."""
+    if device.type != "cuda":
         return True
-    size = query.shape[-1]
     return (
-        query.dtype in (torch.bfloat16, torch.float16)
-        and size <= _LARGEST_HEAD
-        and size % _HEAD_MULTIPLE == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        dtype in (torch.bfloat16, torch.float16)
+        and head_size <= _LARGEST_HEAD
+        and head_size % _HEAD_MULTIPLE == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
         and torch.backends.cuda.is_flash_attention_available()
     )
 

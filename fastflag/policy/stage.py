@@ -107,9 +107,11 @@ class Stage:
     def from_tensors(*tensors: Tensor) -> "Stage":
         """Without the counts of suffixes, which the host alone reads."""
         prefixes, suffixes, *layout = tensors[:6]
+        starts, prefix_lengths, last, positions = layout
         place, side, allowed, rows, of_rows, known, *of_side = tensors[6:]
         reference = Reference(rows, of_rows, tuple(of_side), known)
-        return Stage(prefixes, suffixes, SuffixLayout((), *layout), place, side, allowed, reference)
+        laid = SuffixLayout((), starts, prefix_lengths, last, positions)
+        return Stage(prefixes, suffixes, laid, place, side, allowed, reference)
 
 
 def side_index(prompts: PromptSet) -> np.ndarray:

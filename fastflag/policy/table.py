@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
-from fastflag.model import ops
+from fastflag.model import ops, packed_attention
 from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory, name_of
 from fastflag.model.llama import prefix_pass, suffix_pass
 from fastflag.model.recompute import Recompute
@@ -164,8 +164,7 @@ class Policy(nn.Module):
             return prefix_pass(self.top, _padded(states[part]), lengths, keys_values_only=True)[1]
 
         def cost(rows: int) -> int:
-            fused = self.device.type == "cuda"
-            return plan.prefix_bytes(self.model, self.config, rows, size, fused)
+            return plan.prefix_bytes(self.model, self.config, rows, size, self._flash())
 
         return self.recompute.run(some, len(states), cost)
 
@@ -232,17 +231,15 @@ class Policy(nn.Module):
         """Whether autograd may keep all of an evaluation's work, by blocks of a stage."""
         days, prefix, rows, suffix = Stage.shape_of(prompts)
         self.recompute.restart()
-        of_prefixes = plan.prefix_bytes(self.model, self.config, days, prefix, True)
-        fused = self._fused_suffixes()
-        of_suffixes = plan.suffix_bytes(self.model, self.config, rows, suffix, days, prefix, fused)
+        shape, flash = (self.model, self.config), self._flash()
+        of_prefixes = plan.prefix_bytes(*shape, days, prefix, flash)
+        of_suffixes = plan.suffix_bytes(*shape, rows, suffix, days, prefix, flash)
         return self.recompute.keeps(rows, of_prefixes + of_suffixes)
 
-    def _fused_suffixes(self) -> bool:
-        """Whether one kernel computes the suffixes' attention. PyTorch has none with a mask for
-        query heads that share keys."""
+    def _flash(self) -> bool:
+        """Whether a GPU's attention needs no copies of keys."""
         kernel = ops.prefix_attention.choice(self.device).implementation == "triton"
-        alike = self.model.heads == self.model.kv_heads
-        return self.device.type == "cuda" and (kernel or alike)
+        return kernel or packed_attention.takes(self.device, self.dtype, self.model.head_dim)
 
     def lies_ready(self, prompts: PromptSet) -> bool:
         """Whether these are the prompts whose blocks are on the device."""
@@ -278,7 +275,7 @@ class Policy(nn.Module):
         longest = max(lengths)  # a GPU pads all to it
         states = self.trunk.suffix_states(prompts)
         size = np.array([padded_length(len(state)) for state in states])
-        fused = self._fused_suffixes()
+        flash = self._flash()
 
         def some(rows: np.ndarray) -> Tensor:
             """Of rows of one size, sorted by day."""
@@ -297,7 +294,7 @@ class Policy(nn.Module):
 
             def cost(count: int) -> int:
                 return plan.suffix_bytes(
-                    self.model, self.config, count, tokens, of_days, longest, fused
+                    self.model, self.config, count, tokens, of_days, longest, flash
                 )
 
             return self.recompute.run(lambda part: some(rows[part]), len(rows), cost)

@@ -308,10 +308,16 @@ def _files(
         config.trunk_weights,
         config.dtype,
         torch.__version__,
-        torch.cuda.get_device_name() if device.type == "cuda" else _bits_of_a_cpu(config.dtype),
+        _bits_of_a_gpu(device) if device.type == "cuda" else _bits_of_a_cpu(config.dtype),
     )
     name = hashlib.blake2b(repr(made_by).encode(), digest_size=8).hexdigest()
     return TrunkFiles(caches.own("trunk").folder, name, config.trunk_disk_mb * 2**20, device)
+
+
+def _bits_of_a_gpu(device: torch.device) -> tuple[object, ...]:
+    """Its kind, the libraries' version, and which kernels are taken there."""
+    taken = tuple(op.choice(device).implementation for op in ops.OPS)
+    return torch.cuda.get_device_name(device), torch.version.cuda, taken
 
 
 def _bits_of_a_cpu(dtype: str) -> tuple[str, bytes]:
