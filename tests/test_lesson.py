@@ -57,7 +57,7 @@ def learnt(logits, table, points, config):
     chosen = table.log_probabilities[samples.row], table.value[samples.row]
     loss, statistics = loss_of(*chosen, samples, config)
     gradients = torch.autograd.grad(loss, (logits, table.value), retain_graph=True)
-    return [loss, *gradients], statistics
+    return [loss, *gradients], {name: scalar.item() for name, scalar in statistics.items()}
 
 
 @pytest.mark.parametrize("norm_adv", [True, False])

@@ -52,7 +52,7 @@ def estimate(
 
 def advantages(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarray:
     """The batch's advantages by GAE, [B, H]; values are the table's."""
-    value, steps = _values(table), batch.steps
+    value, steps = table.values, batch.steps
     return generalised_advantage(
         steps.reward,
         value[steps.row],
@@ -62,10 +62,6 @@ def advantages(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarra
         config.gamma,
         config.gae_lambda,
     )
-
-
-def _values(table: Table) -> np.ndarray:
-    return table.value.detach().double().cpu().numpy()
 
 
 def _samples(
@@ -79,7 +75,7 @@ def _samples(
 
     row, action, log_probability = flat(steps.row), flat(steps.action), flat(batch.log_probability)
     weight, advantage = np.ones(len(row)), flat(advantage)
-    target = advantage + _values(table)[row]
+    target = advantage + table.values[row]
     if batch.branches is not None:
         # [steps, A]; the value's target stays that of the step that was taken.
         probability, advantage = (
@@ -99,6 +95,6 @@ def _of_every_action(
 ) -> np.ndarray:
     """r + gamma V(s') - V(s) of every action [B, H, A] in the states `row` [B, H]: of one that was
     not taken, nothing more is known of what comes after than the value."""
-    value = _values(table)
+    value = table.values
     following = config.gamma * value[branches.next_row] * ~branches.terminated
     return branches.reward + following - value[row][..., None]

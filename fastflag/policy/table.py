@@ -64,6 +64,11 @@ class Table:
         return self.log_probabilities.detach().cpu().numpy()
 
     @cached_property
+    def values(self) -> np.ndarray:
+        """The values, [U] float64, without gradient."""
+        return self.value.detach().double().cpu().numpy()
+
+    @cached_property
     def probabilities(self) -> np.ndarray:
         """[U, A] float64, without gradient, each row's sum 1. Raises InputError for NaN."""
         wide = self.log_probabilities.detach().double().exp().cpu().numpy()
