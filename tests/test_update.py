@@ -437,6 +437,19 @@ def test_gradient_steps_never_wait_for_the_device(
     assert torch.stack(history).isfinite().all()
 
 
+def test_gradients_are_never_added_up_over_backward_passes(tiny_model, monkeypatch):
+    """A replayed backward pass hands out buffers that the next one writes over."""
+    run, backward, passes = Run(tiny_model, algorithm__update_epochs=3), torch.Tensor.backward, []
+
+    def watched(loss):
+        assert all(parameter.grad is None for parameter in run.policy.parameters())
+        passes.append(backward(loss))
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    run.update()
+    assert len(passes) == 3
+
+
 @pytest.mark.parametrize(
     "ask",
     [

@@ -181,11 +181,13 @@ def _differentiate(
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-    """One step of the optimiser; returns the gradient's norm before clipping. No step is taken where
-    that is not finite: a fused optimiser reads it on the device, for others it is read here."""
+    """One step of the optimiser; returns the gradient's norm before clipping. Where that is not
+    finite no step is taken: a fused optimiser reads it on the device, for others it is read here.
+    """
     norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf)
     if optimizer.param_groups[0].get("fused"):
         # As torch.amp.GradScaler tells it.
+        # pyrefly: ignore[missing-attribute] (an optimiser looks for it when it steps)
         optimizer.found_inf = norm.isfinite().logical_not().float()
     else:
         _check_finite(norm.item())

@@ -248,7 +248,7 @@ class _Kept:
         Side by side is what is attended where Q is 1, and with flash attention of suffixes.
         dtype: the activations', where none is given.
         """
-        if texts.tiles and self.policy.device == "cpu":
+        if texts.prefix and self.policy.device == "cpu":
             return self._tiled(texts, queries)
         rows, heads, head = texts.rows, self.model.heads, self.model.head_dim
         groups, flash = self.model.kv_heads, self.flash or self.policy.device == "cpu"

@@ -124,10 +124,12 @@ class Policy(nn.Module):
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
-        self.recompute = Recompute(config.memory_budget * 2**20)
+        on_gpu = self.device.type == "cuda"  # elsewhere the cache lies in another memory
+        spare = {"spare": self.trunk.cache.shrink} if on_gpu else {}
+        self.recompute = Recompute(config.memory_budget * 2**20, **spare)
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
-        self.graphs = self._graphs() if self.device.type == "cuda" else None
+        self.graphs = self._graphs() if on_gpu else None
         self._staged: tuple[bytes, Stage] | None = None
 
     def _evaluate_stage(self, stage: Stage) -> tuple[Tensor, ...]:
