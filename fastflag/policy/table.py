@@ -4,6 +4,7 @@ Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.model import ops, packed_attention
 from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory, name_of
+from fastflag.model.linear import adapters_cast
 from fastflag.model.llama import prefix_pass, suffix_pass
 from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import (
@@ -125,8 +127,8 @@ class Policy(nn.Module):
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
         on_gpu = self.device.type == "cuda"  # elsewhere the cache lies in another memory
-        spare = {"spare": self.trunk.cache.shrink} if on_gpu else {}
-        self.recompute = Recompute(config.memory_budget * 2**20, **spare)
+        spare = self.trunk.cache.shrink if on_gpu else lambda: 0
+        self.recompute = Recompute(config.memory_budget * 2**20, spare)
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
         self.graphs = self._graphs() if on_gpu else None
@@ -135,9 +137,12 @@ class Policy(nn.Module):
     def _evaluate_stage(self, stage: Stage) -> tuple[Tensor, ...]:
         """`evaluate` on blocks, for each row of the stage: log-probabilities and value, and the
         statistics' mean and deviation. Never waits for the device."""
-        days, tokens, _ = stage.prefixes.shape
-        _, prefixes = prefix_pass(self.top, stage.prefixes, [tokens] * days, keys_values_only=True)
-        last = suffix_pass(self.top, stage.suffixes, prefixes, stage.layout, last_only=True)
+        lengths = [stage.prefixes.shape[1]] * len(stage.prefixes)
+        # A kernel casts as it reads.
+        by_kernel = ops.lora_linear.choice(self.device).implementation == "triton"
+        with nullcontext() if by_kernel else adapters_cast(self.top, self.dtype):
+            _, prefixes = prefix_pass(self.top, stage.prefixes, lengths, keys_values_only=True)
+            last = suffix_pass(self.top, stage.suffixes, prefixes, stage.layout, last_only=True)
         features = self._normed(last).index_select(0, stage.place)
         statistics = Statistics.of(features, stage.reference)
         table = self._read_out(features, stage.side, stage.allowed, statistics)
