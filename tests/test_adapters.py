@@ -100,6 +100,6 @@ def test_a_cpus_gradient_is_summed_as_ever():
         return ops.lora_linear(x, weight, None, a, b, 1.5, torch.float32)
 
     for multiply in (apart, together):
-        y = multiply(b).square().sum() + multiply(2 * b).sum() + multiply(-b).exp().sum()
+        y = multiply(b).square().sum() + multiply(2 * b).sum() + multiply(-b).sin().sum()
         slopes.append(torch.autograd.grad(y, x)[0])
     assert torch.equal(*slopes)
