@@ -66,7 +66,7 @@ def examine() -> dict[str, dict[str, Any]]:
 
 def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[str, Any]:
     """Bytes of a GPU's memory: {"model": ..., "parts": {part: bytes}, "total",
-    "total_without_fused_attention"}.
+    "total_without_flash_attention"}.
 
     Raises InputError for a model that can't be read, has too few layers or reads too few tokens.
     """
@@ -80,15 +80,15 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
             f"a prompt has {tokens} tokens, the model reads {model.max_positions}: lower "
             "--prefix-tokens or --suffix-tokens, prompts"
         )
-    planned, unfused = (
-        parts(model, policy, optimizer, batch, len(Single.actions), fused)
-        for fused in (True, False)
+    planned, copied = (
+        parts(model, policy, optimizer, batch, len(Single.actions), flash)
+        for flash in (True, False)
     )
     return {
         "model": policy.model,
         "parts": planned,
         "total": sum(planned.values()),
-        "total_without_fused_attention": sum(unfused.values()),
+        "total_without_flash_attention": sum(copied.values()),
     }
 
 

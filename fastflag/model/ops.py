@@ -138,7 +138,7 @@ def _asked(said: str) -> tuple[str, set[str]]:
 
 
 # PyTorch's form on each kind of device; the table in model/attention.py has all of them.
-_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.padded}
+_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.on_cuda}
 
 
 def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
@@ -184,11 +184,18 @@ def _lora_linear(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    # A GPU's product has two dimensions, so that the adapter's is added in place: in one launch,
+    # and one pass over what nothing has kept.
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    rows = x if on_cpu else x.flatten(0, -2)
     if absmax is None:
-        product = _linear(x, weight, None, dtype)
+        product = _linear(rows, weight, None, dtype)
     else:
-        product = _nf4_linear(x, weight, absmax, len(b), dtype)
-    return product + _linear(_linear(x, a, None, dtype), scale * b, None, dtype)
+        product = _nf4_linear(rows, weight, absmax, len(b), dtype)
+    low, b = _linear(rows, a, None, dtype), b if scale == 1.0 else scale * b
+    if on_cpu:
+        return product + _linear(low, b, None, dtype)
+    return product.addmm_(low, b.to(x.dtype).T).unflatten(0, x.shape[:-1])
 
 
 def _lora_linear_triton(x: Tensor, *arguments: Any) -> Tensor:
@@ -245,7 +252,7 @@ prefix_attention = Op(
     "prefix_attention",
     _prefix_attention,
     _prefix_attention_triton,
-    by="torch scaled_dot_product_attention, on a CPU by tiles",
+    by="torch's flash attention and products, on a CPU scaled_dot_product_attention by tiles",
     products=True,
 )
 
