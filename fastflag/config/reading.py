@@ -49,8 +49,15 @@ def with_settings(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         place = nested.setdefault(sections[name], {}) if name in sections else nested
-        place[name] = value
+        place[name] = _plain(value)
     return from_dict(nested, "settings", base)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and words, and paths, as JSON has them."""
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def base_of(run: Path, preset: str, resume: bool) -> TrainConfig:

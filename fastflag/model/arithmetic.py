@@ -23,6 +23,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ROUNDS = 5
 # With bf16 units bf16 is 1.5 to 4 times as fast on a CPU; without them oneDNN computes both alike.
 _CLEARLY = 1.25
+# Of a product of tiny matrices chance decides: in 8 processes 4 took bf16, 4 fp32 (widths 64, 128).
+_MEASURABLE = 1e-4  # seconds
 # From malloc.h of glibc, and a size that no activation has.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _NEVER = -3, -1, 2**31 - 1
 # A product as large as an update's on a GPU, and on a CPU as large as a tenth of a second allows.
@@ -38,8 +40,10 @@ class Speeds:
 
     @property
     def best(self) -> Literal["bf16", "fp32"]:
-        """fp32, which is the more exact, unless bf16 is clearly faster: where they are close, the
-        runs of a study must not be dealt different ones by chance."""
+        """fp32, which is the more exact, unless bf16 is clearly faster: where they are close, or
+        over too soon to tell, the runs of a study must not be dealt different ones by chance."""
+        if self.seconds["fp32"] < _MEASURABLE:
+            return "fp32"
         return "bf16" if _CLEARLY * self.seconds["bf16"] < self.seconds["fp32"] else "fp32"
 
     def gigaflops(self, dtype: str) -> float:
