@@ -29,8 +29,8 @@ def from_run(
 ) -> TrainConfig:
     """The settings in a run's config.json, as `from_dict` reads them, without what else it says.
 
-    A run writes all its settings: one that it lacks is younger than the run, which did what was
-    done before there was a choice.
+    A run writes all its settings. One that is not there came after the run, which behaved as with
+    dividends=cash.
     """
     values = {key: value for key, value in document.items() if key not in ("fastflag", "market")}
     simulator = dataclasses.replace(base.simulator, dividends="cash")

@@ -58,7 +58,7 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
     if not resume:
         raise InputError(f"holds a run already: go on with --resume or name another, {run}")
     stored, asked = to_dict(read_config(run)), to_dict(config)
-    # It bears on rounding alone, and what was out of memory may need another one to go on.
+    # It changes rounding alone, so a run that was out of memory may go on with another.
     stored["policy"]["memory_budget"] = asked["policy"]["memory_budget"]
     stored["total_timesteps"] = max(stored["total_timesteps"], asked["total_timesteps"])
     difference = _first_difference(stored, asked)
@@ -115,7 +115,7 @@ def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
 
 
 def _is_of(run: Path, market: str) -> bool:
-    """A run that does not say, of an earlier version, counts as one."""
+    """True of an earlier version's run too, which recorded no fingerprint."""
     return read_json(run / "config.json").get("market") in (None, "", market)
 
 

@@ -235,12 +235,12 @@ def _is_empty(column: pd.Series) -> bool:
     return bool((cells.isin(MISSING) | cells.str.fullmatch(r"0+(\.0*)?")).all())
 
 
-def refuse_mixed_decimals(frame: pd.DataFrame, names: Sequence[str], where: str) -> pd.DataFrame:
+def with_decimal_points(frame: pd.DataFrame, names: Sequence[str], where: str) -> pd.DataFrame:
     """`frame` with decimal commas as points in the columns of numbers, `names`.
 
-    A comma is decimal where cells are separated by something else; then a point would be a
-    separator of thousands, and is refused. So are commas that are followed by three digits each,
-    beside numbers of up to three digits without one: those are thousands.
+    A comma is decimal where cells are separated by something else. Raises InputError for a point
+    among them, which would separate thousands, and for commas that three digits follow each beside
+    numbers of up to three digits without one: thousands, as likely.
     """
     if not frame.attrs.get("decimal_comma"):
         return frame
