@@ -19,7 +19,10 @@ if os.path.isfile(os.path.join(_root, "setup.py")):
 _OF_API = (
     "Backtest",
     "Decision",
+    "Examination",
     "InputError",
+    "MemoryPlan",
+    "Metrics",
     "Run",
     "doctor",
     "load",

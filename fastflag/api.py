@@ -9,7 +9,7 @@
 
 A run is its folder: a Run holds nothing that the folder lacks, and one that is opened again is the
 same. torch and Numba are imported by what needs them. Raises InputError for what the user gave
-wrong, in one line.
+wrong, in one line, and OSError where the system refuses to read or write.
 """
 
 import errno
@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -34,9 +34,17 @@ from fastflag.config import (
     TrainConfig,
     base_of,
     from_dict,
+    to_dict,
     with_settings,
 )
-from fastflag.evaluate.results import Backtest, Convention, Decision
+from fastflag.evaluate.results import (
+    Backtest,
+    Convention,
+    Decision,
+    Examination,
+    MemoryPlan,
+    Metrics,
+)
 from fastflag.files import InputError, read_json
 
 if TYPE_CHECKING:
@@ -71,7 +79,19 @@ class Run:
     @property
     def tested(self) -> Backtest:
         """The backtest of the held-out days, as RUN/backtest.json has it."""
-        return Backtest(read_json(self.folder / "backtest.json"))
+        from fastflag.learn.checkpoint import read_state
+
+        path = self.folder / "backtest.json"
+        document = read_json(path)
+        if not isinstance(document, dict):
+            raise InputError(f"not a backtest, {path}")
+        of = document.get("updates")
+        with suppress(InputError):  # a copy for reading needs no checkpoint
+            now, _ = read_state(self.folder)
+            if of not in (None, now):
+                told = "fastflag: tested after %s updates, now there are %d: backtest"
+                _LOG.warning(told, of, now)
+        return Backtest(document)
 
     @cached_property
     def market(self) -> "Market":
@@ -80,18 +100,28 @@ class Run:
     @property
     def world(self) -> "World":
         """What the policy is shown and what it may do."""
-        return self._loaded[0]
+        return self._loaded[1]
 
     @property
     def policy(self) -> "Policy":
         """As it was at the last checkpoint."""
-        return self._loaded[1]
+        return self._loaded[2]
 
-    @cached_property
-    def _loaded(self) -> tuple["World", "Policy"]:
+    @property
+    def _loaded(self) -> tuple[int, "World", "Policy"]:
+        """Of the last checkpoint, which a training in the same folder may have written since, and
+        how many updates it has."""
+        from fastflag.learn.checkpoint import read_state
         from fastflag.learn.run import load_policy
 
-        return load_policy(self.folder, self.config, self.market)
+        state = read_state(self.folder)
+        if vars(self).get("_read", (None,))[0] != state:
+            vars(self)["_read"] = state, load_policy(self.folder, self.config, self.market)
+        return state[0], *vars(self)["_read"][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy in another process needs: the rest is in the folder."""
+        return {"folder": self.folder, "config": self.config}
 
     def backtest(self, split: str = "test", track: Track = iter) -> Backtest:
         """Days of `split` (train, test or START..END) beside buy-and-hold and random policies. Only
@@ -104,7 +134,9 @@ class Run:
                 f"{_other_market()}: name those by --data and --news, or days by --split "
                 f"START..END, {self.config.data.data}"
             )
-        document = backtest(self.policy, self.world, self.market, self.config, split, track)
+        updates, world, policy = self._loaded
+        tested = backtest(policy, world, self.market, self.config, split, track)
+        document = {"updates": updates, **tested}
         if split == "test":
             self._keep(document)
         return Backtest(document)
@@ -120,11 +152,12 @@ class Run:
         that is held was entered at the price `entry` on the day `since`."""
         from fastflag.evaluate.decide import decide
 
-        policy, world = self.policy, self.world
+        _, world, policy = self._loaded
         with suppress(InputError):  # bars of the last months decide as well as all of them
             if not self._knows_market():
                 _LOG.warning("fastflag: %s, %s", _other_market(), self.config.data.data)
-        return Decision(**decide(policy, world, self.market, date, position, entry, since))
+        day, entered = _date(date), _date(since)
+        return Decision(**decide(policy, world, self.market, day, position, entry, entered))
 
     def report(self) -> Path:
         """Writes RUN/report.html anew."""
@@ -183,20 +216,24 @@ def train(
     With `resume` it goes on with the run in the folder, where there is one, by its own settings
     unless others are named.
     """
+    from fastflag.learn.checkpoint import read_state
     from fastflag.learn.run import check_claim
     from fastflag.learn.train import train
     from fastflag.model.weights import open_weights
 
     folder = _folder(out)
-    if not str(folder).strip("."):
+    if folder in (Path.cwd(), *Path.cwd().parents):
         raise InputError("a run needs a folder of its own, --out")
-    config = with_settings(config or base_of(folder, preset, resume), settings)
+    if config is not None and preset:
+        raise InputError(f"the preset {preset!r} beside a config: name one of the two, train()")
+    base = base_of(folder, preset, resume) if config is None else _checked(config)
+    config = with_settings(base, settings)
     if not resume:
         check_claim(folder, config, resume=False)
     market = load(config.data)
     made = train(config, market, open_weights(config.policy.model), folder, resume)
     run = open(folder, device=config.policy.device)
-    vars(run).update(market=market, _loaded=made)  # which would be read again
+    vars(run).update(market=market, _read=(read_state(folder), made))  # which would be read again
     run.backtest(track=track)
     return run
 
@@ -216,12 +253,13 @@ def open(
 
     folder = _folder(run)
     config = read_config(folder)
-    named = {"data": data, "news": news, "symbol": symbol}
-    changes: dict[str, Any] = {name: value for name, value in named.items() if value}
-    if data:
+    named = {"data": data, "news": news, "symbol": symbol, "model": model}
+    changes: dict[str, Any] = {
+        name: value for name, value in named.items() if not isinstance(value, str) or value
+    }
+    if "data" in changes:
         changes["news"] = news
-    policy = replace(config.policy, device=device, model=model or config.policy.model)
-    return Run(folder, replace(config, data=replace(config.data, **changes), policy=policy))
+    return Run(folder, with_settings(config, {**changes, "device": device}))
 
 
 def metrics(
@@ -230,54 +268,54 @@ def metrics(
     end: str = "",
     convention: Convention = "standard",
     symbol: str = "",
-) -> dict[str, float | None]:
+) -> Metrics:
     """Metrics of buying and holding from the close of `start` to that of `end`, dividends
-    reinvested: those of the adjusted closes. None where one is not defined."""
+    reinvested: those of the adjusted closes."""
     from fastflag.market import metrics as conventions
     from fastflag.market.bars import Bars
     from fastflag.market.tasks.baselines import fixed_action_equity
     from fastflag.market.tasks.single import BUY, Single
 
-    first, last = start or str(market.dates[0]), end or str(market.dates[-1])
+    first, last = (_date(day or market.dates[n]) for n, day in ((0, start), (-1, end)))
     days = market.days(first, last, "--start..--end")
     costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
     task = Single.of(costless, Bars.from_market(market, symbol))
     equity = fixed_action_equity(task, days, BUY)
     values = conventions.metrics(equity, convention, market.calendar)
-    return {name: None if value != value else value for name, value in values.items()}
+    defined = {name: None if value != value else value for name, value in values.items()}
+    return Metrics(first, last, convention, defined)
 
 
-def doctor(policy: PolicyConfig | None = None) -> dict[str, dict[str, Any]]:
+def doctor(policy: PolicyConfig | None = None) -> Examination:
     """What this machine has, and which implementation each op uses, and why, to train `policy`."""
     from fastflag.evaluate.doctor import examine
 
-    return examine(policy)
+    return Examination(**examine(policy))
 
 
 def prove(policy: PolicyConfig | None = None) -> None:
-    """Has Triton's kernels prove themselves on this GPU, for a policy that is trained so, where
-    they have not yet."""
-    from fastflag.evaluate import doctor
+    """Has kernels prove themselves on this GPU, to train `policy`; InputError where there is none."""
+    from fastflag.evaluate.doctor import prove
 
-    doctor.prove(policy or PolicyConfig())
+    prove(policy or PolicyConfig())
 
 
 def forget_proofs() -> int:
     """Removes what kernels proved, of every model; how many ops that were."""
-    from fastflag.evaluate import doctor
+    from fastflag.evaluate.doctor import forget
 
-    return doctor.forget()
+    return forget()
 
 
 def plan(
     policy: PolicyConfig | None = None,
     optimizer: Optimizer = AlgorithmConfig.optimizer,
     batch: PlanConfig | None = None,
-) -> dict[str, Any]:
+) -> MemoryPlan:
     """What training takes of a GPU's memory, in bytes, by part."""
     from fastflag.evaluate import doctor
 
-    return doctor.plan(policy or PolicyConfig(), optimizer, batch or PlanConfig())
+    return MemoryPlan(**doctor.plan(policy or PolicyConfig(), optimizer, batch or PlanConfig()))
 
 
 def ran_out(error: BaseException) -> bool:
@@ -288,8 +326,22 @@ def ran_out(error: BaseException) -> bool:
 
 
 def _folder(path: Path | str) -> Path:
-    """With ~ as the shell writes it."""
-    return Path(os.path.expanduser(path))
+    """With ~ as the shell writes it, and whole: a Run is the same wherever its process goes."""
+    if not isinstance(path, str | Path) or "\0" in str(path):
+        raise InputError(f"a run's folder is a path, not {path!r:.80}")
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _checked(config: TrainConfig) -> TrainConfig:
+    """A configuration made in Python, held to what one in JSON is. Raises InputError."""
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"a configuration is a TrainConfig, not {config!r:.80}, train()")
+    return from_dict(to_dict(config), "train()")
+
+
+def _date(day: Any) -> str:
+    """A day as --date has it, of text or a date of Python's, NumPy's or pandas'."""
+    return day if isinstance(day, str) else str(day)[:10]
 
 
 def _other_market() -> str:

@@ -5,10 +5,12 @@ import html
 import inspect
 import json
 import logging
+import pickle
 import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from commands import ROOT, unchanged
@@ -16,7 +18,7 @@ from small import DATES, TRAIN_DAYS, small_market
 
 import fastflag as ff
 from fastflag import api, cli
-from fastflag.config import DataConfig, TrainConfig, to_dict
+from fastflag.config import DataConfig, PolicyConfig, TrainConfig, to_dict, with_settings
 from fastflag.evaluate.chart import svg
 from fastflag.evaluate.figures import Figure
 
@@ -109,12 +111,34 @@ def test_it_tells_what_the_commands_print(run, capsys):
     data = opened.config.data.data
     cli.main(["metrics", "--data", data, "--convention", "flag", "--json"])
     told = ff.metrics(ff.load(data), convention="flag")
-    assert told == json.loads(capsys.readouterr().out)
-    assert list(told) == list(opened.backtest().metrics("flag"))
+    assert told.values == json.loads(capsys.readouterr().out)
+    assert list(told.values) == list(opened.backtest().metrics("flag"))
+    assert told.to_frame().loc[(DATES[0], DATES[-1]), "cr"] == told.values["cr"]
+    policy = opened.config.policy
+    layers = {"model": policy.model, "top_layers": 1}
+    cli.main(["doctor", "--plan", "--json", *flags(layers)])
+    plan = ff.plan(PolicyConfig(**layers))
+    assert dataclasses.asdict(plan) == json.loads(capsys.readouterr().out)
+    frame = plan.to_frame()["bytes"]
+    assert frame["total"] == frame[list(plan.parts)].sum()
+
+
+def test_what_a_machine_has_is_a_table():
+    told = ff.doctor()
+    frame = told.to_frame()["told"]
+    assert frame["machine", "fastflag"] == ff.__version__
+    assert frame["packages", "torch"] == str(torch.__version__)
+    assert frame["ops", "rms_norm"].startswith(told.ops["rms_norm"]["implementation"])
+    longest = max(told.caches.values(), key=len)
+    assert longest in told._repr_html_()  # pandas cuts what is longer than 50 characters
 
 
 def flags(arguments):
-    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return [
+        word
+        for name, value in arguments.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def test_a_run_is_its_folder(config, trained, tmp_path):
@@ -220,3 +244,86 @@ def test_a_config_of_a_run_is_what_was_trained(run, config):
     stored = ff.open(run).config
     assert isinstance(stored, TrainConfig) and stored.rollout == config.rollout
     assert ff.open(run, device="cpu", model="elsewhere").config.policy.model == "elsewhere"
+
+
+@pytest.mark.parametrize("position", ["LONG", "banana", "", None, 1])
+def test_a_position_is_flat_long_or_short(run, position):
+    with pytest.raises(ff.InputError, match="a position is flat, long or short, not"):
+        ff.open(run).decide(DATES[30], position, entry=100.0, since=DATES[28])
+
+
+def test_dates_are_what_pandas_numpy_and_python_have(run):
+    opened = ff.open(run)
+    told = opened.decide(DATES[30])
+    day = np.datetime64(DATES[30])
+    for same in (day, pd.Timestamp(day), day.item()):
+        assert opened.decide(same) == told
+    assert ff.metrics(opened.market, day) == ff.metrics(opened.market, DATES[30])
+
+
+def test_a_run_that_went_on_is_read_anew(config, tmp_path, caplog):
+    """Its policy is that of the folder's last checkpoint, and an older backtest says that it is."""
+    run = ff.train(tmp_path / "run", config)
+    before, tested = run.decide(DATES[30]), run.tested
+    longer = ff.train(run.folder, resume=True, total_timesteps=2 * config.total_timesteps)
+    assert run.decide(DATES[30]) == longer.decide(DATES[30]) != before
+    updates = tested.document["updates"]
+    assert longer.tested.document["updates"] == 2 * updates == 2 * config.steps
+    assert caplog.records == []
+    longer_told = longer.decide(DATES[30])
+    # Another training of as many updates is another policy.
+    shutil.rmtree(run.folder)
+    steps = 2 * config.total_timesteps
+    other = ff.train(run.folder, config, seed=config.seed + 1, total_timesteps=steps)
+    assert longer.decide(DATES[30]) == other.decide(DATES[30]) != longer_told
+    (run.folder / "backtest.json").write_text(json.dumps(tested.document))
+    assert run.tested == tested
+    (record,) = caplog.records
+    assert f"after {updates} updates, now there are {2 * updates}" in record.getMessage()
+    shutil.rmtree(run.folder / "checkpoint")
+    assert run.tested == tested  # what is there to be read needs no checkpoint
+    for wrong in ("{}", "[]", '{"step": "x", "digest": ""}'):
+        (run.folder / "checkpoint").mkdir(exist_ok=True)
+        (run.folder / "checkpoint" / "state.json").write_text(wrong)
+        with pytest.raises(ff.InputError, match="not a checkpoint"):
+            run.decide(DATES[30])
+    (run.folder / "backtest.json").write_text("[]")
+    with pytest.raises(ff.InputError, match="not a backtest"):
+        _ = run.tested
+
+
+def test_a_run_is_the_same_from_any_folder_and_in_another_process(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    opened = ff.open(run.name)
+    told = opened.decide(DATES[30])
+    monkeypatch.chdir(tmp_path)
+    assert opened.folder == run and pickle.loads(pickle.dumps(opened)) == opened
+    assert pickle.loads(pickle.dumps(opened)).decide(DATES[30]) == told
+
+
+def test_what_python_hands_over_is_checked_before_anything_is_written(config, run, tmp_path):
+    wrong = dataclasses.replace(config.algorithm, algorithm="a2c")
+    unknown = dataclasses.replace(config, algorithm=wrong)
+    refusals = {
+        "'algorithm.algorithm' must be one of": {"config": unknown},
+        "a configuration is a TrainConfig": {"config": {"num_envs": 4}},
+        "the preset 'paper' beside a config": {"config": config, "preset": "paper"},
+    }
+    for told, arguments in refusals.items():
+        with pytest.raises(ff.InputError, match=told):
+            ff.train(tmp_path / "new", **arguments)
+    for path in (None, 5, "a\0b"):
+        with pytest.raises(ff.InputError, match="a run's folder is a path"):
+            ff.open(path)
+    for where in ({"device": "tpu"}, {"symbol": 5}, {"data": None}):
+        with pytest.raises(ff.InputError, match="config key"):
+            ff.open(run, **where)
+    with pytest.raises(ff.InputError, match="a folder of its own"):
+        ff.train("/", config)
+    with pytest.raises(ff.InputError, match="unknown convention 'Standard'"):
+        ff.open(run).tested.metrics("Standard")
+    assert not (tmp_path / "new").exists()
+    values = {"num_envs": np.int64(4), "learning_rate": np.float32(0.5), "model": ROOT}
+    told = with_settings(config, values)
+    assert (told.rollout.num_envs, told.algorithm.learning_rate) == (4, 0.5)
+    assert told.policy.model == str(ROOT)

@@ -94,9 +94,7 @@ def _other_model_sources(patch, folder):
 
 
 def _other_ptxas(patch, folder):
-    knobs = pytest.importorskip("triton").knobs
-    tool = dataclasses.replace(knobs.nvidia.ptxas, version="13.1")
-    patch.setattr(knobs, "nvidia", type("Knobs", (), {"ptxas": tool}))
+    patch.setattr(ops, "assembler", lambda architecture: ops.Assembler("/bin/ptxas", "13.1.80"))
 
 
 CAUSES = {

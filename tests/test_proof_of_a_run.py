@@ -51,6 +51,8 @@ def with_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(gpu, "first", lambda: GPU)
     monkeypatch.setattr(module, "device_of", lambda name: CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(ops, "unusable", lambda device: "")
 
 
 @pytest.fixture

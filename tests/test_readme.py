@@ -14,6 +14,10 @@ from commands import ROOT
 from nbclient import NotebookClient
 from small import small_market, write_csv
 
+from fastflag.cli.arguments import command_of
+from fastflag.config import DataConfig
+from fastflag.market.sources import load
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -63,6 +67,20 @@ def test_the_lines_of_python_in_a_notebook(folder, tiny_model):
     assert last.data["text/html"].startswith("<iframe ") and "Backtest" in last.data["text/html"]
 
 
+def test_its_commands_are_commands(tmp_path, monkeypatch):
+    """Each line that starts with `fastflag`, and each source of made-up bars."""
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    fastflag (.+)$", README, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        assert command_of(line.split()) is not None
+    written = README + "".join(
+        (ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "RESULTS.md")
+    )
+    for source in {*re.findall(r"planted:[\w=,.]*", written)}:
+        assert len(load(DataConfig(data=source)).dates) >= 2
+
+
 def test_the_rooms_are_there():
     """Every folder and file that the README's table of rooms names, and no room is left out."""
     table = README.partition("## Where is what")[2].partition("## Where it stands")[0]
@@ -75,3 +93,13 @@ def test_the_rooms_are_there():
         for name in re.findall(r"`([\w/]+\.py)`", examples):
             places = [ROOT / room / name, ROOT / "fastflag/market" / name, ROOT / "fastflag" / name]
             assert any(place.is_file() for place in places), name
+
+
+def test_every_file_is_in_the_tree():
+    """CONTRIBUTING names each module where it lists the files."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("## The house")[2].partition("`market` and `prompt` import")[0]
+    named = {*re.findall(r"\w+", tree)}
+    for folder in ("fastflag", "bench/measure", "bench/rivals"):
+        stems = {path.stem for path in (ROOT / folder).rglob("*.py")}
+        assert {stem for stem in stems if not stem.startswith("__")} <= named

@@ -23,7 +23,7 @@ def test_from_bars_to_a_decision(tiny_model, tmp_path):
 
     # What there is to beat: buying and holding, here free of costs.
     held = ff.metrics(market, str(first), str(last))
-    assert held["cr"] == pytest.approx(100 * (close[-1] / close[0] - 1))
+    assert held.values["cr"] == pytest.approx(100 * (close[-1] / close[0] - 1))
 
     # A training is a folder. Settings are the flags of `fastflag train`, by name: 4 accounts live 4
     # updates of 6 days each, and the top one of the model's 2 layers learns.

@@ -143,11 +143,12 @@ class Metrics:
         market = api.load(
             self.data, symbol=self.symbol, calendar=self.calendar, timezone=self.timezone
         )
-        values = api.metrics(market, self.start, self.end, self.convention, self.symbol)
+        held = api.metrics(market, self.start, self.end, self.convention, self.symbol)
         if self.json:
-            print(json.dumps(values))
+            print(json.dumps(held.values))
         else:
-            print("\n".join(f"{name:>16}  {_shown(value)}" for name, value in values.items()))
+            rows = held.values.items()
+            print("\n".join(f"{name:>16}  {_shown(value)}" for name, value in rows))
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Doctor:
         from fastflag import api
 
         if self.plan:
-            document = api.plan(self.policy, self.optimizer, self.batch)
+            document = dataclasses.asdict(api.plan(self.policy, self.optimizer, self.batch))
             print(json.dumps(document) if self.json else _plan_table(document))
             return
         asked = Doctor(self.json, prove=self.prove, forget=self.forget)
@@ -195,7 +196,7 @@ class Doctor:
             print(f"forgotten: {api.forget_proofs()} proofs", file=sys.stderr)
         if self.prove:
             api.prove(self.policy)
-        document = api.doctor(self.policy)
+        document = dataclasses.asdict(api.doctor(self.policy))
         if self.json:
             print(json.dumps(document))
             return

@@ -3,9 +3,11 @@
 pandas is imported by what makes a table.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from fastflag.files import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,6 +27,9 @@ class Backtest:
         volatility and drawdown in percent; how each is defined by a convention is in the README."""
         import pandas
 
+        if convention not in get_args(Convention):
+            known = ", ".join(get_args(Convention))
+            raise InputError(f"unknown convention {convention!r}, one of {known} is expected")
         policies = self.document["policies"]
         rows = {name: policy["metrics"][convention] for name, policy in policies.items()}
         sampled = self.document["sampled"]["metrics"][convention]
@@ -81,4 +86,82 @@ class Decision:
         return pandas.DataFrame(row, index=pandas.DatetimeIndex([self.date], name="date"))
 
     def _repr_html_(self) -> str:
-        return str(self.to_frame().to_html())
+        return _table(self)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What buying and holding earned from one close to another."""
+
+    start: str
+    end: str
+    convention: Convention
+    values: dict[str, float | None]
+    """By the names of the convention; None where one is not defined."""
+
+    def to_frame(self) -> "DataFrame":
+        """One row."""
+        import pandas
+
+        index = pandas.MultiIndex.from_tuples([(self.start, self.end)], names=["start", "end"])
+        return pandas.DataFrame([self.values], index=index, dtype=float)
+
+    def _repr_html_(self) -> str:
+        return _table(self)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a machine has: the name of each thing, and what is told of it."""
+
+    machine: dict[str, str]
+    arithmetic: dict[str, str]
+    packages: dict[str, str]
+    caches: dict[str, str]
+    ops: dict[str, dict[str, str]]
+    """Of each op its implementation, the reason, and the evidence."""
+
+    def to_frame(self) -> "DataFrame":
+        """A row a thing; its index is (part, name)."""
+        import pandas
+
+        rows = {
+            (part, name): told if isinstance(told, str) else "; ".join(told.values())
+            for part, things in asdict(self).items()
+            for name, told in things.items()
+        }
+        index = pandas.MultiIndex.from_tuples(rows, names=["part", "name"])
+        return pandas.DataFrame({"told": list(rows.values())}, index=index)
+
+    def _repr_html_(self) -> str:
+        return _table(self)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What training takes of a GPU's memory, in bytes."""
+
+    model: str
+    parts: dict[str, int]
+    total: int
+    total_without_flash_attention: int
+
+    def to_frame(self) -> "DataFrame":
+        """A row a part, then the totals."""
+        import pandas
+
+        totals = {
+            "total": self.total,
+            "total_without_flash_attention": self.total_without_flash_attention,
+        }
+        return pandas.DataFrame({"bytes": {**self.parts, **totals}}).rename_axis("part")
+
+    def _repr_html_(self) -> str:
+        return _table(self)
+
+
+def _table(result: Decision | Metrics | Examination | MemoryPlan) -> str:
+    import pandas
+
+    with pandas.option_context("display.max_colwidth", None):  # paths and reasons are long
+        return str(result.to_frame().to_html())

@@ -67,6 +67,17 @@ def write_checkpoint(
             old.unlink()
 
 
+def read_state(run: Path) -> tuple[int, str]:
+    """How many updates a run's checkpoint has, and the digest of its tensors. Raises InputError
+    where there is none."""
+    path = run / "checkpoint" / "state.json"
+    try:
+        document = read_json(path)
+        return int(document["step"]), str(document["digest"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"not a checkpoint, {path}") from None
+
+
 def read_checkpoint(run: Path) -> Checkpoint:
     """Raises InputError for a checkpoint that is missing, truncated, damaged or malformed."""
     state_file = run / "checkpoint" / "state.json"

@@ -123,7 +123,7 @@ def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
 
 
 def _is_of(run: Path, market: str) -> bool:
-    """A run that does not say, of an earlier version, counts as one."""
+    """True of an earlier version's run too, which recorded no fingerprint."""
     return read_json(run / "config.json").get("market") in (None, "", market)
 
 

@@ -5,11 +5,14 @@
 2. One forward pass of the trained layers over those prompts is a table: prompt -> probabilities of
    the actions, and a value. The frozen layers' part of it is computed once and kept.
 3. Every environment steps through that table, a look-up a step; no model is called.
-4. Advantages are GAE's over the sampled actions, or r + gamma V(s') - V(s) of every action.
-5. Samples of equal prompt and action are added up with their weights. The loss (PPO's clipped one,
-   or REINFORCE's, with value, entropy and KL terms) gathers their rows from the table of step 2.
+4. Advantages are GAE's over the sampled actions, or r + gamma V(s') - V(s) of every action
+   (advantage.py, lesson.py).
+5. Samples of equal prompt and action are added up with their weights (lesson.py). The loss (PPO's
+   clipped one, or REINFORCE's, with value, entropy and KL terms) gathers their rows from the table
+   of step 2 (objective.py).
 6. Its backward pass is the gradient that one forward pass for each environment step would give,
-   added up: the first ratio is exactly 1. AdamW steps; further epochs evaluate their prompts anew.
+   added up: the first ratio is exactly 1. AdamW steps; further epochs evaluate their prompts anew
+   (update.py).
 """
 
 import time

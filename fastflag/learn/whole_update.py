@@ -16,8 +16,8 @@ from fastflag.model.proof.child import Request, Tell, added_up, today
 from fastflag.model.proof.choice import GRAPHS, written
 from fastflag.model.proof.clock import Sample, Times
 from fastflag.model.proof.devices import Device
-from fastflag.model.proof.judge import FASTER, faster
 from fastflag.model.proof.layer import CHOSEN, LAYER, chosen_by, random_weights
+from fastflag.model.proof.speed import FASTER, faster
 from fastflag.model.proof.verdicts import Found, Verdict
 from fastflag.policy.table import Policy
 

@@ -92,6 +92,8 @@ def read_planted(text: str) -> Market:
     chosen: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
+        if name in chosen:
+            raise InputError(f"{name} is there twice, planted:{text}")
         if name not in defaults:
             raise InputError(f"unknown {name!r} (known: {', '.join(defaults)}), planted:{text}")
         try:

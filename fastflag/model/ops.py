@@ -2,7 +2,8 @@
 
 A Triton kernel is taken on a GPU where a proof found it right and faster than PyTorch's there
 (model/proof), and a run keeps what it began with (`settle`). FASTFLAG_KERNELS=triton takes every
-kernel all the same, in Triton's interpreter too; FASTFLAG_KERNELS=torch takes none.
+kernel that the GPU can run all the same, in Triton's interpreter too, and
+FASTFLAG_KERNELS=triton:rms_norm,swiglu those of these ops alone; FASTFLAG_KERNELS=torch takes none.
 """
 
 import os
@@ -20,18 +21,19 @@ from fastflag.files import InputError
 from fastflag.kernels import action_head, lora, nf4, rmsnorm, rope
 from fastflag.kernels import prefix_attention as kernel_attention
 from fastflag.kernels import swiglu as swiglu_file
-from fastflag.kernels.language import HAS_TRITON
-from fastflag.kernels.tiles import interpreted
+from fastflag.kernels.compiler import INSTALLED, PRODUCTS_FROM, Assembler, assembler, unusable
 from fastflag.model import attention, bnb, flash, products
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
 __all__ = [
-    "HAS_TRITON",
+    "INSTALLED",
     "KERNELS",
     "OPS",
+    "Assembler",
     "Choice",
     "action_terms",
     "add_rms_norm",
+    "assembler",
     "causal_attention",
     "frozen_linear",
     "left_open",
@@ -65,7 +67,7 @@ _settled: dict[str, Choice] = {}
 
 
 class Op:
-    """One op, which on each device is one of two functions of the same arguments."""
+    """One op, which on each device is one of a few functions of the same arguments."""
 
     def __init__(
         self,
@@ -74,8 +76,10 @@ class Op:
         triton: Callable[..., Any] | None = None,
         by: str = "torch",
         flash: Callable[..., Any] | None = None,
+        products: bool = False,
     ):
-        self.name, self._flash = name, flash
+        """`products` where its kernel has matrix products, for which older GPUs have no code."""
+        self.name, self._flash, self._products = name, flash, products
         self._torchs, self._triton, self._by = torchs, triton, by
         self._chosen: dict[torch.device, Callable[..., Any]] = {}
 
@@ -90,7 +94,7 @@ class Op:
     def implementations(self) -> dict[str, Callable[..., Any]]:
         """Those that there are here, PyTorch's first."""
         found = {"torch": self._torchs}
-        if self._triton is not None and HAS_TRITON:
+        if self._triton is not None and INSTALLED:
             found["triton"] = self._triton
         if self._flash is not None and flash.varlen() is not None:
             found["flash-attn"] = self._flash
@@ -104,38 +108,59 @@ class Op:
         """Chooses anew when it is next called."""
         self._chosen.clear()
 
+    def candidates(self, device: torch.device) -> dict[str, Callable[..., Any]]:
+        """Those of `implementations` that the device can run."""
+        can = {**self.implementations}
+        if "triton" in can and self.refusal(device):
+            del can["triton"]
+        return can
+
+    def refusal(self, device: torch.device) -> str:
+        """Why the device can't run its Triton kernel; empty where it can."""
+        if why := unusable(device):
+            return why
+        if not self._products or device.type != "cuda":
+            return ""
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor >= PRODUCTS_FROM:
+            return ""
+        return (
+            f"Triton has no matrix instructions for sm_{major}{minor}, only from "
+            f"sm_{PRODUCTS_FROM} on: its products would crawl"
+        )
+
     def choice(self, device: torch.device) -> Choice:
         """Raises InputError where FASTFLAG_KERNELS asks for what there is not."""
         if self._triton is None:
             return Choice(self._by, "PyTorch's is the one there is")
-        return _choice(self.name, self._by, device)
+        said = f"{_VARIABLE}={os.environ.get(_VARIABLE, 'auto')}"
+        asked, named = _asked(said)
+        if asked == "torch" or (named and self.name not in named):
+            return Choice(self._by, said)
+        settled = _settled.get(self.name) if device.type == "cuda" else None
+        if asked == "triton":
+            return self._triton_for(device, said, settled)
+        refused = self.refusal(device)
+        if settled is None or (refused and settled.implementation == "triton"):
+            return Choice(self._by, refused or _unproved(device))
+        is_torchs = settled.implementation == "torch"
+        return replace(settled, implementation=self._by) if is_torchs else settled
+
+    def _triton_for(self, device: torch.device, said: str, settled: Choice | None) -> Choice:
+        if why := unusable(device):
+            hint = "; TRITON_INTERPRET=1 interprets them" if device.type == "cpu" else ""
+            raise InputError(f"{why}{hint}, {said}")
+        if why := self.refusal(device):
+            return Choice(self._by, why)
+        if device.type != "cuda":
+            return Choice("triton", f"{said}, in the interpreter")
+        return Choice("triton", said, settled.evidence if settled else "none")
 
 
-def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
-    asked = os.environ.get(_VARIABLE, "auto")
-    if asked not in ("auto", "triton", "torch"):
-        raise InputError(f"{_VARIABLE} is {asked!r}, not auto, triton or torch, environment")
-    if asked == "torch":
-        return Choice(otherwise, f"{_VARIABLE}=torch")
-    if asked == "triton" and not HAS_TRITON:
-        raise InputError(f"Triton is not installed, {_VARIABLE}=triton")
-    if not HAS_TRITON:
-        return Choice(otherwise, "Triton is not installed")
-    if device.type != "cuda" and asked == "triton":
-        if not interpreted():
-            raise InputError(
-                f"there is no GPU; TRITON_INTERPRET=1 interprets kernels, {_VARIABLE}=triton"
-            )
-        return Choice("triton", f"{_VARIABLE}=triton, in the interpreter")
-    if device.type != "cuda":
-        return Choice(otherwise, "Triton's kernels are for GPUs")
-    settled = _settled.get(name)
-    if asked == "triton":
-        return Choice("triton", f"{_VARIABLE}=triton", settled.evidence if settled else "none")
-    if settled is None:
-        return Choice(otherwise, "not proved: `fastflag doctor --prove` does it")
-    is_torchs = settled.implementation == "torch"
-    return replace(settled, implementation=otherwise) if is_torchs else settled
+def _unproved(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "not proved: `fastflag doctor --prove` does it"
+    return "there is no GPU for Triton's kernels"
 
 
 def left_open() -> bool:
@@ -154,8 +179,22 @@ def settle(choices: Mapping[str, Choice]) -> None:
         op.forget()
 
 
+def _asked(said: str) -> tuple[str, set[str]]:
+    """Of the environment's words: auto, triton or torch, and the ops that they are for, none where
+    for all. Raises InputError for other words."""
+    asked, colon, names = said.partition("=")[2].partition(":")
+    if asked not in ("auto", "triton", "torch") or (colon and asked != "triton"):
+        raise InputError(f"{said} is not auto, triton, triton:OP,OP or torch, environment")
+    named = {*names.split(",")} if colon else set()
+    known = {op.name for op in OPS}
+    if named - known:
+        unknown = ", ".join(sorted(named - known))
+        raise InputError(f"no op is called {unknown!r}, but {', '.join(sorted(known))}, {said}")
+    return asked, named
+
+
 # PyTorch's form on each kind of device; the table in model/attention.py has all of them.
-_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.padded}
+_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.on_cuda}
 
 
 def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
@@ -201,11 +240,18 @@ def _lora_linear(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    # A GPU's product has two dimensions, so that the adapter's is added in place: in one launch,
+    # and one pass over what nothing has kept.
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    rows = x if on_cpu else x.flatten(0, -2)
     if absmax is None:
-        product = _linear(x, weight, None, dtype)
+        product = _linear(rows, weight, None, dtype)
     else:
-        product = _nf4_linear(x, weight, absmax, len(b), dtype)
-    return product + _linear(_linear(x, a, None, dtype), scale * b, None, dtype)
+        product = _nf4_linear(rows, weight, absmax, len(b), dtype)
+    low, b = _linear(rows, a, None, dtype), b if scale == 1.0 else scale * b
+    if on_cpu:
+        return product + _linear(low, b, None, dtype)
+    return product.addmm_(low, b.to(x.dtype).T).unflatten(0, x.shape[:-1])
 
 
 def _lora_linear_triton(x: Tensor, *arguments: Any) -> Tensor:
@@ -236,8 +282,20 @@ def _nf4_linear_triton(x: Tensor, *arguments: Any) -> Tensor:
 
 
 nf4_dequantise = Op("nf4_dequantise", bnb.dequantise_nf4, nf4.nf4_dequantise, by="bitsandbytes")
-nf4_linear = Op("nf4_linear", _nf4_linear, _nf4_linear_triton, by="nf4_dequantise, torch's product")
-lora_linear = Op("lora_linear", _lora_linear, _lora_linear_triton, by="torch, product by product")
+nf4_linear = Op(
+    "nf4_linear",
+    _nf4_linear,
+    _nf4_linear_triton,
+    by="nf4_dequantise, torch's product",
+    products=True,
+)
+lora_linear = Op(
+    "lora_linear",
+    _lora_linear,
+    _lora_linear_triton,
+    by="torch, product by product",
+    products=True,
+)
 rms_norm = Op("rms_norm", rmsnorm.rms_norm_reference, rmsnorm.rms_norm)
 add_rms_norm = Op("add_rms_norm", rmsnorm.add_rms_norm_reference, rmsnorm.add_rms_norm)
 rotate = Op("rotate", rope.rotate_reference, rope.rotate_)
@@ -250,8 +308,9 @@ prefix_attention = Op(
     "prefix_attention",
     _prefix_attention,
     _prefix_attention_triton,
-    by="torch scaled_dot_product_attention, on a CPU by tiles",
+    by="torch's flash attention and products, on a CPU scaled_dot_product_attention by tiles",
     flash=flash.prefix_attention,
+    products=True,
 )
 
 OPS = (

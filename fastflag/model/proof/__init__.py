@@ -3,6 +3,6 @@
 gpu        what the GPU is, without a context on it
 key        what a verdict holds for: model, GPU, libraries, sources, flags
 verdicts   one file an op, and the lock of a GPU
-judge      right and fast, of tensors and samples alone
+speed      what counts as faster; as right, `exactness` beside this folder
 clock      how long work takes
 """

@@ -22,8 +22,8 @@ from fastflag.model import ops
 from fastflag.model.proof.cases import Function, cases, fitting
 from fastflag.model.proof.clock import Times, interleaved
 from fastflag.model.proof.devices import Cpu, Cuda, Device
-from fastflag.model.proof.judge import Timed, fastest
 from fastflag.model.proof.key import Subject
+from fastflag.model.proof.speed import Timed, fastest
 from fastflag.model.proof.trial import Trial
 from fastflag.model.proof.verdicts import Found, Verdict, verdict_of
 from fastflag.model.recompute import ran_out
@@ -94,7 +94,7 @@ def serve(request: Request, tell: Tell, others: Mapping[str, Prove]) -> None:
 
 def prove_op(op: str, request: Request, device: Device, tell: Tell) -> Verdict:
     """Each implementation on each case until one finds it wrong; then the right ones' times."""
-    functions = getattr(ops, op).implementations
+    functions = getattr(ops, op).candidates(device.torch)
     found = dict(request.failed.get(op, {}))
     others = {name: one for name, one in functions.items() if name not in ("torch", *found)}
     errors = dict.fromkeys(others, 0.0)

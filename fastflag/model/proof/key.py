@@ -134,14 +134,8 @@ def _flags() -> dict[str, Any]:
 
 def _ptxas(capability: str) -> str:
     """The assembler that Triton takes for the GPU, by path and version."""
-    if not ops.HAS_TRITON:
-        return "none"
-    from triton import knobs
-
-    # As in triton/backends/nvidia/compiler.py, from Blackwell on.
-    newest = float(capability) >= 10 and hasattr(knobs.nvidia, "ptxas_blackwell")
-    tool = knobs.nvidia.ptxas_blackwell if newest else knobs.nvidia.ptxas
-    return f"{tool.version} {tool.path}"
+    found = ops.assembler(round(10 * float(capability)))
+    return f"{found.version} {found.path}" if found else "none"
 
 
 @cache

@@ -17,8 +17,8 @@ from fastflag.model.model_config import ModelConfig
 from fastflag.model.proof.child import Request, Tell, added_up, today
 from fastflag.model.proof.clock import Times, interleaved
 from fastflag.model.proof.devices import Device, Work
-from fastflag.model.proof.judge import Timed, faster
 from fastflag.model.proof.key import Subject
+from fastflag.model.proof.speed import Timed, faster
 from fastflag.model.proof.verdicts import Found, Verdict
 from fastflag.model.quant import NF4Weight
 from fastflag.model.shared_prefix import SuffixLayout

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastflag.model.exactness import Compared, compared, missed
 from fastflag.model.proof.bands import Bands
 from fastflag.model.proof.cases import Case, Function, Tensors
 from fastflag.model.proof.devices import Device, Work
-from fastflag.model.proof.judge import Compared, compared, differing
 
 
 class Trial:
@@ -75,11 +75,12 @@ class Trial:
         for name, ours, torchs, exact in zip(
             self._names, made, self._torchs, self._exact, strict=True
         ):
-            told = compared(name, ours, torchs, exact)
-            if self.case.whole and not told.why:
-                told = Compared(told.error, differing(name, ours, exact))
-            if told.why:
-                return told
+            told = compared(ours, torchs, exact)
+            why = told.why
+            if self.case.whole and not why:
+                why = missed(ours, exact)
+            if why:
+                return Compared(told.error, f"{name} {why}")
             worst = max(worst, told, key=lambda one: one.error)
         return worst
 
