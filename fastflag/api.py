@@ -294,7 +294,7 @@ def doctor(policy: PolicyConfig | None = None) -> Examination:
 
 
 def prove(policy: PolicyConfig | None = None) -> None:
-    """Has kernels prove themselves on this GPU, to train `policy`; InputError where there is none."""
+    """Has kernels prove themselves on this GPU, to train `policy`. InputError without one."""
     from fastflag.evaluate.doctor import prove
 
     prove(policy or PolicyConfig())

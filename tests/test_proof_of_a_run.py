@@ -398,15 +398,40 @@ def test_graphs_that_replay_another_gradient_are_refused(monkeypatch):
 
     real = whole_update._update
 
-    def doubled(request, device, way):
-        one = real(request, device, way)
-        factor = 2.0 if way == "on" else 1.0
+    def doubled(request, policy):
+        one = real(request, policy)
+        factor = 2.0 if policy.config.graphs == "on" else 1.0
         return lambda: {"grad_norm": factor * float(one()["grad_norm"])}
 
     monkeypatch.setattr(whole_update, "_update", doubled)
     request = request_of(qk_norm=False, attention_bias=False, adaptation="lora")
     verdict = whole_update.prove_graphs(request, Cpu(), lambda _: None)
     assert verdict.launched == "off" and verdict.found["on"].outcome == "wrong"
+
+
+def test_graphs_whose_capture_fails_are_told(monkeypatch):
+    """Their updates are launched, and would be timed as graphs that are no faster."""
+    from fastflag.learn import whole_update
+    from fastflag.policy.graphs import Graphs
+
+    def failing(function, static, allow_unused_input):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    real = whole_update._policy
+
+    def with_graphs(request, device, way):
+        policy = real(request, device, way)
+        modules = torch.nn.ModuleList(policy.top)
+        capture = failing if way == "on" else None
+        policy.graphs = Graphs(policy._evaluate_stage, modules, capture)
+        return policy
+
+    monkeypatch.setattr(whole_update, "_policy", with_graphs)
+    request = request_of(qk_norm=False, attention_bias=False, adaptation="lora")
+    verdict = whole_update.prove_graphs(request, Cpu(), lambda _: None)
+    found = verdict.found["on"]
+    assert (verdict.launched, found.outcome) == ("off", "failed")
+    assert found.why.startswith("a capture fails: CUDA error: operation not permitted")
 
 
 def test_the_child_is_a_program():

@@ -18,7 +18,7 @@ from fastflag.model.proof.clock import Sample, Times
 from fastflag.model.proof.devices import Device
 from fastflag.model.proof.layer import CHOSEN, LAYER, chosen_by, random_weights
 from fastflag.model.proof.speed import FASTER, faster
-from fastflag.model.proof.verdicts import Found, Verdict
+from fastflag.model.proof.verdicts import Found, Outcome, Verdict
 from fastflag.policy.table import Policy
 
 _VOCABULARY = 1024
@@ -28,10 +28,11 @@ _WARM_UP = 4  # updates: the trunk is read, kernels compiled, and at the second 
 
 def prove_graphs(request: Request, device: Device, tell: Tell) -> Verdict:
     """On where an update is clearly faster with them; rounds of both, in turn."""
-    updates = {}
+    updates, policies = {}, {}
     for way in ("off", "on"):
         tell({"begin": GRAPHS, "implementation": way, "case": "capture"})
-        updates[way] = _update(request, device, way)
+        policies[way] = _policy(request, device, way)
+        updates[way] = _update(request, policies[way])
     norms = dict.fromkeys(updates, 0.0)
     samples: dict[str, list[Sample]] = {way: [] for way in updates}
     for number in range(_WARM_UP + request.rounds):
@@ -41,10 +42,12 @@ def prove_graphs(request: Request, device: Device, tell: Tell) -> Verdict:
                 norms[way] = float(one()["grad_norm"])
             else:
                 samples[way].append(device.clock.sample(partial(_itself, one)))
+    captured = policies["on"].graphs
+    if captured is not None and captured.problem:
+        return _refused("failed", f"a capture fails: {captured.problem}")
     if not abs(norms["on"] - norms["off"]) <= _BOUND * norms["off"]:  # NaN is not
         why = f"the gradient's norm is {norms['on']:.3g}, not {norms['off']:.3g}"
-        found = {"off": Found("right"), "on": Found("wrong", why)}
-        return Verdict(GRAPHS, "off", "off", "on wrong", found, today())
+        return _refused("wrong", why)
     timed = {way: added_up([Times(tuple(some))]) for way, some in samples.items()}
     # An update waits for the device at its end, and for the host all along.
     gain = faster(timed["on"], timed["off"], replayed=False)
@@ -57,12 +60,17 @@ def prove_graphs(request: Request, device: Device, tell: Tell) -> Verdict:
     return Verdict(GRAPHS, taken, taken, reason, found, today())
 
 
+def _refused(outcome: Outcome, why: str) -> Verdict:
+    found = {"off": Found("right"), "on": Found(outcome, why)}
+    return Verdict(GRAPHS, "off", "off", f"on {outcome}", found, today())
+
+
 def _itself(work: Callable[[], Any]) -> Callable[[], Any]:
     return work
 
 
-def _update(request: Request, device: Device, way: str) -> Callable[[], Any]:
-    """One evaluation and gradient step of a policy of random weights."""
+def _policy(request: Request, device: Device, way: str) -> Policy:
+    """Of random weights."""
     subject = request.subject
     settings = {
         "top_layers": subject.top_layers,
@@ -77,7 +85,11 @@ def _update(request: Request, device: Device, way: str) -> Callable[[], Any]:
     }
     config = from_dict({"policy": settings}, "proof").policy
     weights = random_weights(subject, subject.top_layers + 1, _VOCABULARY)
-    policy = Policy(weights, config, range(subject.actions), seed=0)
+    return Policy(weights, config, range(subject.actions), seed=0)
+
+
+def _update(request: Request, policy: Policy) -> Callable[[], Any]:
+    """One evaluation and gradient step."""
     algorithm = AlgorithmConfig()
     optimizer = make_optimizer(policy, algorithm)
     lesson = whole_lesson(request.batch, _VOCABULARY, policy.device)

@@ -63,6 +63,7 @@ class Graphs:
     ):
         """`capture` is torch.cuda.make_graphed_callables, None to launch everything anew."""
         self._evaluate, self._trained, self._capture = evaluate, trained, capture
+        self.problem = ""  # of the capture that failed, in one line
         self._captured: dict[tuple[torch.Size, ...], nn.Module] = {}
         self._seen: set[tuple[torch.Size, ...]] = set()
 
@@ -75,9 +76,10 @@ class Graphs:
         if shapes not in self._captured and (full or shapes not in self._seen):
             self._seen.add(shapes)
             return self._evaluate(stage)
-        missing = shapes not in self._captured
-        if missing and (problem := self._try_capture(self._capture, shapes, tensors)):
-            _LOG.warning("CUDA graphs are off, every kernel is launched: %s", problem)
+        if shapes not in self._captured:
+            self.problem = self._try_capture(self._capture, shapes, tensors)
+        if self.problem:
+            _LOG.warning("CUDA graphs are off, every kernel is launched: %s", self.problem)
             self._capture = None
             self.forget()
             return self._evaluate(stage)
