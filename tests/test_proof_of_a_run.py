@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from precision import compute_as_on_a_gpu
 from small import small_config, small_market
 from test_proof_key import GPU
 from test_proof_parent import CHILD
@@ -417,6 +418,7 @@ def test_graphs_whose_capture_fails_are_told(monkeypatch):
     def failing(function, static, allow_unused_input):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
+    compute_as_on_a_gpu(monkeypatch)
     real = whole_update._policy
 
     def with_graphs(request, device, way):

@@ -219,11 +219,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def initial_log_probabilities(self, prompts: PromptSet) -> Tensor:
-        """The untrained policy's log-probabilities, [U, A].
-
-        With an action head they are uniform over the allowed actions, because its last layer
-        starts at zero; with the language-model head they are the model's own.
-        """
+        """The untrained policy's log-probabilities, [U, A]: uniform over the allowed actions with
+        an action head, whose last layer starts at zero; with the language model's, its own."""
         allowed = torch.from_numpy(prompts.allowed).to(self.device)
         if self.action_head is not None:
             return masked_log_softmax(torch.zeros(allowed.shape, device=self.device), allowed)
@@ -330,8 +327,7 @@ class Policy(nn.Module):
             )
 
     def _graphs(self) -> Graphs:
-        heads = [head for head in (self.action_head, self.value_head) if head is not None]
-        modules = nn.ModuleList([*self.top, *heads])
+        modules = nn.ModuleList(filter(None, [*self.top, self.action_head, self.value_head]))
         # A budget bounds what is kept, and each graph keeps an evaluation.
         settings = not self.config.memory_budget, self.config.graphs
         return graphs.made_for(self.device, self._evaluate_stage, modules, *settings)
