@@ -134,10 +134,10 @@ def _paper_task(variant: str) -> list[dict]:
     trainer = Trainer(dataclasses.replace(config, policy=policy))
 
     def budget() -> None:
-        for _ in range(config.steps):
+        for _ in range(config.updates):
             trainer.update()
 
-    shape = f"{config.steps} updates of 1 x {config.rollout.num_steps}"
+    shape = f"{config.updates} updates of 1 x {config.rollout.num_steps}"
     row = Row("the paper's budget", shape, variant, seconds(budget), "s")
     return [dataclasses.asdict(row)]
 

@@ -76,7 +76,7 @@ def texts(lengths, seed, first=1):
 
 def prompt_set(prefixes, suffixes, pairs=None, seed=0):
     """Every suffix after every prefix, or `pairs`. Sides go round with the suffixes; the
-    first prompt of each day and side is reference."""
+    first prompt of each day and side centres."""
     if pairs is None:
         pairs = [(d, s) for d in range(len(prefixes)) for s in range(len(suffixes))]
     pairs = np.array(pairs, dtype=np.int32)
@@ -84,8 +84,8 @@ def prompt_set(prefixes, suffixes, pairs=None, seed=0):
     allowed[:, 1] = True
     side = np.array([0, 1, -1], dtype=np.int8)[pairs[:, 1] % 3]
     keys = np.stack([pairs[:, 0], side], axis=1)
-    reference = np.unique(keys, axis=0, return_index=True)[1].astype(np.int32)
-    return PromptSet(prefixes, suffixes, pairs, side, allowed, np.sort(reference))
+    centring = np.unique(keys, axis=0, return_index=True)[1].astype(np.int32)
+    return PromptSet(prefixes, suffixes, pairs, side, allowed, np.sort(centring))
 
 
 def last_states(model, prompts):

@@ -268,7 +268,7 @@ def test_a_run_that_went_on_is_read_anew(config, tmp_path, caplog):
     longer = ff.train(run.folder, resume=True, total_timesteps=2 * config.total_timesteps)
     assert run.decide(DATES[30]) == longer.decide(DATES[30]) != before
     updates = tested.document["updates"]
-    assert longer.tested.document["updates"] == 2 * updates == 2 * config.steps
+    assert longer.tested.document["updates"] == 2 * updates == 2 * config.updates
     assert caplog.records == []
     longer_told = longer.decide(DATES[30])
     # Another training of as many updates is another policy.

@@ -72,7 +72,7 @@ def test_the_file_s_other_symbols_change_nothing(symbol, stock_and_coin, tokeniz
         for day in range(len(alone.dates)):
             texts = [world.prompter.prefix_text(day) for world in worlds]
             assert texts[0] == texts[1]
-        assert worlds[0].task.bars.table.tobytes() == worlds[1].task.bars.table.tobytes()
+        assert worlds[0].task.bars.matrix.tobytes() == worlds[1].task.bars.matrix.tobytes()
     figures = []
     for words in ([stock_and_coin[symbol.lower()]], [stock_and_coin["both"], "--symbol", symbol]):
         cli.main(["metrics", "--json", "--data", *words])

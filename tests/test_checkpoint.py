@@ -67,7 +67,7 @@ class Trainer:
         restore_policy(checkpoint, self.policy, FINGERPRINT, run)
         restore_optimizer(checkpoint, self.optimizer, Path())
         self.accounts = restore_accounts(checkpoint, self.config.rollout.start_groups, run)
-        return checkpoint.step
+        return checkpoint.updates
 
     def bits(self):
         """Every kept tensor's bytes by name."""

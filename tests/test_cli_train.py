@@ -31,9 +31,9 @@ def test_train_leaves_a_whole_run(trained, config):
     assert len(document.pop("market")) == 64
     assert document == to_dict(as_kept(config)) | {"fastflag": fastflag.__version__}
     steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").open()]
-    assert steps == list(range(config.steps))
+    assert steps == list(range(config.updates))
     state = json.loads((trained / "checkpoint" / "state.json").read_text())
-    assert state["step"] == config.steps
+    assert state["step"] == config.updates
     assert sorted(os.listdir(trained / "checkpoint")) == [state["tensors"], "state.json"]
     assert (trained / "report.html").stat().st_size > 1e6
 
@@ -94,7 +94,7 @@ def test_every_preset_trains_at_least_once(preset, monkeypatch):
     monkeypatch.setattr(cli.Train, "run", lambda self: seen.append(self.settings))
     cli.main(["train", "--out", "x", "--preset", preset])
     assert seen == [PRESETS[preset]]
-    assert seen[0].steps > 0
+    assert seen[0].updates > 0
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(
@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 ):
     from fastflag.learn.progress import Log
 
-    real = Log.step
+    real = Log.add
     words = ["train", "--out", str(tmp_path / "run"), "--config", str(config_file)]
 
     def interrupt_third(self, record):
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
         real(self, record)
 
-    monkeypatch.setattr(Log, "step", interrupt_third)
+    monkeypatch.setattr(Log, "add", interrupt_third)
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 130

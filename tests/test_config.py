@@ -192,15 +192,15 @@ def test_what_else_a_runs_file_says_is_no_setting():
 
 def test_steps():
     rollout = RolloutConfig(num_envs=3, num_steps=5)
-    assert TrainConfig(rollout=rollout, total_timesteps=44).steps == 2
-    assert TrainConfig(rollout=rollout, total_timesteps=14).steps == 0
-    assert PRESETS["paper"].steps == 346
+    assert TrainConfig(rollout=rollout, total_timesteps=44).updates == 2
+    assert TrainConfig(rollout=rollout, total_timesteps=14).updates == 0
+    assert PRESETS["paper"].updates == 346
 
 
 def test_the_paper_preset_is_the_papers_table_3():
     paper = PRESETS["paper"]
     algorithm, rollout, simulator = paper.algorithm, paper.rollout, paper.simulator
-    assert paper.total_timesteps == 13_860 and paper.steps == 346
+    assert paper.total_timesteps == 13_860 and paper.updates == 346
     assert algorithm.algorithm == "ppo"
     assert algorithm.learning_rate == algorithm.layer_learning_rate == 5e-4
     assert (rollout.num_envs, rollout.num_steps, rollout.start_groups) == (1, 40, 1)

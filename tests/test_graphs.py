@@ -204,11 +204,11 @@ def test_a_stage_is_made_once_for_prompts_of_equal_content(policies, monkeypatch
     assert len(made) == 3
 
 
-@pytest.mark.parametrize("name", ["prefixes", "suffixes", "pairs", "side", "allowed", "reference"])
+@pytest.mark.parametrize("name", ["prefixes", "suffixes", "pairs", "side", "allowed", "centring"])
 def test_other_content_is_told_apart(name):
     prompts = random_prompts(0)
     value = getattr(prompts, name)
-    if name == "reference":
+    if name == "centring":
         changed = value[1:]
     elif isinstance(value, tuple):
         changed = (value[0][:-1], *value[1:])

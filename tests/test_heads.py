@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastflag.policy.heads import (
-    Reference,
+    Centring,
     RunningStatistics,
     Statistics,
     make_action_head,
@@ -23,19 +23,19 @@ def random(*shape, seed=0):
 SIDE = torch.tensor([2, 0, 2, 1, 0, 2, 1, 2, 0, 2])
 
 
-def statistics_of(reference, side):
-    """Where every row is of the reference."""
-    rows = Reference.of(np.arange(len(side)), side.numpy(), reference.device)
-    return Statistics.of(reference, rows)
+def statistics_of(centring, side):
+    """Where every row centres."""
+    rows = Centring.of(np.arange(len(side)), side.numpy(), centring.device)
+    return Statistics.of(centring, rows)
 
 
 def test_centring_is_the_formula_a_mean_for_each_side_and_a_deviation_over_all():
-    reference, features = random(10, 3) * 2 + 10 * SIDE[:, None], random(4, 3, seed=1)
+    centring, features = random(10, 3) * 2 + 10 * SIDE[:, None], random(4, 3, seed=1)
     of = torch.tensor([1, 2, 0, 1])
-    centred = statistics_of(reference, SIDE).centre(features, of)
+    centred = statistics_of(centring, SIDE).centre(features, of)
     for column in range(3):
         values = {
-            side: [reference[at, column].item() for at in range(10) if SIDE[at] == side]
+            side: [centring[at, column].item() for at in range(10) if SIDE[at] == side]
             for side in range(3)
         }
         mean = {side: sum(some) / len(some) for side, some in values.items()}
@@ -47,11 +47,11 @@ def test_centring_is_the_formula_a_mean_for_each_side_and_a_deviation_over_all()
 
 
 def test_a_side_without_reference_takes_the_mean_of_all():
-    reference = random(5, 3)
+    centring = random(5, 3)
     side = torch.tensor([1, 1, 0, 1, 1])
-    statistics = statistics_of(reference, side)
-    torch.testing.assert_close(statistics.mean[2], reference.mean(0))
-    torch.testing.assert_close(statistics.mean[0], reference[2])
+    statistics = statistics_of(centring, side)
+    torch.testing.assert_close(statistics.mean[2], centring.mean(0))
+    torch.testing.assert_close(statistics.mean[0], centring[2])
     assert statistics.known.tolist() == [True, True, False]
 
 
@@ -68,34 +68,34 @@ def test_decisions_on_a_side_never_met_are_centred_as_flat_ones():
 
 
 def test_the_gradient_goes_through_the_statistics():
-    reference, weight = random(10, 3), random(10, 3, seed=1)
+    centring, weight = random(10, 3), random(10, 3, seed=1)
 
     def loss(values):
         return (weight * statistics_of(values, SIDE).centre(values, SIDE).tanh()).sum()
 
-    reference.requires_grad_()
-    loss(reference).backward()
+    centring.requires_grad_()
+    loss(centring).backward()
     step = 1e-6
     for place in range(30):
         nudge = torch.zeros(30, dtype=torch.float64)
         nudge[place] = step
         nudge = nudge.view(10, 3)
         with torch.no_grad():
-            slope = (loss(reference + nudge) - loss(reference - nudge)) / (2 * step)
-        assert reference.grad.view(-1)[place].item() == pytest.approx(slope.item(), abs=1e-8)
+            slope = (loss(centring + nudge) - loss(centring - nudge)) / (2 * step)
+        assert centring.grad.view(-1)[place].item() == pytest.approx(slope.item(), abs=1e-8)
     # What all rows of a side share is taken away, so that no gradient can move it.
     for side in range(3):
-        shared = reference.grad[side == SIDE].sum(0)
-        assert shared.abs().max() < 1e-12 < 0.01 < reference.grad[SIDE == 2].abs().max()
+        shared = centring.grad[side == SIDE].sum(0)
+        assert shared.abs().max() < 1e-12 < 0.01 < centring.grad[SIDE == 2].abs().max()
 
 
 def test_a_reference_of_one_row_has_finite_gradients():
-    reference = random(1, 3).requires_grad_()
+    centring = random(1, 3).requires_grad_()
     side = torch.zeros(1, dtype=torch.int64)
-    centred = statistics_of(reference, side).centre(reference, side)
+    centred = statistics_of(centring, side).centre(centring, side)
     assert torch.equal(centred, torch.zeros_like(centred))
     centred.sum().backward()
-    assert torch.isfinite(reference.grad).all()
+    assert torch.isfinite(centring.grad).all()
 
 
 def test_running_statistics_are_a_mean_that_becomes_an_exponential_average():

@@ -220,10 +220,10 @@ def by_hand(states, prompts, action_head, value_head):
     """Centring, heads and masked softmax in plain torch on last states [U, C]."""
     mean, squares = {}, []
     for side in set(prompts.side.tolist()):
-        reference = states[[at for at in prompts.reference.tolist() if prompts.side[at] == side]]
-        mean[side] = reference.sum(0) / len(reference)
-        squares.append((reference - mean[side]) ** 2)
-    deviation = (torch.cat(squares).sum(0) / len(prompts.reference) + 1e-6).sqrt()
+        centring = states[[at for at in prompts.centring.tolist() if prompts.side[at] == side]]
+        mean[side] = centring.sum(0) / len(centring)
+        squares.append((centring - mean[side]) ** 2)
+    deviation = (torch.cat(squares).sum(0) / len(prompts.centring) + 1e-6).sqrt()
     logits, values = [], []
     for row, side in enumerate(prompts.side.tolist()):
         centred = (states[row] - mean[side]) / deviation

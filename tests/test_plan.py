@@ -83,7 +83,7 @@ def held_by(policy: Policy) -> dict[str, list[Tensor]]:
         "embedding": [policy.trunk._embedding, policy.final_norm],
         "top_frozen": [tensor for block in policy.top for tensor in frozen(block)],
         "trained": [*policy.top.parameters()],
-        "heads": heads + ([policy.action_words] if policy.action_head is None else []),
+        "heads": heads + ([policy.word_rows] if policy.action_head is None else []),
         "initial": [*policy._initial.values()],
     }
 

@@ -510,18 +510,18 @@ def test_stepped_prompts(smollm, simulator):
     told, task, days = shown.prompter, shown.task, range(4, 16)
     accounts = Accounts.start(64, 1000.0)
     reached = task.reachable(days, accounts)
-    reference = np.zeros_like(reached)
-    reference[:, 0] = True
-    reference[np.arange(12), np.arange(700, 1000, 25)] = True
-    prompts, row_of = shown.stepped(days, reached, reference)
+    centring = np.zeros_like(reached)
+    centring[:, 0] = True
+    centring[np.arange(12), np.arange(700, 1000, 25)] = True
+    prompts, row_of = shown.stepped(days, reached, centring)
 
     assert len(prompts.prefixes) == len(days) and row_of.shape == (12, CODES)
-    present = reached | reference
+    present = reached | centring
     assert (present.sum(1) > reached.sum(1)).any()
     assert np.array_equal(row_of >= 0, present)
     assert len(prompts.pairs) == present.sum() == row_of.max() + 1, "distinct texts, one row each"
     assert len(prompts.suffixes) == present.any(0).sum()
-    assert prompts.reference.tolist() == sorted(row_of[reference])
+    assert prompts.centring.tolist() == sorted(row_of[centring])
     for i, day in enumerate(days):
         assert prompts.side[row_of[i][present[i]]].tolist() == [
             decode(code)[0] for code in np.flatnonzero(present[i])
@@ -548,7 +548,7 @@ def test_stepped_prompts_of_days_in_any_order(smollm):
     assert prompts.pairs.tolist() == [[0, 0], [0, 1], [1, 0]]
     assert row_of[0, 0] == 0 and row_of[0, 7] == 1 and row_of[1, 0] == 2
     assert (row_of >= 0).sum() == 3
-    assert prompts.reference.tolist() == []
+    assert prompts.centring.tolist() == []
     with pytest.raises(ValueError, match="twice"):
         shown.stepped([2, 2], reached)
 
@@ -568,7 +568,7 @@ def test_exact_prompts(smollm, layout):
         assert np.array_equal(prompts.tokens(row[b]), np.concatenate([told.prefix(3), expected]))
     assert np.array_equal(prompts.allowed[row], task.allowed(3, np.sign(accounts.shares)))
     assert prompts.side[row].tolist() == np.sign(accounts.shares).tolist() == [1, 1, 1, 0, 0]
-    assert prompts.reference.tolist() == []
+    assert prompts.centring.tolist() == []
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])

@@ -103,3 +103,21 @@ def test_every_file_is_in_the_tree():
     for folder in ("fastflag", "bench/measure", "bench/rivals"):
         stems = {path.stem for path in (ROOT / folder).rglob("*.py")}
         assert {stem for stem in stems if not stem.startswith("__")} <= named
+
+
+def test_shapes_mean_what_the_readme_says():
+    """A docstring's "Shapes:" names its capitals by a noun of the README's; N is anything."""
+    _, _, told = README.partition("Shapes in docstrings: ")
+    told = " ".join(told.partition("\n\n")[0].split())
+    meanings: dict[str, str] = {}
+    for letter, words in re.findall(r"\b([A-Z]) (.*?)(?=[,.] (?:In |[A-Z] )|\.$)", told):
+        meanings[letter] = f"{meanings.get(letter, '')} {words}"
+    assert meanings.keys() >= set("ABCDEFGHKMNPQRSTUVW")
+    wrong = []
+    for path in (ROOT / "fastflag").rglob("*.py"):
+        lines = re.search(r"^Shapes: (.*?)\.\s", path.read_text(), re.MULTILINE | re.DOTALL)
+        for letter, words in re.findall(r"\b([A-Z]) ([a-z/ ]+)", lines[1] if lines else ""):
+            nouns = words.split(" of ")[0].split(" that ")[0].split()
+            if letter != "N" and not any(noun in meanings.get(letter, "") for noun in nouns):
+                wrong.append(f"{path.name}: {letter} {words}")
+    assert not wrong

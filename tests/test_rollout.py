@@ -247,8 +247,8 @@ def test_guesses_find_what_is_visited_in_a_few_batches(tiny_model, estimator, mo
     visited = np.union1d(batch.steps.row, batch.steps.next_row)
     if batch.branches:
         visited = np.union1d(visited, batch.branches.next_row)
-    reference = batch.prompts.reference
-    unread = np.setdiff1d(np.arange(len(batch.prompts.pairs)), np.union1d(visited, reference))
+    centring = batch.prompts.centring
+    unread = np.setdiff1d(np.arange(len(batch.prompts.pairs)), np.union1d(visited, centring))
     assert len(unread) <= 0.25 * len(visited)
     assert len(table.value) == len(batch.prompts.pairs)
 

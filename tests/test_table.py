@@ -59,7 +59,7 @@ def take(prompts, rows, days):
         pairs,
         prompts.side[rows],
         prompts.allowed[rows],
-        np.array([rows.index(row) for row in prompts.reference], dtype=np.int32),
+        np.array([rows.index(row) for row in prompts.centring], dtype=np.int32),
     )
 
 
@@ -84,14 +84,14 @@ def scrambled(prompts, seed):
         pairs.astype(np.int32),
         prompts.side[rows],
         prompts.allowed[rows],
-        np.argsort(rows)[prompts.reference].astype(np.int32),
+        np.argsort(rows)[prompts.centring].astype(np.int32),
     ), rows
 
 
 @pytest.mark.parametrize("top_layers", [1, 3])
 def test_which_other_prompts_are_in_the_set_never_changes_a_row(weights, top_layers):
     whole = rows_of(made(weights, top_layers=top_layers), PROMPTS)
-    rows = [*PROMPTS.reference.tolist(), 3, 19]
+    rows = [*PROMPTS.centring.tolist(), 3, 19]
     assert len(set(rows)) == len(rows) < len(PROMPTS.pairs)
     few = rows_of(made(weights, top_layers=top_layers), take(PROMPTS, rows, [0, 1, 2, 3]))
     assert relative(few, whole[rows]) < 1e-5
@@ -106,7 +106,7 @@ def test_statistics_are_of_the_reference_rows_and_can_be_given(weights, model):
         states = last_states(model.model, PROMPTS)
         table = policy.evaluate(PROMPTS)
     for number, side in enumerate((-1, 0, 1)):
-        of_side = [row for row in PROMPTS.reference if PROMPTS.side[row] == side]
+        of_side = [row for row in PROMPTS.centring if PROMPTS.side[row] == side]
         assert relative(table.statistics.mean[number], states[of_side].mean(0)) < 1e-5
     shift = torch.tensor([0.5, 1.5, -0.5])
     known = torch.ones(3, dtype=torch.bool)
@@ -120,7 +120,7 @@ def test_statistics_are_of_the_reference_rows_and_can_be_given(weights, model):
     one = replace(
         prompt_set(PREFIXES[1:2], SUFFIXES[2:3]),
         side=PROMPTS.side[7:8],
-        reference=np.zeros(0, dtype=np.int32),
+        centring=np.zeros(0, dtype=np.int32),
     )
     assert relative(rows_of(policy, one, given)[0, 3:], rows[7, 3:]) < 1e-5
     with pytest.raises(ValueError, match="needs statistics"):
@@ -203,7 +203,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(wide, dtype, threads):
             table = policy.evaluate(prompts, statistics)
             for _ in range(6):
                 rows = random.choice(len(prompts.pairs), random.integers(1, 20), replace=False)
-                chosen = replace(prompts, reference=rows[:1].astype(np.int32))
+                chosen = replace(prompts, centring=rows[:1].astype(np.int32))
                 some, place = chosen.subset(rows)
                 of_some = policy.evaluate(some, statistics)
                 assert torch.equal(of_some.value[place], table.value[rows]), len(rows)
@@ -348,7 +348,7 @@ def train(policy, steps):
 def test_initial_probabilities_of_the_lm_head_stay_those_before_training(weights, adaptation):
     policy = made(weights, head="lm", adaptation=adaptation)
     before = rows_of(policy, PROMPTS)[:, :3]
-    some = take(PROMPTS, [*PROMPTS.reference.tolist(), 3], [0, 1, 2, 3])
+    some = take(PROMPTS, [*PROMPTS.centring.tolist(), 3], [0, 1, 2, 3])
     torch.testing.assert_close(policy.initial_log_probabilities(some)[-1].exp(), before[3])
     train(policy, 3)
     after = rows_of(policy, PROMPTS)

@@ -264,7 +264,7 @@ GOOD = {
     "pairs": np.array([[0, 0], [0, 1], [1, 0]], dtype=np.int32),
     "allowed": np.array([[0, 1, 1], [1, 1, 0], [0, 1, 0]], dtype=bool),
     "side": np.array([0, 1, -1], dtype=np.int8),
-    "reference": ids(0, 2),
+    "centring": ids(0, 2),
 }
 
 
@@ -289,9 +289,9 @@ def test_prompt_set_joins_prefix_and_suffix():
         {"side": GOOD["side"][:2]},
         {"side": GOOD["side"].astype(int)},
         {"side": 2 * GOOD["side"]},
-        {"reference": ids(0, 3)},
-        {"reference": ids(0, -1)},
-        {"reference": np.array([0, 2])},
+        {"centring": ids(0, 3)},
+        {"centring": ids(0, -1)},
+        {"centring": np.array([0, 2])},
     ],
 )
 def test_prompt_set_refuses_what_does_not_fit(change):
@@ -300,10 +300,10 @@ def test_prompt_set_refuses_what_does_not_fit(change):
 
 
 def test_a_subset_keeps_the_chosen_prompts_and_the_reference():
-    prompts = PromptSet(**{**GOOD, "reference": ids(1)})
+    prompts = PromptSet(**{**GOOD, "centring": ids(1)})
     some, places = prompts.subset(np.array([2]))
     assert [some.tokens(row).tolist() for row in range(2)] == [[1, 2, 8, 9], [3, 7]]
-    assert (places.tolist(), some.reference.tolist()) == ([1], [0])
+    assert (places.tolist(), some.centring.tolist()) == ([1], [0])
     assert (some.side.tolist(), some.allowed.tolist()) == ([1, -1], GOOD["allowed"][1:].tolist())
-    alone, places = PromptSet(**{**GOOD, "reference": ids()}).subset(np.array([1]))
+    alone, places = PromptSet(**{**GOOD, "centring": ids()}).subset(np.array([1]))
     assert (len(alone.prefixes), len(alone.suffixes), places.tolist()) == (1, 1, [0])

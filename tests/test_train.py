@@ -93,14 +93,14 @@ class Killed(BaseException):
 
 def killed_at(monkeypatch, step):
     """The run stops dead when update `step` is logged, before its checkpoint."""
-    log = Log.step
+    log = Log.add
 
     def stopping(self, record):
         log(self, record)
         if record["step"] == step:
             raise Killed
 
-    monkeypatch.setattr(Log, "step", stopping)
+    monkeypatch.setattr(Log, "add", stopping)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_checkpoints_come_when_due_and_at_the_end(tiny_model, tmp_path, monkeypa
             with pytest.raises(Killed):
                 trained(config, run)
         assert (run / "checkpoint").exists() == (kept is not None)
-        assert kept is None or read_checkpoint(run).step == kept
+        assert kept is None or read_checkpoint(run).updates == kept
     trained(config, tmp_path / "whole")
-    assert read_checkpoint(tmp_path / "whole").step == 5
+    assert read_checkpoint(tmp_path / "whole").updates == 5
 
 
 def test_a_finished_run_resumed_stays_as_it_is(tiny_model, tmp_path):
@@ -353,7 +353,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_were_not(program):
         delay = random.uniform(0, 0.04)
         ended = program.signal_after("killed", updates, delay, number, "--resume")
         assert ended == (-number, "")
-        steps.append(read_checkpoint(program.folder / "killed").step)
+        steps.append(read_checkpoint(program.folder / "killed").updates)
     assert steps == sorted(steps) and 0 < steps[-1] < program.updates
     assert program.run("killed", "--resume") == (0, "")
     assert outcome(program.folder / "killed") == outcome(program.folder / "whole")
@@ -366,7 +366,7 @@ def test_ctrl_c_and_a_full_disk_each_say_one_line_and_lose_nothing(program):
     assert status == 130
     assert "interrupted" in errors and "--resume" in errors and "\n" not in errors
     kept = read_checkpoint(run)
-    assert 2 <= kept.step < program.updates
+    assert 2 <= kept.updates < program.updates
     state = json.loads((run / "checkpoint/state.json").read_text())
 
     status, errors = program.run("stopped", "--resume", limit=50_000)
@@ -374,7 +374,7 @@ def test_ctrl_c_and_a_full_disk_each_say_one_line_and_lose_nothing(program):
     assert errors.startswith("fastflag: error: File too large, ") and "\n" not in errors
     assert json.loads((run / "checkpoint/state.json").read_text()) == state
     assert os.path.getsize(run / "checkpoint" / state["tensors"]) > 50_000
-    assert read_checkpoint(run).step == kept.step
+    assert read_checkpoint(run).updates == kept.updates
     assert len(list((run / "checkpoint").glob("*.safetensors"))) == 1
 
     assert program.run("stopped", "--resume") == (0, "")

@@ -23,7 +23,7 @@ from fastflag.learn.update import (
     update,
 )
 from fastflag.policy import graphs
-from fastflag.policy.heads import Reference, Statistics
+from fastflag.policy.heads import Centring, Statistics
 from fastflag.policy.table import Table
 from fastflag.prompt.prompts import PromptSet
 
@@ -189,11 +189,11 @@ def test_the_gradient_is_that_of_one_forward_per_environment_step(
     run.policy.zero_grad()
 
     prompts = run.batch.prompts
-    alone = [one_prompt(prompts, row) for row in prompts.reference]
-    reference = [run.policy._features(one, run.policy.read(one.prefixes)) for one in alone]
-    side = prompts.side[prompts.reference].astype(np.int64) + 1
-    rows = Reference.of(np.arange(len(side)), side, torch.device("cpu"))
-    statistics = Statistics.of(torch.cat(reference), rows)
+    alone = [one_prompt(prompts, row) for row in prompts.centring]
+    centring = [run.policy._features(one, run.policy.read(one.prefixes)) for one in alone]
+    side = prompts.side[prompts.centring].astype(np.int64) + 1
+    rows = Centring.of(np.arange(len(side)), side, torch.device("cpu"))
+    statistics = Statistics.of(torch.cat(centring), rows)
     samples = run.every_step()
     assert len(samples) > len(lesson.samples)
     alone = [one_prompt(prompts, row) for row in samples.row.tolist()]

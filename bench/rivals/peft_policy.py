@@ -21,7 +21,7 @@ from fastflag.learn.samples import Samples
 from fastflag.model.linear import FrozenLinear
 from fastflag.model.llama import LINEARS
 from fastflag.model.weights import Weights
-from fastflag.policy.heads import Reference, Statistics, masked_log_softmax
+from fastflag.policy.heads import Centring, Statistics, masked_log_softmax
 from fastflag.policy.table import Policy
 from fastflag.prompt.prompts import PromptSet
 
@@ -102,12 +102,12 @@ class PlainPolicy:
     def gradient(
         self, prompts: PromptSet, rows: np.ndarray, samples: Samples, config: AlgorithmConfig
     ) -> dict[str, Tensor]:
-        """The loss' gradient by parameter: every sample, and every reference prompt, whole."""
-        side = prompts.side[prompts.reference].astype(np.int64) + 1
-        centre = Reference.of(np.arange(len(side)), side, self.device)
-        reference = self.features([prompts.tokens(row) for row in prompts.reference])
+        """The loss' gradient by parameter: every sample, and every centring prompt, whole."""
+        side = prompts.side[prompts.centring].astype(np.int64) + 1
+        centre = Centring.of(np.arange(len(side)), side, self.device)
+        centring = self.features([prompts.tokens(row) for row in prompts.centring])
         features = self.features([prompts.tokens(row) for row in rows])
-        made = self.heads(features, prompts, rows, Statistics.of(reference, centre))
+        made = self.heads(features, prompts, rows, Statistics.of(centring, centre))
         loss_of(*made, samples, config)[0].backward()
         named = self.adapters | {
             f"{head}.{name}": parameter

@@ -216,6 +216,6 @@ class TrainConfig(Checked):
     """Sampled episodes of the backtest, beside the greedy one."""
 
     @property
-    def steps(self) -> int:
-        """Number of updates."""
+    def updates(self) -> int:
+        """How many there are in all."""
         return self.total_timesteps // (self.rollout.num_envs * self.rollout.num_steps)

@@ -1,6 +1,6 @@
 """Accounts that live through held-out days under a trained policy.
 
-Shapes: B accounts, n days (n - 1 decisions), W decisions of a window, U prompts, A actions.
+Shapes: B accounts, n days (n - 1 decisions), W moments of a window, U prompts, A actions.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from fastflag.learn.speculation import guessed
 from fastflag.market.accounts import Accounts
 from fastflag.market.random_numbers import uniform
 from fastflag.market.tasks.single import BUY, HOLD, SELL
-from fastflag.policy.table import Days, Policy
+from fastflag.policy.table import Policy, ReadPrefixes
 from fastflag.prompt.world import World
 
 # Decisions whose prompts are guessed together: about 100 prompts in a batch, where one decision has
@@ -88,7 +88,9 @@ def run_episodes(
     return lived
 
 
-def _asked(policy: Policy, world: World, read: Days, accounts: Accounts, day: int) -> np.ndarray:
+def _asked(
+    policy: Policy, world: World, read: ReadPrefixes, accounts: Accounts, day: int
+) -> np.ndarray:
     """The policy's answers to `accounts` at the close of `day`, [B, A]."""
     prompts, row = world.shown(accounts, day)
     return policy.evaluate(prompts, policy.running.current(), read).probabilities[row]
@@ -98,7 +100,7 @@ def _told(
     policy: Policy,
     world: World,
     days: range,
-    read: Days,
+    read: ReadPrefixes,
     accounts: Accounts,
     choose_actions: Chooser,
     first: int,

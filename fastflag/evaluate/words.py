@@ -133,7 +133,7 @@ def training_facts(config: TrainConfig, updates: list[dict[str, Any]]) -> dict[s
     return {
         "Model": f"{policy.model}; {layers} trained ({how}), "
         f"the rest frozen in {policy.trunk_weights}",
-        "Training": f"{config.algorithm.algorithm.upper()}, {len(updates):,} of {config.steps:,} "
+        "Training": f"{config.algorithm.algorithm.upper()}, {len(updates):,} of {config.updates:,} "
         f"updates, {number(env_steps, 0)} steps in {config.rollout.num_envs:,} environments; "
         f"seed {config.seed}",
         "Trained on": f"{data.data}, {days}; reward: {simulator.reward.replace('_', ' ')}",

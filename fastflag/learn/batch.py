@@ -113,10 +113,11 @@ def start_accounts(config: RolloutConfig, cash: float) -> list[Accounts]:
 
 
 def start_groups(
-    world: World, spans: Sequence[range], accounts: list[Accounts], num_steps: int, step: int
+    world: World, spans: Sequence[range], accounts: list[Accounts], num_steps: int, done: int
 ) -> list[Group]:
-    """The groups of update number `step`, and the moments of `spans` that each lives."""
-    first, horizon = step * num_steps, world.task.rules.horizon
+    """The groups of an update before which `done` were, and the moments of `spans` that each
+    lives."""
+    first, horizon = done * num_steps, world.task.rules.horizon
     groups = []
     for number, some in enumerate(accounts):
         lived = schedule(spans, horizon, world.seed, number, first, num_steps)

@@ -23,7 +23,7 @@ from fastflag.policy.table import Policy
 
 @dataclass(frozen=True)
 class Checkpoint:
-    step: int  # updates done
+    updates: int  # that are done
     fingerprint: str  # of the model's weights
     tensors: dict[str, Tensor]
     optimizer: dict[str, Any]  # each parameter's state, as `_kept` writes it
@@ -31,7 +31,7 @@ class Checkpoint:
 
 def write_checkpoint(
     run: Path,
-    step: int,
+    updates: int,
     fingerprint: str,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -50,11 +50,11 @@ def write_checkpoint(
             tensors[f"accounts.{group}.{name}"] = torch.from_numpy(array)
     folder = run / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    name = _tensor_file(step)
+    name = _tensor_file(updates)
     content = save(_apart(tensors))
     write_atomic(folder / name, content)
     document = {
-        "step": step,
+        "step": updates,
         "tensors": name,
         "digest": _digest(content),
         "fingerprint": fingerprint,
@@ -83,10 +83,10 @@ def read_checkpoint(run: Path) -> Checkpoint:
     state_file = run / "checkpoint" / "state.json"
     document = read_json(state_file)
     try:
-        step, name, digest = document["step"], document["tensors"], document["digest"]
+        updates, name, digest = document["step"], document["tensors"], document["digest"]
         fingerprint, kept = str(document["fingerprint"]), dict(document["optimizer"])
-        # The name tells the step too: one changed by hand would train some updates twice.
-        if type(step) is not int or step < 1 or name != _tensor_file(step):
+        # The name tells them too: one changed by hand would train some updates twice.
+        if type(updates) is not int or updates < 1 or name != _tensor_file(updates):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise InputError(f"not a checkpoint, {state_file}") from None
@@ -97,7 +97,7 @@ def read_checkpoint(run: Path) -> Checkpoint:
         raise InputError(f"{error.strerror}, {tensor_file}") from None
     if _digest(content) != digest:
         raise InputError(f"truncated, or not what was written, {tensor_file}")
-    return Checkpoint(step, fingerprint, load(content), kept)
+    return Checkpoint(updates, fingerprint, load(content), kept)
 
 
 def restore_policy(checkpoint: Checkpoint, policy: Policy, fingerprint: str, where: Path) -> None:
@@ -209,8 +209,8 @@ def restore_accounts(checkpoint: Checkpoint, groups: int, where: Path) -> list[A
         raise InputError(f"the checkpoint's accounts are incomplete, {where}") from None
 
 
-def _tensor_file(step: int) -> str:
-    return f"{step:08d}.safetensors"
+def _tensor_file(updates: int) -> str:
+    return f"{updates:08d}.safetensors"
 
 
 def _digest(content: bytes) -> str:

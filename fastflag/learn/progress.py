@@ -109,7 +109,7 @@ class Log:
     """Writes each update to RUN/metrics.jsonl, to TensorBoard under RUN/tensorboard and to the
     console. Lines of updates from `start` on, left by a run that was killed, are dropped."""
 
-    def __init__(self, run: Path, start: int, steps: int):
+    def __init__(self, run: Path, start: int, updates: int):
         self._path = run / "metrics.jsonl"
         write_atomic(self._path, "".join(_lines_before(self._path, start)))
         self._file = self._path.open("a", encoding="utf-8")
@@ -124,7 +124,7 @@ class Log:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=steps, completed=start, text="")
+        self._task = self._progress.add_task("training", total=updates, completed=start, text="")
 
     def __enter__(self) -> "Log":
         self._progress.start()
@@ -135,7 +135,7 @@ class Log:
         self._board.close()
         self._file.close()
 
-    def step(self, record: dict[str, Any]) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         """One update's record: scalars, and the seconds of its phases."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -120,8 +120,8 @@ def seconds_ahead(config: TrainConfig, model: ModelConfig, done: int) -> float:
     numbers = layers * model.width * (2 * queries + 3 * model.mlp_width)
     tokens = batch.days * (batch.prefix_tokens + batch.texts * batch.suffix_tokens)
     of_products = 4 * numbers * tokens / _RATE  # forward, and the gradients of activations
-    step = max(layers * _LAUNCHES * _LAUNCH_SECONDS, of_products)
-    return (config.steps - done) * config.algorithm.update_epochs * step
+    one = max(layers * _LAUNCHES * _LAUNCH_SECONDS, of_products)
+    return (config.updates - done) * config.algorithm.update_epochs * one
 
 
 if __name__ == "__main__":

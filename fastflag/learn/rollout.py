@@ -31,7 +31,7 @@ def rollout(
     spans: Sequence[range],
     accounts: list[Accounts],
     config: TrainConfig,
-    step: int,
+    done: int,
     phase: Phase,
 ) -> tuple[Table, Iterator[Batch]]:
     """Steps every environment num_steps times over the moments of `spans` under the policy.
@@ -40,7 +40,7 @@ def rollout(
     to keep and the update needs no more than their sums, one after another of some environments.
     The table has every row that they name, with gradient.
     """
-    groups = start_groups(world, spans, accounts, config.rollout.num_steps, step)
+    groups = start_groups(world, spans, accounts, config.rollout.num_steps, done)
     branches = config.algorithm.estimator == "all-actions"
     if world.prompter.config.account == "exact":
         table, prompts, parts = live_day_by_day(policy, world, groups, branches, phase)

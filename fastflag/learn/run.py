@@ -173,8 +173,8 @@ def updates_done(run: Path, resume: bool) -> int:
     if not (resume and _has_checkpoint(run)):
         return 0
     state = read_json(run / "checkpoint" / "state.json")
-    step = state.get("step") if isinstance(state, dict) else 0
-    return step if isinstance(step, int) else 0  # what is damaged is refused when it is read
+    updates = state.get("step") if isinstance(state, dict) else 0
+    return updates if isinstance(updates, int) else 0  # what is damaged is refused when it is read
 
 
 def _is_run(run: Path) -> bool:

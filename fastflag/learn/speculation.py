@@ -6,7 +6,7 @@ guesses, what they met is evaluated in one batch, and they step again; until not
 then every answer that they read is the policy's own, and they did what they would have done with
 one forward a step. SmolLM2 with 64 or 256 environments of 63 days: 2 to 4 batches in place of 63.
 
-Shapes: D moments that the rollout sees, M moments of the timeline, U prompts, A actions.
+Shapes: W moments that the rollout sees, M moments of the timeline, U prompts, A actions.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ def visited_prompts(
 
 
 def guessed(probabilities: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """Probabilities of each moment and code, [D, CODES, A]: where row_of [D, CODES] knows a row its
+    """Probabilities of each moment and code, [W, CODES, A]: where row_of [W, CODES] knows a row its
     own, else the mean of its moment and side, or of its side at any moment."""
     known = row_of >= 0  # of the others, -1, the last row is read and taken out
     told = np.where(known[..., None], probabilities[row_of], 0.0)
@@ -63,8 +63,8 @@ def _met(
     probabilities: np.ndarray,
     branches: bool,
 ) -> np.ndarray:
-    """The moments and codes that the groups come to, [D, CODES] bool, where they are answered by
-    `probabilities` [D, CODES, A]."""
+    """The moments and codes that the groups come to, [W, CODES] bool, where they are answered by
+    `probabilities` [W, CODES, A]."""
     shape = probabilities.shape[:2]
     cdf = probabilities.cumsum(-1).reshape(-1, probabilities.shape[2])
     row_of = world.over_timeline(moments, np.arange(len(cdf)).reshape(shape))

@@ -1,6 +1,6 @@
 """Environments that step through a table: the task's rollout, and where each action leads.
 
-Shapes: B environments, H steps, R rows of the table, M moments, A actions.
+Shapes: B environments, H steps, U rows of the table, M moments, A actions.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ def step_through(
     """What `group` does, its accounts moved in place; with `branches` also where every action would
     have led.
 
-    cdf [R, A] float64, cumulative; row_of [M, CODES] int32.
+    cdf [U, A] float64, cumulative; row_of [M, CODES] int32.
     """
     before = group.accounts.take(np.arange(len(group.accounts))) if branches else None
     steps = world.task.rollout(

@@ -64,7 +64,7 @@ def train(
     Raises InputError for a run that is in the way, belongs to another configuration or model, or
     a configuration that fits neither data nor model.
     """
-    if config.steps < 1:
+    if config.updates < 1:
         raise InputError(
             f"total_timesteps {config.total_timesteps} is less than one update of "
             f"{config.rollout.num_envs} x {config.rollout.num_steps}, config"
@@ -90,22 +90,22 @@ def train(
             restore_policy(checkpoint, policy, weights.fingerprint, run)
             restore_optimizer(checkpoint, optimizer, run)
             accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
-            start = checkpoint.step
+            start = checkpoint.updates
         print(f"news: {world.prompter.training_news(days)}", flush=True)
-        with Log(run, start, config.steps) as log:
-            for step in range(start, config.steps):
+        with Log(run, start, config.updates) as log:
+            for done in range(start, config.updates):
                 began = time.perf_counter()
-                factor = set_learning_rates(optimizer, config.algorithm, step, config.steps)
+                factor = set_learning_rates(optimizer, config.algorithm, done, config.updates)
                 work = partial(
-                    _one_update, policy, optimizer, world, days, accounts, config, step, phase
+                    _one_update, policy, optimizer, world, days, accounts, config, done, phase
                 )
                 accounts, lesson, statistics = policy.recompute.attempt(work)
                 statistics["learning_rate"] = config.algorithm.learning_rate * factor
                 elapsed = time.perf_counter() - began
-                log.step(_record(step, lesson, accounts, annual, statistics, elapsed, phase.take()))
-                done = step + 1
-                if done % config.checkpoint_every == 0 or done == config.steps:
-                    write_checkpoint(run, done, weights.fingerprint, policy, optimizer, accounts)
+                log.add(_record(done, lesson, accounts, annual, statistics, elapsed, phase.take()))
+                updates = done + 1
+                if updates % config.checkpoint_every == 0 or updates == config.updates:
+                    write_checkpoint(run, updates, weights.fingerprint, policy, optimizer, accounts)
                     policy.trunk.cache.flush()
     return world, policy
 
@@ -117,29 +117,31 @@ def _one_update(
     days: range,
     accounts: list[Accounts],
     config: TrainConfig,
-    step: int,
+    done: int,
     phase: PhaseTimer,
 ) -> tuple[list[Accounts], Lesson, dict[str, float]]:
-    """Where the accounts are then, what was learnt from, and the statistics of learning it.
+    """One more update, where `done` are done: where the accounts are then, what was learnt from,
+    and the statistics of learning it.
 
-    `accounts` stay as they are: where memory runs out before the first step, it is made again.
+    `accounts` stay as they are: where memory runs out before the first gradient step, it is made
+    again.
     """
     accounts = [group.take(np.arange(len(group))) for group in accounts]
-    table, batches = rollout(policy, world, [days], accounts, config, step, phase)
+    table, batches = rollout(policy, world, [days], accounts, config, done, phase)
     lesson = estimate(table, batches, config.algorithm, phase)
     with phase("update"):
-        statistics = update(policy, optimizer, table, lesson, config.algorithm, _seed(config, step))
+        statistics = update(policy, optimizer, table, lesson, config.algorithm, _seed(config, done))
     return accounts, lesson, statistics
 
 
-def _seed(config: TrainConfig, step: int) -> int:
-    """The seed of one update's shuffles: a function of the run's and the step, so that nothing but
-    the step need be kept to resume."""
-    return int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def _seed(config: TrainConfig, done: int) -> int:
+    """The seed of one update's shuffles: a function of the run's and of how many updates are done,
+    so that nothing else need be kept to resume."""
+    return int(np.random.SeedSequence([config.seed, done]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _record(
-    step: int,
+    done: int,
     lesson: Lesson,
     accounts: list[Accounts],
     annual: int,
@@ -151,8 +153,8 @@ def _record(
     update's steps, `sharpe` the mean Sharpe ratio of the episodes so far, annualised."""
     sharpe = np.concatenate([group.sharpe for group in accounts]).mean() * np.sqrt(annual)
     return {
-        "step": step,
-        "env_steps": (step + 1) * lesson.env_steps,
+        "step": done,
+        "env_steps": (done + 1) * lesson.env_steps,
         "return": lesson.reward / sum(map(len, accounts)),
         "sharpe": float(sharpe),
         "distinct_prompts": len(lesson.prompts.pairs),

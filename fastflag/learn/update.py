@@ -55,10 +55,10 @@ def make_optimizer(policy: Policy, config: AlgorithmConfig) -> torch.optim.Optim
 
 
 def set_learning_rates(
-    optimizer: torch.optim.Optimizer, config: AlgorithmConfig, step: int, steps: int
+    optimizer: torch.optim.Optimizer, config: AlgorithmConfig, done: int, updates: int
 ) -> float:
-    """Linear annealing, 1 at the first update, 1/steps at the last; returns the factor."""
-    factor = 1.0 - step / steps if config.anneal_lr else 1.0
+    """Linear annealing, 1 at the first update, 1/updates at the last; returns the factor."""
+    factor = 1.0 - done / updates if config.anneal_lr else 1.0
     for group, rate in zip(
         optimizer.param_groups, (config.layer_learning_rate, config.learning_rate), strict=True
     ):
@@ -76,8 +76,8 @@ def update(
 ) -> dict[str, float]:
     """Steps the optimiser over the lesson and returns the mean statistics of its gradient steps.
 
-    The first step differentiates `table`, the very forward that the rollout read: its ratios are
-    exactly 1. Later steps evaluate the prompts of their samples anew. `seed` shuffles the
+    The first one differentiates `table`, the very forward that the rollout read: its ratios are
+    exactly 1. Later ones evaluate the prompts of their samples anew. `seed` shuffles the
     minibatches. Returns zeros if there are no samples.
     """
     samples = lesson.samples
@@ -141,7 +141,7 @@ def _evaluated(
     policy: Policy, prompts: PromptSet, rows: Tensor, on_host: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient: their prompts, each
-    once, and the reference are evaluated anew; or all, where their blocks lie ready on a GPU.
+    once, and the centring ones are evaluated anew; or all, where their blocks lie ready on a GPU.
     `on_host` are the rows too."""
     if policy.lies_ready(prompts):
         return _gather(policy.evaluate(prompts), rows)

@@ -12,15 +12,15 @@ from fastflag.prompt.prompts import PromptSet, merge
 class Visited:
     """A table that grows: one pass over the days' prefixes, then prompts as they are met."""
 
-    def __init__(self, policy: Policy, reference: PromptSet):
-        """`reference` has every day that is to come; its prompts centre the features. Raises
+    def __init__(self, policy: Policy, centring: PromptSet):
+        """`centring` has every day that is to come; its prompts centre the features. Raises
         ValueError where two of them are the same."""
         self._policy = policy
-        self._days = policy.read(reference.prefixes)
-        self._sets = [reference]
-        self._tables = [policy.evaluate(reference, days=self._days)]
-        self._row_of = {key: row for row, key in enumerate(reference.keys())}
-        if len(self._row_of) < len(reference.pairs):
+        self._read = policy.read(centring.prefixes)
+        self._sets = [centring]
+        self._tables = [policy.evaluate(centring, read=self._read)]
+        self._row_of = {key: row for row, key in enumerate(centring.keys())}
+        if len(self._row_of) < len(centring.pairs):
             raise ValueError("a prompt is named twice")
         self.probabilities = self._tables[0].probabilities
         """[U, A] of the rows so far, as in `Table`."""
@@ -32,7 +32,7 @@ class Visited:
         new = [number for number, key in enumerate(keys) if key not in self._row_of]
         if new:
             some, _ = prompts.subset(np.array(new))
-            table = self._policy.evaluate(some, self._tables[0].statistics, self._days)
+            table = self._policy.evaluate(some, self._tables[0].statistics, self._read)
             self._sets.append(some)
             self._tables.append(table)
             self._row_of |= {keys[number]: len(self._row_of) + n for n, number in enumerate(new)}

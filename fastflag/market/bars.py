@@ -199,7 +199,7 @@ class Bars:
     tradable: np.ndarray
     """bool."""
     payable: np.ndarray
-    table: np.ndarray = field(init=False, repr=False)
+    matrix: np.ndarray = field(init=False, repr=False)
     """The columns side by side, [T, 7] float64, as the kernels read them."""
 
     def __post_init__(self) -> None:
@@ -208,8 +208,8 @@ class Bars:
             if column.shape != (len(self.close),):
                 raise ValueError(f"bars.{name} has shape {column.shape}, not {(len(self.close),)}")
             object.__setattr__(self, name, column)
-        table = np.column_stack([getattr(self, name) for name in COLUMNS])
-        object.__setattr__(self, "table", table)
+        matrix = np.column_stack([getattr(self, name) for name in COLUMNS])
+        object.__setattr__(self, "matrix", matrix)
 
     @classmethod
     def from_columns(

@@ -4,7 +4,7 @@ A moment is a place in the timeline: at the close of a bar of one symbol. Moment
 stand one after another, each symbol's in a span of its own, so that a moment's number names its
 symbol too, and an episode is a range inside one span.
 
-Shapes: M moments, N symbols, B accounts, H steps, A actions, R rows of a policy's table.
+Shapes: M moments, N symbols, B accounts, H steps, A actions, U rows of a policy's table.
 """
 
 from collections.abc import Sequence

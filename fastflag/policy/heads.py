@@ -2,7 +2,7 @@
 
 The last-token states of trading prompts share a vector ten times larger than what tells them apart
 (norm 42 against 3.8 on SmolLM2-135M). A head that sees it goes to one constant action within ten
-updates. So features are standardised over a reference batch, *with the gradient through the
+updates. So features are standardised over the centring prompts, *with the gradient through the
 statistics*: detached ones only delay the collapse, because the trained layers move the common
 vector.
 
@@ -28,7 +28,7 @@ MLP_WIDTH = 64
 
 
 @dataclass(frozen=True)
-class Reference:
+class Centring:
     """The rows of a batch that centre it, sorted by side on the host: taking them never waits for
     a GPU."""
 
@@ -38,7 +38,7 @@ class Reference:
     known: Tensor  # [SIDES] bool: sides that have a row
 
     @staticmethod
-    def of(rows: np.ndarray, side: np.ndarray, device: torch.device) -> "Reference":
+    def of(rows: np.ndarray, side: np.ndarray, device: torch.device) -> "Centring":
         """rows [R] of a batch, and the side of each."""
         of_side = [np.flatnonzero(side == one) for one in range(SIDES)]
         known = np.array([len(places) > 0 for places in of_side])
@@ -47,12 +47,12 @@ class Reference:
             return torch.from_numpy(numbers).to(device)
 
         of_side = tuple(moved(places) for places in of_side)
-        return Reference(moved(rows.astype(np.int64)), moved(side), of_side, moved(known))
+        return Centring(moved(rows.astype(np.int64)), moved(side), of_side, moved(known))
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of each feature over a reference batch: a mean for each side, and the standard deviation
+    """Of each feature over the centring prompts: a mean for each side, and the standard deviation
     from it over all sides, because a side of a few rows would have one near 0."""
 
     mean: Tensor  # [SIDES, C] fp32
@@ -60,15 +60,15 @@ class Statistics:
     known: Tensor  # [SIDES] bool: sides that had a row; the others have the mean of all
 
     @staticmethod
-    def of(features: Tensor, reference: Reference) -> "Statistics":
+    def of(features: Tensor, centring: Centring) -> "Statistics":
         """Population statistics of a batch's features [U, C]; gradients pass through."""
-        rows = features.index_select(0, reference.rows)
+        rows = features.index_select(0, centring.rows)
         parts = [
-            rows.index_select(0, places) if len(places) else rows for places in reference.of_side
+            rows.index_select(0, places) if len(places) else rows for places in centring.of_side
         ]
         mean = torch.stack([part.mean(0) for part in parts])
-        variance = (rows - embedding(reference.side, mean)).pow(2).mean(0)
-        return Statistics(mean, (variance + _EPSILON).sqrt(), reference.known)
+        variance = (rows - embedding(centring.side, mean)).pow(2).mean(0)
+        return Statistics(mean, (variance + _EPSILON).sqrt(), centring.known)
 
     def centre(self, features: Tensor, side: Tensor) -> Tensor:
         """features [U, C], side [U] -> [U, C]"""
@@ -76,8 +76,8 @@ class Statistics:
 
 
 class RunningStatistics(nn.Module):
-    """Statistics for decisions, where no reference batch is at hand: an exponential average of the
-    training batches' ones, kept in the checkpoint. A side never met has the mean of flat accounts.
+    """Statistics for decisions, where no centring prompts are at hand: an exponential average of
+    those of training, kept in the checkpoint. A side never met has the mean of flat accounts.
     """
 
     momentum = 0.1

@@ -146,14 +146,14 @@ def _evaluation(
     model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, actions: int, flash: bool
 ) -> int:
     """Of tokens as they are padded (model/shared_prefix.py)."""
-    prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
+    prompts, centring = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
     prefix, suffix = map(padded_length, (batch.prefix_tokens, batch.suffix_tokens))
     tiles = batch.days * -(-batch.texts // tile_width(suffix))
     kept = _Kept(model, policy, flash)
     return (
         kept.passed(_Texts(batch.days, prefix))
         + kept.passed(_Texts(prompts, suffix, prefix, batch.days, tiles))
-        + kept.read_out(prompts, reference, actions)
+        + kept.read_out(prompts, centring, actions)
     )
 
 
@@ -282,9 +282,9 @@ class _Kept:
         of_tile = asked * (2 * head + 1) + 2 * groups * keys * head + asked // groups * keys
         return _FP32 * (texts.tiles * of_tile + texts.rows * queries * heads * head)
 
-    def read_out(self, prompts: int, reference: int, actions: int) -> int:
-        """The final norm; then in fp32, of all rows and of the reference (one a day and side) what
-        they are from their means, all rows centred, an MLP's numbers, the log-probabilities."""
+    def read_out(self, prompts: int, centring: int, actions: int) -> int:
+        """The final norm; then in fp32, of all rows and of the centring ones (one a day and side)
+        what they are from their means, all rows centred, an MLP's numbers, log-probabilities."""
         inner = MLP_WIDTH if self.policy.head == "mlp" else 0
-        numbers = (2 * prompts + reference) * self.model.width + prompts * (inner + actions)
+        numbers = (2 * prompts + centring) * self.model.width + prompts * (inner + actions)
         return self._norm(prompts, self.model.width) + _FP32 * numbers

@@ -3,7 +3,7 @@
 Sets of about one size have one shape, because prompts and prefix tokens are padded to multiples.
 So a GPU's evaluation need not wait for the host, and a CUDA graph of it can be replayed.
 
-Shapes: D prefixes of P tokens, U prompts, S suffix tokens, C width, A actions, R reference rows.
+Shapes: D prefixes of P tokens, U prompts, S suffix tokens, C width, A actions, R centring rows.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastflag.model.shared_prefix import SuffixLayout, padded_up, round_up
-from fastflag.policy.heads import Reference
+from fastflag.policy.heads import Centring
 from fastflag.prompt.prompts import PromptSet
 
 # Most windows of a market then share a shape: of 1,500 prompts 4% are padding at most.
@@ -34,7 +34,7 @@ class Stage:
     place: Tensor  # [U] int64, where each prompt's suffix is
     side: Tensor  # [U] int64
     allowed: Tensor  # [U, A] bool
-    reference: Reference
+    centring: Centring
 
     @staticmethod
     def of(prompts: PromptSet, prefixes: list[Tensor], suffixes: list[Tensor]) -> "Stage":
@@ -67,7 +67,7 @@ class Stage:
             place=extended(np.argsort(order), 0),
             side=extended(side_index(prompts), 0),
             allowed=extended(prompts.allowed, True),
-            reference=reference_of(prompts, device),
+            centring=centring_of(prompts, device),
         )
 
     @staticmethod
@@ -81,7 +81,7 @@ class Stage:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of it but what only the host reads."""
-        layout, reference = self.layout, self.reference
+        layout, centring = self.layout, self.centring
         return (
             self.prefixes,
             self.suffixes,
@@ -92,10 +92,10 @@ class Stage:
             self.place,
             self.side,
             self.allowed,
-            reference.rows,
-            reference.side,
-            reference.known,
-            *reference.of_side,
+            centring.rows,
+            centring.side,
+            centring.known,
+            *centring.of_side,
         )
 
     @staticmethod
@@ -104,9 +104,9 @@ class Stage:
         prefixes, suffixes, *layout = tensors[:6]
         starts, prefix_lengths, last, positions = layout
         place, side, allowed, rows, of_rows, known, *of_side = tensors[6:]
-        reference = Reference(rows, of_rows, tuple(of_side), known)
+        centring = Centring(rows, of_rows, tuple(of_side), known)
         laid = SuffixLayout((), starts, prefix_lengths, last, positions)
-        return Stage(prefixes, suffixes, laid, place, side, allowed, reference)
+        return Stage(prefixes, suffixes, laid, place, side, allowed, centring)
 
 
 def _block(texts: list[Tensor]) -> Tensor:
@@ -130,11 +130,11 @@ def side_index(prompts: PromptSet) -> np.ndarray:
     return prompts.side.astype(np.int64) + 1
 
 
-def reference_of(prompts: PromptSet, device: torch.device) -> Reference:
-    """Raises ValueError where the set has no reference rows."""
-    if not len(prompts.reference):
-        raise ValueError("a prompt set without a reference needs statistics")
-    return Reference.of(prompts.reference, side_index(prompts)[prompts.reference], device)
+def centring_of(prompts: PromptSet, device: torch.device) -> Centring:
+    """Raises ValueError where the set has no centring rows."""
+    if not len(prompts.centring):
+        raise ValueError("a prompt set without centring prompts needs statistics")
+    return Centring.of(prompts.centring, side_index(prompts)[prompts.centring], device)
 
 
 def content_of(prompts: PromptSet) -> bytes:
@@ -149,4 +149,4 @@ def content_of(prompts: PromptSet) -> bytes:
 def _parts(prompts: PromptSet) -> Iterator[np.ndarray]:
     yield from prompts.prefixes
     yield from prompts.suffixes
-    yield from (prompts.pairs, prompts.side, prompts.allowed, prompts.reference)
+    yield from (prompts.pairs, prompts.side, prompts.allowed, prompts.centring)

@@ -1,6 +1,6 @@
-"""The policy as a table: (day, account text) -> logits and value, one row a distinct prompt.
+"""The policy as a table: (moment, account text) -> logits and value, one row a distinct prompt.
 
-Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
+Shapes: D prefixes, U prompts, C width, A actions.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ from fastflag.policy.heads import (
     masked_log_softmax,
 )
 from fastflag.policy.layers import frozen, trained, with_parameters
-from fastflag.policy.stage import Stage, content_of, reference_of, side_index
+from fastflag.policy.stage import Stage, centring_of, content_of, side_index
 from fastflag.policy.trunk import Trunk, digest_of
 from fastflag.prompt.prompts import PromptSet
 
@@ -76,8 +76,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Days:
-    """Prefixes that a policy has read: what suffixes attend to in the top layers, with gradient."""
+class ReadPrefixes:
+    """What a policy has read: what suffixes attend to in the top layers, with gradient."""
 
     place: dict[bytes, int]  # of each prefix, by its digest
     layers: list[Prefixes]  # of each top layer
@@ -111,7 +111,7 @@ class Policy(nn.Module):
         self.final_norm = weights.tensor("model.norm.weight", torch.float32).to(self.device)
         if config.head == "lm":
             unembedding = weights.tensor("lm_head.weight", torch.float32)
-            self.action_words = unembedding[list(action_tokens)].to(self.device)
+            self.word_rows = unembedding[list(action_tokens)].to(self.device)
             self.action_head = None
         else:
             head = make_action_head(config.head, self.model.width, len(action_tokens), generator)
@@ -139,11 +139,11 @@ class Policy(nn.Module):
             _, prefixes = prefix_pass(self.top, stage.prefixes, lengths, keys_values_only=True)
             last = suffix_pass(self.top, stage.suffixes, prefixes, stage.layout, last_only=True)
         features = self._normed(last).index_select(0, stage.place)
-        statistics = Statistics.of(features, stage.reference)
+        statistics = Statistics.of(features, stage.centring)
         table = self._read_out(features, stage.side, stage.allowed, statistics)
         return table.log_probabilities, table.value, statistics.mean, statistics.deviation
 
-    def read(self, prefixes: Iterable[np.ndarray]) -> Days:
+    def read(self, prefixes: Iterable[np.ndarray]) -> ReadPrefixes:
         """The top layers' pass over prefixes, which `evaluate` then goes on from, prompts by
         prompts; with gradient where enabled. Those of one padded length go together, as texts do
         (`_features`)."""
@@ -161,7 +161,7 @@ class Policy(nn.Module):
         ]
         layers = [Prefixes.joined(layer) for layer in zip(*parts, strict=True)]
         order = [digest for alike in by_size.values() for digest in alike]
-        return Days({digest: place for place, digest in enumerate(order)}, layers)
+        return ReadPrefixes({digest: place for place, digest in enumerate(order)}, layers)
 
     def _read_alike(self, states: list[Tensor], size: int) -> list[list[Prefixes]]:
         """Of prefixes of one padded length: parts of them, each one `Prefixes` a layer."""
@@ -176,29 +176,30 @@ class Policy(nn.Module):
         return self.recompute.run(some, len(states), cost)
 
     def evaluate(
-        self, prompts: PromptSet, statistics: Statistics | None = None, days: Days | None = None
+        self,
+        prompts: PromptSet,
+        statistics: Statistics | None = None,
+        read: ReadPrefixes | None = None,
     ) -> Table:
         """One pass of the top layers over the distinct prompts, with gradient where enabled.
 
-        `statistics` centre the features; None takes those of `prompts.reference`, with gradient.
-        `days` holds every prefix, where they have been read. Which other prompts are in the set
-        never changes a row, on a CPU not in its last bit. Raises ValueError where there are neither
-        statistics nor a reference, InputError for a prompt that the model can't read.
+        `statistics` centre the features; None takes those of `prompts.centring`, with gradient.
+        `read` holds every prefix, where they have been read. Which other prompts are in the set
+        never changes a row, on a CPU not in its last bit. Raises ValueError without statistics and
+        centring prompts, InputError for a prompt that the model can't read.
         """
         ops.settle(choice.parsed(self.config.kernels))  # another policy may have had others
-        whole = days is None and statistics is None and torch.is_grad_enabled()
+        whole = read is None and statistics is None and torch.is_grad_enabled()
         if self.graphs and whole:
             if self._keeps(prompts):
                 return self._staged_table(prompts, self.graphs)
             self._staged = None
             self.graphs.forget()
-        features = self._features(prompts, days or self.read(prompts.prefixes))
+        features = self._features(prompts, read or self.read(prompts.prefixes))
         if statistics is None:
-            statistics = Statistics.of(features, reference_of(prompts, self.device))
-        side, allowed = (
-            torch.from_numpy(rows).to(self.device)
-            for rows in (side_index(prompts), prompts.allowed)
-        )
+            statistics = Statistics.of(features, centring_of(prompts, self.device))
+        side = torch.from_numpy(side_index(prompts)).to(self.device)
+        allowed = torch.from_numpy(prompts.allowed).to(self.device)
         return self._read_out(features, side, allowed, statistics)
 
     def _normed(self, last: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ class Policy(nn.Module):
         """What the heads make of features [U, C]; side [U], allowed [U, A]."""
         centred = statistics.centre(features, side)
         if self.action_head is None:
-            logits = ops.linear(features, self.action_words, None, torch.float32)
+            logits = ops.linear(features, self.word_rows, None, torch.float32)
         else:
             logits = self.action_head(centred, side)
         value = self.value_head(centred, side)[:, 0]
@@ -234,11 +235,11 @@ class Policy(nn.Module):
 
     def _keeps(self, prompts: PromptSet) -> bool:
         """Whether autograd may keep all of an evaluation's work, by blocks of a stage."""
-        days, prefix, rows, suffix = Stage.shape_of(prompts)
+        prefixes, prefix, rows, suffix = Stage.shape_of(prompts)
         self.recompute.restart()
         shape, flash = (self.model, self.config), self._flash()
-        of_prefixes = plan.prefix_bytes(*shape, days, prefix, flash)
-        of_suffixes = plan.suffix_bytes(*shape, rows, suffix, days, prefix, flash)
+        of_prefixes = plan.prefix_bytes(*shape, prefixes, prefix, flash)
+        of_suffixes = plan.suffix_bytes(*shape, rows, suffix, prefixes, prefix, flash)
         return self.recompute.keeps(rows, of_prefixes + of_suffixes)
 
     def _flash(self) -> bool:
@@ -254,7 +255,7 @@ class Policy(nn.Module):
         """`evaluate` by a stage, which is kept until other prompts come."""
         if (staged := self._staged) is None or staged[0] != content_of(prompts):
             self._check_lengths(prompts)
-            # Days of equal texts have equal states: a stock that stood still.
+            # Equal texts have equal states: a stock that stood still.
             tokens = {digest_of(text): text for text in prompts.prefixes}
             states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
             prefixes = [states[digest_of(text)] for text in prompts.prefixes]
@@ -262,20 +263,20 @@ class Policy(nn.Module):
             staged = self._staged = content_of(prompts), stage
         stage, count = staged[1], len(prompts.pairs)
         log_probabilities, value, mean, deviation = evaluate(stage)
-        statistics = Statistics(mean, deviation, stage.reference.known)
+        statistics = Statistics(mean, deviation, stage.centring.known)
         return Table(log_probabilities[:count], value[:count], statistics)
 
-    def _features(self, prompts: PromptSet, days: Days) -> Tensor:
+    def _features(self, prompts: PromptSet, read: ReadPrefixes) -> Tensor:
         """Last-token states under the final norm, [U, C] fp32.
 
         Texts of one padded length go together: a softmax over another number of keys, though the
         others are masked, has other last bits.
         """
         self._check_lengths(prompts)
-        of_day = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
-        # Attention and its backward pass then cost what these days take, not all that were read.
-        asked, of_row = np.unique(of_day[prompts.pairs[:, 0]], return_inverse=True)
-        layers = [layer.select(asked.tolist()) for layer in days.layers]
+        of_prefix = np.array([read.place[digest_of(tokens)] for tokens in prompts.prefixes])
+        # Attention and its backward pass then cost what these take, not all that were read.
+        asked, of_row = np.unique(of_prefix[prompts.pairs[:, 0]], return_inverse=True)
+        layers = [layer.select(asked.tolist()) for layer in read.layers]
         lengths = layers[0].lengths
         longest = max(lengths)  # a GPU pads all to it
         states = self.trunk.suffix_states(prompts)
@@ -283,7 +284,7 @@ class Policy(nn.Module):
         flash = self._flash()
 
         def some(rows: np.ndarray) -> Tensor:
-            """Of rows of one size, sorted by day."""
+            """Of rows of one size, sorted by prefix."""
             suffixes = padded([states[row] for row in rows])
             layout = SuffixLayout.build(
                 np.bincount(of_row[rows], minlength=len(lengths)).tolist(),
@@ -295,11 +296,11 @@ class Policy(nn.Module):
             return self._normed(last)
 
         def alike(rows: np.ndarray) -> list[Tensor]:
-            tokens, of_days = int(size[rows[0]]), len(np.unique(of_row[rows]))
+            tokens, count_of_prefixes = int(size[rows[0]]), len(np.unique(of_row[rows]))
 
             def cost(count: int) -> int:
                 return plan.suffix_bytes(
-                    self.model, self.config, count, tokens, of_days, longest, flash
+                    self.model, self.config, count, tokens, count_of_prefixes, longest, flash
                 )
 
             return self.recompute.run(lambda part: some(rows[part]), len(rows), cost)

@@ -1,14 +1,15 @@
 """The frozen layers: what they make of a text is computed once, kept, and read from then on.
 
 Account texts of a day begin alike ("Account: long 20 days, ..."), and attention is causal. So a
-text of up to 16 tokens goes through in pieces of 8, and texts of a day that are equal up to a
-piece's end have that piece in common: a tree under each day's prefix, in the demo's backtest of an
-eighth fewer pieces. A longer text, of an exact account, has little in common: it is one piece.
+text of up to 16 tokens goes through in pieces of 8, and texts that are equal up to a piece's end
+have that piece in common: a tree under each prefix, of an eighth fewer pieces in the demo's
+backtest. A longer text, of an exact account, is one piece.
 
 Shapes: P prefix tokens, S suffix tokens, N pieces of T tokens, C width, U prompts.
 """
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -42,9 +43,9 @@ T = TypeVar("T")
 
 # Counted up when the arithmetic changes in any bit: activations kept on disk are then new.
 _ARITHMETIC = 8
-# Days that go through together. Keys and values of 64 days of 150 tokens take 205 MB on
+# Prefixes that go through together. Keys and values of 64 prefixes of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
-_DAYS = 64
+_TOGETHER = 64
 # Tokens of one pass, over prefixes or texts. On a CPU 256 prompts of 14 tokens over prefixes of 150
 # keep the attention's keys and values near 100 MB a layer on SmolLM2-135M. A GPU takes as many as
 # have an MLP's numbers in so many bytes: each pass is a hundred launches a layer.
@@ -56,7 +57,7 @@ _PIECES = 2
 
 
 @dataclass
-class _Day:
+class _Prefix:
     """A prefix that goes through the layers, or has gone."""
 
     tokens: np.ndarray
@@ -68,19 +69,19 @@ class _Day:
 
 @dataclass
 class _PrefixWork:
-    """Days of one padded length on their way through."""
+    """Prefixes of one padded length on their way through."""
 
-    days: list[_Day]
-    hidden: Tensor  # [days, P, C]
+    prefixes: list[_Prefix]
+    hidden: Tensor  # [D, P, C]
 
 
 @dataclass
 class _TextWork:
-    """Texts on their way through, as the pieces of a tree; those of a day together."""
+    """Texts on their way through, as the pieces of a tree; those of a prefix together."""
 
     rows: list[int]  # of the prompts
     paths: list[list[int]]  # the pieces of each of them
-    days: list[_Day]
+    prefixes: list[_Prefix]
     pieces: Pieces
     hidden: Tensor  # [N, T, C]
 
@@ -130,15 +131,15 @@ class Trunk:
             self._resident = None
 
     @torch.no_grad()
-    def prefix_states(self, prefixes: dict[bytes, np.ndarray]) -> list[Tensor]:
-        """What the layers make of each prefix, [P, C]. The keys are `digest_of` the prefixes."""
-        states = {digest: self.cache.get(b"hidden" + digest) for digest in prefixes}
+    def prefix_states(self, tokens: dict[bytes, np.ndarray]) -> list[Tensor]:
+        """What the layers make of each prefix, [P, C]. The keys are `digest_of` their tokens."""
+        states = {digest: self.cache.get(b"hidden" + digest) for digest in tokens}
         missing = [digest for digest, kept in states.items() if kept is None]
-        for some in _chunks(missing, _DAYS):
-            days = [_Day(prefixes[digest], None) for digest in some]
-            self._run(days, [])
-            for digest, day in zip(some, days, strict=True):
-                states[digest] = self._keep(day)
+        for some in _chunks(missing, _TOGETHER):
+            prefixes = [_Prefix(tokens[digest], None) for digest in some]
+            self._run(prefixes, [])
+            for digest, prefix in zip(some, prefixes, strict=True):
+                states[digest] = self._keep(prefix)
         return [state for (state,) in states.values()]
 
     @torch.no_grad()
@@ -151,17 +152,17 @@ class Trunk:
         keys = _keys(prompts)
         states = [self.cache.get(key) for key in keys]
         missing: dict[int, list[int]] = {}
-        for row, day in enumerate(prompts.pairs[:, 0].tolist()):
+        for row, prefix in enumerate(prompts.pairs[:, 0].tolist()):
             if states[row] is None:
-                missing.setdefault(day, []).append(row)
-        for some in _chunks(list(missing), _DAYS):
-            days = {day: self._day(prompts.prefixes[day]) for day in some}
-            rows = [row for day in some for row in missing[day]]
-            texts = [self._texts(prompts, *part, days) for part in self._parts(prompts, rows)]
-            self._run(list(days.values()), texts)
-            for day in days.values():
-                if day.hidden is not None:
-                    self._keep(day)
+                missing.setdefault(prefix, []).append(row)
+        for some in _chunks(list(missing), _TOGETHER):
+            prefixes = {prefix: self._prefix(prompts.prefixes[prefix]) for prefix in some}
+            rows = [row for prefix in some for row in missing[prefix]]
+            texts = [self._texts(prompts, *part, prefixes) for part in self._parts(prompts, rows)]
+            self._run(list(prefixes.values()), texts)
+            for prefix in prefixes.values():
+                if prefix.hidden is not None:
+                    self._keep(prefix)
             for done in texts:
                 for row, whole in zip(done.rows, done.whole(), strict=True):
                     length = len(prompts.suffixes[prompts.pairs[row, 1]])
@@ -169,28 +170,28 @@ class Trunk:
                     self.cache.put(keys[row], *states[row])
         return [state for (state,) in states]
 
-    def _day(self, tokens: np.ndarray) -> _Day:
-        """A day with its keys and values, where they are kept."""
+    def _prefix(self, tokens: np.ndarray) -> _Prefix:
+        """A prefix with its keys and values, where they are kept."""
         kept = self.cache.get(b"keys_values" + digest_of(tokens))
-        return _Day(tokens, None if kept is None else [*zip(kept[0::2], kept[1::2], strict=True)])
+        return _Prefix(tokens, kept and [*zip(kept[0::2], kept[1::2], strict=True)])
 
-    def _keep(self, day: _Day) -> tuple[Tensor]:
-        """Puts what became of a day's prefix into the cache; returns its states, ([P, C],)."""
-        digest, states = digest_of(day.tokens), (day.hidden,)
+    def _keep(self, prefix: _Prefix) -> tuple[Tensor]:
+        """Puts what became of a prefix into the cache; returns its states, ([P, C],)."""
+        digest, states = digest_of(prefix.tokens), (prefix.hidden,)
         self.cache.put(b"hidden" + digest, *states)
-        self.cache.put(b"keys_values" + digest, *(side for layer in day.layers for side in layer))
+        self.cache.put(b"keys_values" + digest, *itertools.chain(*prefix.layers))
         return states
 
-    def _unread(self, days: list[_Day]) -> list[_PrefixWork]:
-        """The days of `days` that are yet to go through, in parts of one padded length: each by
+    def _unread(self, prefixes: list[_Prefix]) -> list[_PrefixWork]:
+        """Those of `prefixes` that are yet to go through, in parts of one padded length: each by
         itself, products of 110 tokens took half as long again (2 cores, AVX2)."""
-        by_size: dict[int, list[_Day]] = {}
-        for day in days:
-            if day.layers is None:
-                day.layers = []
-                by_size.setdefault(padded_length(len(day.tokens)), []).append(day)
+        by_size: dict[int, list[_Prefix]] = {}
+        for prefix in prefixes:
+            if prefix.layers is None:
+                prefix.layers = []
+                by_size.setdefault(padded_length(len(prefix.tokens)), []).append(prefix)
         return [
-            _PrefixWork(some, self._embed([day.tokens for day in some]))
+            _PrefixWork(some, self._embed([prefix.tokens for prefix in some]))
             for size, alike in by_size.items()
             for some in _chunks(alike, max(self._tokens // size, 1))
         ]
@@ -208,16 +209,15 @@ class Trunk:
             yield from ((some, size) for some in _chunks(alike, max(self._tokens // tokens, 1)))
 
     def _texts(
-        self, prompts: PromptSet, rows: list[int], size: int, days: dict[int, _Day]
+        self, prompts: PromptSet, rows: list[int], size: int, prefixes: dict[int, _Prefix]
     ) -> _TextWork:
-        """The suffixes of `rows`, those of a day together, ready to go through in pieces of `size`
-        tokens."""
+        """The suffixes of `rows`, by prefix, ready to go through in pieces of `size` tokens."""
         pieces, walks = _tree(prompts, rows, size)
         mine = [*dict.fromkeys(prompts.pairs[rows, 0].tolist())]
-        counts = Counter(day for day, _ in pieces)
+        counts = Counter(prefix for prefix, _ in pieces)
         layout = SuffixLayout.build(
-            [counts[day] for day in mine],
-            [len(days[day].tokens) for day in mine],
+            [counts[prefix] for prefix in mine],
+            [len(prefixes[prefix].tokens) for prefix in mine],
             torch.full((len(pieces),), size, device=self._device),
             size,
         )
@@ -227,27 +227,27 @@ class Trunk:
         path = torch.tensor([walk + walk[-1:] * (slots - len(walk)) for walk in walked])
         laid = Pieces(path.T.to(self._device), above, layout)
         hidden = self._embed([piece.tokens for piece in pieces.values()])
-        return _TextWork(rows, walks, [days[day] for day in mine], laid, hidden)
+        return _TextWork(rows, walks, [prefixes[prefix] for prefix in mine], laid, hidden)
 
-    def _run(self, days: list[_Day], texts: list[_TextWork]) -> None:
-        """Layer by layer over all days, so that each matrix is unpacked from NF4 once: day by day,
-        unpacking took as long as the arithmetic."""
-        unread = self._unread(days)
+    def _run(self, prefixes: list[_Prefix], texts: list[_TextWork]) -> None:
+        """Layer by layer over all prefixes, so that each matrix is unpacked from NF4 once: for one
+        prefix, unpacking takes as long as the arithmetic."""
+        unread = self._unread(prefixes)
         for number, block in enumerate(self.blocks):
             with self._ready(block):
                 for some in unread:
-                    lengths = [len(day.tokens) for day in some.days]
+                    lengths = [len(prefix.tokens) for prefix in some.prefixes]
                     some.hidden, [layer] = prefix_pass([block], some.hidden, lengths)
-                    for row, day in enumerate(some.days):
-                        of_day = (side[row] for side in layer.blocks[0])
-                        # On a GPU views, whose memory goes with the last day's.
-                        day.layers.append(tuple(s if self._on_gpu else s.clone() for s in of_day))
+                    for row, prefix in enumerate(some.prefixes):
+                        sides = (side[row] for side in layer.blocks[0])
+                        # On a GPU views, whose memory goes with the last one's.
+                        prefix.layers.append(tuple(s if self._on_gpu else s.clone() for s in sides))
                 for some in texts:
-                    prefixes = _read(some.days, number)
-                    some.hidden = piece_pass(block, some.hidden, prefixes, some.pieces)
+                    attended = _read(some.prefixes, number)
+                    some.hidden = piece_pass(block, some.hidden, attended, some.pieces)
         for some in unread:
-            for day, hidden in zip(some.days, some.hidden, strict=True):
-                day.hidden = hidden[: len(day.tokens)].clone()
+            for prefix, hidden in zip(some.prefixes, some.hidden, strict=True):
+                prefix.hidden = hidden[: len(prefix.tokens)].clone()
 
     def _ready(self, block: Block) -> AbstractContextManager:
         """Inside, the layer's matrices lie unpacked; after it too, within `unpacked`."""
@@ -270,26 +270,26 @@ def digest_of(tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
-def _read(days: list[_Day], layer: int) -> Prefixes:
-    """What texts attend to of `days`."""
-    blocks = [tuple(side[None] for side in day.layers[layer]) for day in days]
-    return Prefixes(blocks, [len(day.tokens) for day in days])
+def _read(prefixes: list[_Prefix], layer: int) -> Prefixes:
+    """What texts attend to of `prefixes`."""
+    blocks = [tuple(side[None] for side in prefix.layers[layer]) for prefix in prefixes]
+    return Prefixes(blocks, [len(prefix.tokens) for prefix in prefixes])
 
 
 def _tree(
     prompts: PromptSet, rows: list[int], size: int
 ) -> tuple[dict[tuple[int, bytes], _Piece], list[list[int]]]:
-    """The distinct pieces of the suffixes of `rows`, of `size` tokens, those of a day together, and
-    the walk of each suffix. The keys are the day and the tokens up to the piece's end."""
+    """The distinct pieces, of `size` tokens, of the suffixes of `rows`, and each suffix's walk. The
+    keys are the prefix and the tokens up to the piece's end."""
     pieces: dict[tuple[int, bytes], _Piece] = {}
     walks = []
     for row in rows:
-        day, text = prompts.pairs[row].tolist()
+        prefix, text = prompts.pairs[row].tolist()
         tokens, walk = prompts.suffixes[text], []
         for start in range(0, len(tokens), size):
             end = start + size
             piece = _Piece(tokens[start:end], [*walk, len(pieces)])
-            walk = pieces.setdefault((day, tokens[:end].tobytes()), piece).walk
+            walk = pieces.setdefault((prefix, tokens[:end].tobytes()), piece).walk
         walks.append(walk)
     return pieces, walks
 
@@ -298,7 +298,7 @@ def _keys(prompts: PromptSet) -> list[bytes]:
     """Each prompt by content: the digests of its prefix and of its suffix."""
     prefixes = [digest_of(tokens) for tokens in prompts.prefixes]
     suffixes = [digest_of(tokens) for tokens in prompts.suffixes]
-    return [b"suffix" + prefixes[day] + suffixes[text] for day, text in prompts.pairs.tolist()]
+    return [b"suffix" + prefixes[at] + suffixes[text] for at, text in prompts.pairs.tolist()]
 
 
 def _files(

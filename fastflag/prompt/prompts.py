@@ -23,7 +23,7 @@ class PromptSet:
     """[U] int8: the account's position, -1 short, 0 flat, 1 long."""
     allowed: np.ndarray
     """[U, A] bool: actions with a probability above 0."""
-    reference: np.ndarray
+    centring: np.ndarray
     """[R] int32: rows whose prompts centre the features; none where statistics are at hand."""
 
     def __post_init__(self) -> None:
@@ -52,25 +52,23 @@ class PromptSet:
             "a prompt without actions",
         )
         _check(
-            self.reference.dtype == np.int32 and self.reference.ndim == 1,
-            "reference is not [R] int32",
+            self.centring.dtype == np.int32 and self.centring.ndim == 1,
+            "centring is not [R] int32",
         )
-        _check(
-            bool(((self.reference >= 0) & (self.reference < rows)).all()), "reference names no row"
-        )
+        _check(bool(((self.centring >= 0) & (self.centring < rows)).all()), "centring names no row")
 
     def subset(self, rows: np.ndarray) -> tuple["PromptSet", np.ndarray]:
-        """The prompts in `rows` [n] and the reference, and where each of `rows` went, [n] int64."""
-        kept = np.union1d(rows, self.reference)
-        days, prefix = np.unique(self.pairs[kept, 0], return_inverse=True)
+        """The prompts in `rows` [n] and those that centre; where each of `rows` went, [n] int64."""
+        kept = np.union1d(rows, self.centring)
+        read, prefix = np.unique(self.pairs[kept, 0], return_inverse=True)
         texts, suffix = np.unique(self.pairs[kept, 1], return_inverse=True)
         prompts = PromptSet(
-            prefixes=tuple(self.prefixes[day] for day in days),
+            prefixes=tuple(self.prefixes[at] for at in read),
             suffixes=tuple(self.suffixes[text] for text in texts),
             pairs=np.stack([prefix, suffix], axis=1).astype(np.int32),
             side=self.side[kept],
             allowed=self.allowed[kept],
-            reference=np.searchsorted(kept, self.reference).astype(np.int32),
+            centring=np.searchsorted(kept, self.centring).astype(np.int32),
         )
         return prompts, np.searchsorted(kept, rows)
 
@@ -99,32 +97,32 @@ def _check(fits: bool, problem: str) -> None:
 def merge(sets: Sequence[PromptSet]) -> tuple[PromptSet, list[np.ndarray]]:
     """One set with the distinct prompts of all, and for each set the new rows [U] of its prompts.
 
-    Prefixes with the same tokens are one day. The reference holds that of each set.
+    Prefixes with the same tokens are one. Those of each set centre.
     """
     prefixes, suffixes = _Distinct(), _Distinct()
     place: dict[tuple[int, int, int, bytes], int] = {}
     allowed: list[np.ndarray] = []
     rows = []
     for prompts in sets:
-        days = [prefixes.place(ids) for ids in prompts.prefixes]
+        heads = [prefixes.place(ids) for ids in prompts.prefixes]
         texts = [suffixes.place(ids) for ids in prompts.suffixes]
         new_rows = np.empty(len(prompts.pairs), dtype=np.int32)
         each = zip(prompts.pairs.tolist(), prompts.side.tolist(), prompts.allowed, strict=True)
-        for row, ((day, text), side, mask) in enumerate(each):
-            key = (days[day], texts[text], side, mask.tobytes())
+        for row, ((prefix, text), side, mask) in enumerate(each):
+            key = (heads[prefix], texts[text], side, mask.tobytes())
             if key not in place:
                 place[key] = len(place)
                 allowed.append(mask)
             new_rows[row] = place[key]
         rows.append(new_rows)
-    references = [new[prompts.reference] for new, prompts in zip(rows, sets, strict=True)]
+    centring = [new[prompts.centring] for new, prompts in zip(rows, sets, strict=True)]
     merged = PromptSet(
         prefixes=tuple(prefixes.texts),
         suffixes=tuple(suffixes.texts),
         pairs=np.array([key[:2] for key in place], dtype=np.int32),
         side=np.array([key[2] for key in place], dtype=np.int8),
         allowed=np.stack(allowed),
-        reference=np.unique(np.concatenate(references)),
+        centring=np.unique(np.concatenate(centring)),
     )
     return merged, rows
 

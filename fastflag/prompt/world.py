@@ -41,7 +41,7 @@ class World:
 
     def shown(self, accounts: Accounts, moment: int) -> tuple[PromptSet, np.ndarray]:
         """The distinct prompts of these accounts at `moment`, and each account's row [B] int32.
-        None of them is reference."""
+        None of them centres."""
         if self.prompter.config.account == "exact":
             return self._exact(accounts, moment)
         codes = self.task.code(accounts, moment)
@@ -74,11 +74,11 @@ class World:
         self,
         moments: Sequence[int] | np.ndarray,
         present: np.ndarray,
-        reference: np.ndarray | None = None,
+        centring: np.ndarray | None = None,
     ) -> tuple[PromptSet, np.ndarray]:
         """The distinct prompts of account codes at `moments` [n], which are distinct.
 
-        `present` is [n, CODES] bool, and so is `reference`: the codes whose prompts centre the
+        `present` is [n, CODES] bool, and so is `centring`: the codes whose prompts centre the
         features; they are added. -> (prompts, the row of each moment and code, [n, CODES] int32, -1
         where absent). Moments that read alike, as two without a bar may, share their prompts.
         Raises ValueError for a moment that is named twice.
@@ -86,9 +86,9 @@ class World:
         moments = np.asarray(moments, dtype=np.int64)
         if len(np.unique(moments)) < len(moments):
             raise ValueError("a moment is named twice")
-        if reference is None:
-            reference = np.zeros_like(present)
-        where, codes = np.nonzero(present | reference)
+        if centring is None:
+            centring = np.zeros_like(present)
+        where, codes = np.nonzero(present | centring)
         text_of_code, suffixes = self._suffixes(np.unique(codes))
         pairs = np.stack([where, text_of_code[codes]], axis=1).astype(np.int32)
         pairs, first, rows = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
@@ -101,7 +101,7 @@ class World:
             pairs=pairs,
             side=side[first],
             allowed=self.task.allowed(moments[where], side)[first],
-            reference=np.unique(row_of[reference]),
+            centring=np.unique(row_of[centring]),
         )
         prompts, (place,) = merge([prompts])
         return prompts, np.where(row_of >= 0, place[row_of], -1)
@@ -115,13 +115,13 @@ class World:
         return codes
 
     def centring_prompts(self, moments: Sequence[int]) -> PromptSet:
-        """The prompts of the accounts that centre the features at `moments`, all of them reference;
+        """The prompts of the accounts that centre the features at `moments`, all of them centring;
         of each moment one at least."""
         accounts, moment_of = centring_accounts(self.task, moments)
         at_each = [accounts.take(np.flatnonzero(moment_of == moment)) for moment in moments]
         sets = [self.shown(some, moment)[0] for some, moment in zip(at_each, moments, strict=True)]
         prompts, _ = merge(sets)
-        return replace(prompts, reference=np.arange(len(prompts.pairs), dtype=np.int32))
+        return replace(prompts, centring=np.arange(len(prompts.pairs), dtype=np.int32))
 
     def _suffixes(self, codes: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """(index of each code's text [CODES], the distinct texts' tokens) for sorted `codes`."""
@@ -152,6 +152,6 @@ class World:
             pairs=np.array([(0, text_index[text]) for text, _ in row_of_key], dtype=np.int32),
             side=side,
             allowed=self.task.allowed(moment, side),
-            reference=np.zeros(0, dtype=np.int32),
+            centring=np.zeros(0, dtype=np.int32),
         )
         return prompts, np.array([row_of_key[key] for key in keys], dtype=np.int32)

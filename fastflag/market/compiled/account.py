@@ -140,19 +140,19 @@ def _sharpe_nb(count, mean, m2, starting_cash):
 
 
 @kernel()
-def night_nb(table, day, rules):
+def night_nb(bars, day, rules):
     """What an account meets between the closes of `day` and day + 1."""
     return Night(
         day,
-        table[day, CLOSE],
-        table[day, MARK],
-        table[day, TRADABLE] != 0.0,
-        table[day + 1, OPEN],
-        table[day + 1, CLOSE],
-        table[day + 1, MARK],
-        table[day + 1, SPLIT],
-        table[day + 1, PAYABLE if rules.reinvest else DIVIDEND],
-        table[day + 1, TRADABLE] != 0.0,
+        bars[day, CLOSE],
+        bars[day, MARK],
+        bars[day, TRADABLE] != 0.0,
+        bars[day + 1, OPEN],
+        bars[day + 1, CLOSE],
+        bars[day + 1, MARK],
+        bars[day + 1, SPLIT],
+        bars[day + 1, PAYABLE if rules.reinvest else DIVIDEND],
+        bars[day + 1, TRADABLE] != 0.0,
     )
 
 
@@ -298,12 +298,12 @@ def _remember_nb(past, reward, equity, action):
 
 
 @kernel()
-def step_nb(table, rules, arrays, days, actions, rewards, terminated):
+def step_nb(bars, rules, arrays, days, actions, rewards, terminated):
     for b in range(days.size):
         rewards[b], terminated[b] = 0.0, False
         account = load_nb(arrays, b)
         if account.alive:
-            night = night_nb(table, days[b], rules)
+            night = night_nb(bars, days[b], rules)
             action = effective_nb(rules, account.shares, night.tradable, actions[b])
             account, reward, ruined = advance_nb(night, rules, account, action)
             store_nb(arrays, b, account)

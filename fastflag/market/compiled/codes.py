@@ -38,59 +38,59 @@ def code_nb(shares, entry, opened, mark, day):
 
 
 @kernel()
-def codes_nb(table, arrays, days, codes):
+def codes_nb(bars, arrays, days, codes):
     for b in range(days.size):
         codes[b] = code_nb(
             arrays.shares[b],
             arrays.entry[b],
             np.int64(arrays.opened[b]),
-            table[days[b], MARK],
+            bars[days[b], MARK],
             days[b],
         )
 
 
 @kernel()
-def _kept_entry_nb(table, rules, day, entry):
+def _kept_entry_nb(bars, rules, day, entry):
     """The entry at the close of `day` of a position that had `entry` at the close before."""
-    entry = entry / table[day, SPLIT]
-    if rules.reinvest and table[day, PAYABLE] != 0.0:
-        entry = entry / growth_nb(table[day, PAYABLE], table[day, CLOSE])
+    entry = entry / bars[day, SPLIT]
+    if rules.reinvest and bars[day, PAYABLE] != 0.0:
+        entry = entry / growth_nb(bars[day, PAYABLE], bars[day, CLOSE])
     return entry
 
 
 @kernel()
-def _mark_path_nb(table, rules, reached, first, start, side, entry, opened):
+def _mark_path_nb(bars, rules, reached, first, start, side, entry, opened):
     """Marks the codes of a position held from day first + start on; `entry` is that day's."""
     for place in range(start, len(reached)):
         day = first + place
         if place > start:
-            entry = _kept_entry_nb(table, rules, day, entry)
+            entry = _kept_entry_nb(bars, rules, day, entry)
         # Fills wait for a bar, so from here on there is a mark.
-        reached[place, code_nb(side, entry, opened, table[day, MARK], day)] = True
+        reached[place, code_nb(side, entry, opened, bars[day, MARK], day)] = True
 
 
 @kernel()
-def _mark_entry_nb(table, rules, reached, first, place, side):
+def _mark_entry_nb(bars, rules, reached, first, place, side):
     """Marks what a position entered on day first + place shows at the closes it lives to see."""
     day = first + place
-    price = table[day, OPEN if rules.fill == NEXT_OPEN else CLOSE]
+    price = bars[day, OPEN if rules.fill == NEXT_OPEN else CLOSE]
     _, entry = entry_nb(price, side, rules)
     if rules.fill != SAME_CLOSE:
-        _mark_path_nb(table, rules, reached, first, place, side, entry, day)
+        _mark_path_nb(bars, rules, reached, first, place, side, entry, day)
     elif place + 1 < len(reached):
-        entry = _kept_entry_nb(table, rules, day + 1, entry)
-        _mark_path_nb(table, rules, reached, first, place + 1, side, entry, day)
+        entry = _kept_entry_nb(bars, rules, day + 1, entry)
+        _mark_path_nb(bars, rules, reached, first, place + 1, side, entry, day)
 
 
 @kernel()
-def reachable_nb(table, rules, first, arrays, reached):
+def reachable_nb(bars, rules, first, arrays, reached):
     reached[:, 0] = True
     for b in range(arrays.shares.size):
         if arrays.shares[b] != 0.0:
             side, opened = np.sign(arrays.shares[b]), np.int64(arrays.opened[b])
-            _mark_path_nb(table, rules, reached, first, 0, side, arrays.entry[b], opened)
+            _mark_path_nb(bars, rules, reached, first, 0, side, arrays.entry[b], opened)
     for place in range(0 if rules.fill == SAME_CLOSE else 1, len(reached)):
-        if table[first + place, TRADABLE] != 0.0:
-            _mark_entry_nb(table, rules, reached, first, place, 1.0)
+        if bars[first + place, TRADABLE] != 0.0:
+            _mark_entry_nb(bars, rules, reached, first, place, 1.0)
             if rules.long_short:
-                _mark_entry_nb(table, rules, reached, first, place, -1.0)
+                _mark_entry_nb(bars, rules, reached, first, place, -1.0)

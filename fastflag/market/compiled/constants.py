@@ -8,7 +8,7 @@ SELL, HOLD, BUY = 0, 1, 2
 HISTORY = 10
 """Past steps that an account remembers, for prompts."""
 COLUMNS = ("open", "close", "mark", "split", "dividend", "tradable", "payable")
-"""Of `Bars.table`."""
+"""Of `Bars.matrix`."""
 OPEN, CLOSE, MARK, SPLIT, DIVIDEND, TRADABLE, PAYABLE = range(len(COLUMNS))
 PROFIT_STEP = 0.005
 PROFIT_LIMIT = 40

@@ -251,10 +251,10 @@ def _code_lanes_nb(size, floats, wholes, mark, day, codes):
 
 
 @kernel()
-def row_lanes_nb(size, floats, wholes, table, row_of, day, codes, rows):
+def row_lanes_nb(size, floats, wholes, bars, row_of, day, codes, rows):
     """Finds the row of what each lane shows at the close of `day`; returns a code that has none,
     or -1."""
-    _code_lanes_nb(size, floats, wholes, table[day, MARK], day, codes)
+    _code_lanes_nb(size, floats, wholes, bars[day, MARK], day, codes)
     row_of_code = row_of[day]
     for lane in range(size):
         rows[lane] = row_of_code[np.uint64(codes[lane])]

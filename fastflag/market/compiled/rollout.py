@@ -29,7 +29,7 @@ from fastflag.market.compiled.random import stream_nb, uniform_nb
 
 @kernel()
 def rollout_nb(
-    table, rules, arrays, days, restarts, cdf, row_of, seed, first_env, first_step, first, end, out
+    bars, rules, arrays, days, restarts, cdf, row_of, seed, first_env, first_step, first, end, out
 ):
     """Accounts first to end - 1. -> (day, code) of a state without a row, or (-1, -1)."""
     # Each access to a tuple's array counts its references: once here, not once a step.
@@ -45,12 +45,12 @@ def rollout_nb(
             streams[lane] = stream_nb(seed, first_env + start + lane)
         for s in range(days.size):
             day, row, was_open = days[s], rows[s, here], valid[s, here]
-            night = night_nb(table, day, rules)
+            night = night_nb(bars, day, rules)
             if restarts[s]:
                 restart_lanes_nb(size, floats, wholes)
                 closed = 0
             if restarts[s] or s == 0:
-                missing = row_lanes_nb(size, floats, wholes, table, row_of, day, codes, row)
+                missing = row_lanes_nb(size, floats, wholes, bars, row_of, day, codes, row)
                 if missing >= 0:
                     return day, missing
             else:
@@ -71,7 +71,7 @@ def rollout_nb(
             copy_lanes_nb(size, floats, REWARD, rewards[s, here])
             remember_lanes_nb(size, floats, wholes, s % HISTORY, was_open)
             missing = row_lanes_nb(
-                size, floats, wholes, table, row_of, day + 1, codes, next_rows[s, here]
+                size, floats, wholes, bars, row_of, day + 1, codes, next_rows[s, here]
             )
             if missing >= 0:
                 return day + 1, missing
@@ -80,13 +80,13 @@ def rollout_nb(
 
 
 @kernel()
-def equities_nb(table, rules, starting_cash, first, seed, fixed, equity):
+def equities_nb(bars, rules, starting_cash, first, seed, fixed, equity):
     for episode in range(equity.shape[0]):
         account, stream = fresh_nb(starting_cash), stream_nb(seed, episode)
         equity[episode, 0] = account.equity
         for place in range(1, equity.shape[1]):
             if account.alive:
-                night = night_nb(table, first + place - 1, rules)
+                night = night_nb(bars, first + place - 1, rules)
                 action = np.int64(fixed)
                 if fixed < 0:
                     u = uniform_nb(stream, place - 1)

@@ -101,7 +101,7 @@ class Single:
             raise ValueError(f"actions must lie in {SELL}..{BUY}")
         rewards, terminated = np.empty(len(accounts)), np.empty(len(accounts), np.bool_)
         rules, views = _rules_of(self.rules), accounts.views()
-        step_nb(self.bars.table, rules, views, moments, actions, rewards, terminated)
+        step_nb(self.bars.matrix, rules, views, moments, actions, rewards, terminated)
         return rewards, terminated
 
     def growth(self, opened: int, moment: int) -> float:
@@ -137,7 +137,7 @@ class Single:
         the fill.
         """
         codes = np.empty(len(accounts), np.int32)
-        codes_nb(self.bars.table, accounts.views(), self._moments(accounts, moment), codes)
+        codes_nb(self.bars.matrix, accounts.views(), self._moments(accounts, moment), codes)
         return codes
 
     def reachable(self, moments: range, accounts: Accounts) -> np.ndarray:
@@ -150,7 +150,7 @@ class Single:
         self.timeline.check(np.array([moments[0]]), len(moments) - 1)
         reached = np.zeros((len(moments), CODES), np.bool_)
         rules, views = _rules_of(self.rules), accounts.views()
-        reachable_nb(self.bars.table, rules, moments[0], views, reached)
+        reachable_nb(self.bars.matrix, rules, moments[0], views, reached)
         return reached
 
     def rollout(
@@ -167,7 +167,7 @@ class Single:
         """H steps of the accounts (in place), each action drawn from the row of what is shown.
 
         `moments` [H] are consecutive but at `restarts` [H], where every account starts anew before
-        the step; `cdf` float64 [R, 3] are cumulative probabilities, `row_of` int32 [M, CODES] their
+        the step; `cdf` float64 [U, A] are cumulative probabilities, `row_of` int32 [M, CODES] their
         rows (-1: none). Account b's number at step h is `uniform(seed, first_env + b, first_step +
         h)`.
 
@@ -192,7 +192,7 @@ class Single:
             valid=np.empty(shape, np.bool_),
             next_row=np.empty(shape, np.int32),
         )
-        world = self.bars.table, _rules_of(self.rules), accounts.views(), moments, restarts
+        world = self.bars.matrix, _rules_of(self.rules), accounts.views(), moments, restarts
         policy, random = (cdf, row_of), (seed_bits(seed), first_env, first_step)
 
         def run(part: range) -> tuple[int, int]:
@@ -224,7 +224,7 @@ class Single:
         fixed = -1 if action is None else int(action)
         equity = np.empty((episodes, len(moments)))
         rules, cash = _rules_of(self.rules), float(self.rules.cash)
-        equities_nb(self.bars.table, rules, cash, moments[0], seed_bits(seed), fixed, equity)
+        equities_nb(self.bars.matrix, rules, cash, moments[0], seed_bits(seed), fixed, equity)
         return equity
 
     def _moments(
