@@ -8,8 +8,11 @@
     run.decide("2020-12-31")     # the action at one close
 
 A run is its folder: a Run holds nothing that the folder lacks, and one that is opened again is the
-same. torch and Numba are imported by what needs them. Raises InputError for what the user gave
-wrong, in one line, and OSError where the system refuses to read or write.
+same. torch and Numba are imported by what needs them.
+
+What the user gave wrong raises InputError, whose text is one line; so does a file that is missing,
+damaged or can't be read. What can't be written (a full disk, a folder of somebody else's) raises
+OSError, with the file as its `filename`; what was there before stays whole.
 """
 
 import errno
@@ -45,7 +48,7 @@ from fastflag.evaluate.results import (
     MemoryPlan,
     Metrics,
 )
-from fastflag.files import InputError, read_json
+from fastflag.files import InputError, read_json, read_text, reading
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -69,7 +72,8 @@ class Run:
 
     @property
     def metrics(self) -> "DataFrame":
-        """A row an update, as RUN/metrics.jsonl has it; seconds/NAME are those of a phase."""
+        """A row an update, as RUN/metrics.jsonl has it; seconds/NAME are those of a phase. Raises
+        InputError for a missing or malformed file."""
         import pandas
 
         from fastflag.evaluate.report import read_updates
@@ -78,7 +82,8 @@ class Run:
 
     @property
     def tested(self) -> Backtest:
-        """The backtest of the held-out days, as RUN/backtest.json has it."""
+        """The backtest of the held-out days, as RUN/backtest.json has it. Raises InputError for a
+        missing or malformed file."""
         from fastflag.learn.checkpoint import read_state
 
         path = self.folder / "backtest.json"
@@ -104,7 +109,8 @@ class Run:
 
     @property
     def policy(self) -> "Policy":
-        """As it was at the last checkpoint."""
+        """As it was at the last checkpoint. Raises InputError where that, the model or the bars are
+        missing, damaged or others."""
         return self._loaded[2]
 
     @property
@@ -126,7 +132,9 @@ class Run:
     def backtest(self, split: str = "test", track: Track = iter) -> Backtest:
         """Days of `split` (train, test or START..END) beside buy-and-hold and random policies. Only
         test rewrites RUN/backtest.json and the report. For train and test the market must be the
-        one that the run was trained on, up to its last training day."""
+        one that the run was trained on, up to its last training day. Raises InputError for what
+        can't be read or does not fit, and OSError for a full disk; a folder that is not ours to
+        write to is a warning."""
         from fastflag.evaluate.backtest import backtest
 
         if ".." not in split and not self._knows_market():
@@ -149,7 +157,7 @@ class Run:
         since: str = "",
     ) -> Decision:
         """The most probable action at the close of `date`, which nothing later bears on. A position
-        that is held was entered at the price `entry` on the day `since`."""
+        that is held was entered at the price `entry` on the day `since`. Raises InputError."""
         from fastflag.evaluate.decide import decide
 
         _, world, policy = self._loaded
@@ -160,17 +168,19 @@ class Run:
         return Decision(**decide(policy, world, self.market, day, position, entry, entered))
 
     def report(self) -> Path:
-        """Writes RUN/report.html anew."""
+        """Writes RUN/report.html anew. Raises InputError for what the run lacks, and OSError where
+        it can't be written."""
         from fastflag.evaluate.report import write_report
 
         return write_report(self.folder)
 
     def _repr_html_(self) -> str:
         """The report that the folder holds, in a frame that can't reach the notebook."""
-        path = self.folder / "report.html"
-        if not path.exists():
-            return f"<p>No report yet: {escape(str(path))}</p>"
-        page, size = escape(path.read_text(encoding="utf-8")), 'width="100%" height="720"'
+        try:
+            page = escape(read_text(self.folder / "report.html"))
+        except InputError as error:
+            return f"<p>No report: {escape(str(error))}</p>"
+        size = 'width="100%" height="720"'
         return f'<iframe sandbox="allow-scripts" {size} srcdoc="{page}"></iframe>'
 
     def _knows_market(self) -> bool:
@@ -193,7 +203,8 @@ class Run:
 
 
 def load(data: str | DataConfig = DataConfig.data, **settings: Any) -> "Market":
-    """The bars and news that `data` names, as --data does; other settings are DataConfig's."""
+    """The bars and news that `data` names, as --data does; other settings are DataConfig's. Raises
+    InputError for what can't be read or does not fit."""
     from fastflag.market import sources
 
     if isinstance(data, DataConfig):
@@ -214,7 +225,8 @@ def train(
 
     `settings` are the flags of `fastflag train` by name (num_envs=64), over `config` or `preset`.
     With `resume` it goes on with the run in the folder, where there is one, by its own settings
-    unless others are named.
+    unless others are named. Raises InputError for settings, data or a model that do not fit, and
+    for a folder that can't be this run's; OSError where the folder can't be written to.
     """
     from fastflag.learn.checkpoint import read_state
     from fastflag.learn.run import check_claim
@@ -222,7 +234,8 @@ def train(
     from fastflag.model.weights import open_weights
 
     folder = _folder(out)
-    if folder in (Path.cwd(), *Path.cwd().parents):
+    here = _folder(".")
+    if folder in (here, *here.parents):
         raise InputError("a run needs a folder of its own, --out")
     if config is not None and preset:
         raise InputError(f"the preset {preset!r} beside a config: name one of the two, train()")
@@ -248,7 +261,7 @@ def open(
     device: Device = "auto",
 ) -> Run:
     """The run in a folder. `data`, `news`, `symbol` and `model` say where its bars and model are
-    now, where they are no longer where they were."""
+    now, where they are no longer where they were. Raises InputError for what is no run."""
     from fastflag.learn.run import read_config
 
     folder = _folder(run)
@@ -315,7 +328,8 @@ def _folder(path: Path | str) -> Path:
     """With ~ as the shell writes it, and whole: a Run is the same wherever its process goes."""
     if not isinstance(path, str | Path) or "\0" in str(path):
         raise InputError(f"a run's folder is a path, not {path!r:.80}")
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    with reading("the current folder"):  # which may have been taken away
+        return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def _checked(config: TrainConfig) -> TrainConfig:

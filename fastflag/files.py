@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +57,36 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """What the system refuses inside is told of `path`. Raises InputError: a file that can't be
+    read is the user's to mend, whereas writing raises OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.strerror or error}, {path}") from None
+
+
+def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
+    """The text in `path`, with or without a byte-order mark. Raises InputError for a missing or
+    unreadable file and, unless `errors` is replace, for bytes that are not UTF-8."""
+    with reading(path):
+        content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text ({error}), {path}") from None
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The JSON document in `path`, with or without a byte-order mark.
 
     Raises InputError for a missing, unreadable, empty or malformed file.
     """
-    path = Path(path)
+    with reading(path):
+        content = Path(path).read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{error.strerror or error}, {path}") from None
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"not valid JSON ({error}), {path}") from None
 

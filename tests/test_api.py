@@ -221,7 +221,10 @@ def test_what_a_notebook_shows(run):
     assert "random policies" in tested and tested.count("<polyline") == 2
     assert opened.decide(DATES[30])._repr_html_().count(DATES[30]) == 1
     (run / "report.html").unlink()
-    assert opened._repr_html_() == f"<p>No report yet: {run}/report.html</p>"
+    missing = f"No such file or directory, {run}/report.html"
+    assert opened._repr_html_() == f"<p>No report: {missing}</p>"
+    (run / "report.html").write_bytes(b"\xff")
+    assert opened._repr_html_().startswith("<p>No report: not UTF-8 text (")
 
 
 def test_a_chart_is_to_scale():
@@ -327,3 +330,59 @@ def test_what_python_hands_over_is_checked_before_anything_is_written(config, ru
     told = with_settings(config, values)
     assert (told.rollout.num_envs, told.algorithm.learning_rate) == (4, 0.5)
     assert told.policy.model == str(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "raised"),
+    [
+        ("config.json", lambda run: ff.open(run), ff.InputError),
+        ("metrics.jsonl", lambda run: ff.open(run).metrics, ff.InputError),
+        ("metrics.jsonl", lambda run: longer(run), ff.InputError),
+        ("backtest.json", lambda run: ff.open(run).tested, ff.InputError),
+        ("report.html", lambda run: ff.open(run).report(), OSError),
+        ("backtest.json", lambda run: ff.open(run).backtest(), OSError),
+        ("checkpoint/state.json", lambda run: ff.open(run).policy, ff.InputError),
+        ("checkpoint", lambda run: ff.open(run).policy, ff.InputError),
+    ],
+)
+def test_what_cant_be_read_is_refused_and_what_cant_be_written_is_the_systems_error(
+    name, act, raised, run
+):
+    """A folder where a file should be, and a file where a folder should be, as root can't pass."""
+    path = run / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("")
+        path = path / "state.json"
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(raised) as error:
+        act(run)
+    if raised is OSError:
+        assert error.value.filename == str(path) and error.value.strerror
+    else:
+        assert str(error.value).endswith(f"a directory, {path}")
+
+
+def longer(run):
+    return ff.train(run, resume=True, total_timesteps=2 * ff.open(run).config.total_timesteps)
+
+
+def test_a_name_that_no_file_can_have_is_refused(bars, tmp_path, monkeypatch):
+    name = "x" * 300
+    for act in (
+        lambda: ff.train(tmp_path / name),
+        lambda: ff.open(tmp_path / name),
+        lambda: ff.load(f"csv:{tmp_path}/{name}"),
+        lambda: ff.load(f"csv:{bars}", news=name),
+        lambda: ff.plan(PolicyConfig(model=f"{tmp_path}/{name}")),
+    ):
+        with pytest.raises(ff.InputError, match="File name too long, "):
+            act()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for act in (ff.open, ff.train):
+        with pytest.raises(ff.InputError, match="No such file or directory, the current folder"):
+            act("run")

@@ -14,7 +14,7 @@ from fastflag import config as settings
 from fastflag.evaluate.figures import Figure, backtest_figures, training_figures
 from fastflag.evaluate.tables import facts_list, headlines, metrics_tables, tiles
 from fastflag.evaluate.words import backtest_facts, training_facts, verdict
-from fastflag.files import InputError, read_json, write_atomic
+from fastflag.files import InputError, read_json, read_text, write_atomic
 
 
 def write_report(run: Path) -> Path:
@@ -63,8 +63,6 @@ def _refusing(path: Path) -> Iterator[None]:
     """Raises InputError, with the file's name, for what a file of another shape leads to."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"{error.strerror or error}, {path}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"not as fastflag writes it ({_told(error)}), {path}") from error
 
@@ -86,8 +84,7 @@ def read_updates(run: Path) -> list[dict[str, Any]]:
     Raises InputError for a missing or malformed file.
     """
     path, updates = run / "metrics.jsonl", []
-    with _refusing(path):
-        text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             updates.append(json.loads(line))

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim import AdamW
 
-from fastflag.files import InputError, read_json, write_atomic
+from fastflag.files import InputError, read_json, reading, write_atomic
 from fastflag.market.accounts import Accounts
 from fastflag.policy.table import Policy
 
@@ -91,10 +91,8 @@ def read_checkpoint(run: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError):
         raise InputError(f"not a checkpoint, {state_file}") from None
     tensor_file = state_file.parent / name
-    try:
+    with reading(tensor_file):
         content = tensor_file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{error.strerror}, {tensor_file}") from None
     if _digest(content) != digest:
         raise InputError(f"truncated, or not what was written, {tensor_file}")
     return Checkpoint(step, fingerprint, load(content), kept)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastflag.files import write_atomic
+from fastflag.files import read_text, write_atomic
 
 
 class PhaseTimer:
@@ -120,7 +120,7 @@ def _lines_before(path: Path, start: int) -> Iterator[str]:
     """The complete lines of updates before `start`; a line cut off by a kill is not one."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace").splitlines():
         try:
             if json.loads(line)["step"] < start:
                 yield line + os.linesep

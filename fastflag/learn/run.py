@@ -13,7 +13,7 @@ import numpy as np
 
 import fastflag
 from fastflag.config import TrainConfig, from_run, to_dict
-from fastflag.files import InputError, read_json, write_atomic
+from fastflag.files import InputError, read_json, reading, write_atomic
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
 from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.fingerprint import fingerprint
@@ -69,8 +69,9 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
 def _refuse_no_folder(run: Path) -> None:
     """Raises InputError where RUN, or what it should lie in, is there and no folder."""
     for path in (run, *run.parents):
-        if path.is_dir():
-            return
+        with reading(f"--out {run}"):  # a name too long is looked up in vain
+            if path.is_dir():
+                return
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path} is a symbolic link to nothing, --out {run}")
         if path.exists():
