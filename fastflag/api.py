@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -68,7 +68,7 @@ class Run:
     """A training's folder, and where its bars and its model are now."""
 
     folder: Path
-    config: TrainConfig
+    config: TrainConfig = field(repr=False)
 
     @property
     def metrics(self) -> "DataFrame":

@@ -20,7 +20,9 @@ import fastflag as ff
 from fastflag import api, cli
 from fastflag.config import DataConfig, PolicyConfig, TrainConfig, to_dict, with_settings
 from fastflag.evaluate.chart import svg
+from fastflag.evaluate.episodes import greedy, run_episodes
 from fastflag.evaluate.figures import Figure
+from fastflag.market.task import Steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -386,3 +388,24 @@ def test_a_name_that_no_file_can_have_is_refused(bars, tmp_path, monkeypatch):
     for act in (ff.open, ff.train):
         with pytest.raises(ff.InputError, match="No such file or directory, the current folder"):
             act("run")
+
+
+def test_what_it_gives_is_shown_in_one_line(run):
+    """What, how much, from when to when: numbers that were counted elsewhere."""
+    opened = ff.open(run)
+    world, held_out = opened.world, f"{DATES[TRAIN_DAYS]}..{DATES[-1]}"
+    prompts, _ = world.shown(world.task.start(4), 30)
+    shown = {
+        repr(opened): f"Run(folder={run!r})",
+        repr(opened.market): f"Market(BARS: 40 days {DATES[0]}..{DATES[-1]}, 80 news)",
+        repr(opened.tested): f"Backtest(BARS: 16 days {held_out})",
+        repr(world.task.bars): "Bars(40 days, 40 with a bar)",
+        repr(world.task.start(1000)): "Accounts(1000)",
+        repr(prompts): "PromptSet(1 prompts of 1 prefixes, 1 suffixes)",
+        repr(Steps.empty(7, 9)): "Steps(7 accounts, 9 steps)",
+        repr(
+            run_episodes(opened.policy, world, range(3), 5, greedy)
+        ): "Episodes(5 accounts, 3 days)",
+    }
+    assert [*shown] == [*shown.values()]
+    assert len(repr(world)) < 600 and "array" not in repr(world) and "\n" not in repr(world)

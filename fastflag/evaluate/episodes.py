@@ -36,6 +36,9 @@ class Episodes:
     action: np.ndarray  # [B, n - 1] int8
     probabilities: np.ndarray  # [B, n - 1, A]
 
+    def __repr__(self) -> str:
+        return "Episodes({} accounts, {} days)".format(*self.equity.shape)
+
     def part(self, episodes: slice) -> "Episodes":
         return Episodes(**{name: array[episodes] for name, array in vars(self).items()})
 

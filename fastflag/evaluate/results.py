@@ -22,6 +22,11 @@ class Backtest:
 
     document: dict[str, Any]
 
+    def __repr__(self) -> str:
+        told = self.document
+        period = f"{told.get('start')}..{told.get('end')}"
+        return f"Backtest({told.get('symbol')}: {len(told.get('dates', ()))} days {period})"
+
     def metrics(self, convention: Convention = "standard") -> "DataFrame":
         """A row a policy: greedy, buy-and-hold, and the mean of the sampled episodes. Returns,
         volatility and drawdown in percent; how each is defined by a convention is in the README."""

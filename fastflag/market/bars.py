@@ -98,6 +98,11 @@ class Market:
         if any(later < earlier for earlier, later in pairwise(times)):
             raise InputError("news is not sorted by its available time, market")
 
+    def __repr__(self) -> str:
+        names = ", ".join(self.symbols[:3]) + (", ..." if len(self.symbols) > 3 else "")
+        period = f"{self.dates[0]}..{self.dates[-1]}"
+        return f"Market({names}: {len(self.dates)} days {period}, {len(self.news)} news)"
+
     def _refuse(self, wrong: np.ndarray, what: str) -> None:
         if wrong.any():
             day, column = np.argwhere(wrong)[0]
@@ -252,6 +257,9 @@ class Bars:
 
     def __len__(self) -> int:
         return len(self.close)
+
+    def __repr__(self) -> str:
+        return f"Bars({len(self)} days, {self.tradable.sum()} with a bar)"
 
 
 def _payable(split: np.ndarray, dividend: np.ndarray, tradable: np.ndarray) -> np.ndarray:

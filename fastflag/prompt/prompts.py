@@ -59,6 +59,10 @@ class PromptSet:
             bool(((self.reference >= 0) & (self.reference < rows)).all()), "reference names no row"
         )
 
+    def __repr__(self) -> str:
+        parts = f"{len(self.prefixes)} prefixes, {len(self.suffixes)} suffixes"
+        return f"PromptSet({len(self.pairs)} prompts of {parts})"
+
     def subset(self, rows: np.ndarray) -> tuple["PromptSet", np.ndarray]:
         """The prompts in `rows` [n] and the reference, and where each of `rows` went, [n] int64."""
         kept = np.union1d(rows, self.reference)
