@@ -229,7 +229,7 @@ def train(
     for a folder that can't be this run's; OSError where the folder can't be written to.
     """
     from fastflag.learn.checkpoint import read_state
-    from fastflag.learn.run import check_claim
+    from fastflag.learn.run import check_claim, read_config
     from fastflag.learn.train import train
     from fastflag.model.weights import open_weights
 
@@ -241,11 +241,13 @@ def train(
         raise InputError(f"the preset {preset!r} beside a config: name one of the two, train()")
     base = base_of(folder, preset, resume) if config is None else _checked(config)
     config = with_settings(base, settings)
-    if not resume:
+    if resume:
+        _warn_of_changes(folder)
+    else:
         check_claim(folder, config, resume=False)
     market = load(config.data)
     made = train(config, market, open_weights(config.policy.model), folder, resume)
-    run = open(folder, device=config.policy.device)
+    run = Run(folder, with_settings(read_config(folder), {"device": config.policy.device}))
     vars(run).update(market=market, _read=(read_state(folder), made))  # which would be read again
     run.backtest(track=track)
     return run
@@ -261,11 +263,14 @@ def open(
     device: Device = "auto",
 ) -> Run:
     """The run in a folder. `data`, `news`, `symbol` and `model` say where its bars and model are
-    now, where they are no longer where they were. Raises InputError for what is no run."""
+    now, where they are no longer where they were. Settings are those of RUN/config.json; where one
+    was changed since the run was trained, that is a warning. Raises InputError for what is no run.
+    """
     from fastflag.learn.run import read_config
 
     folder = _folder(run)
     config = read_config(folder)
+    _warn_of_changes(folder)
     named = {"data": data, "news": news, "symbol": symbol, "model": model}
     changes: dict[str, Any] = {
         name: value for name, value in named.items() if not isinstance(value, str) or value
@@ -342,6 +347,15 @@ def _checked(config: TrainConfig) -> TrainConfig:
 def _date(day: Any) -> str:
     """A day as --date has it, of text or a date of Python's, NumPy's or pandas'."""
     return day if isinstance(day, str) else str(day)[:10]
+
+
+def _warn_of_changes(folder: Path) -> None:
+    from fastflag.learn.run import changed_by_hand
+
+    with suppress(InputError):  # a damaged checkpoint is the business of who needs one
+        if changed := changed_by_hand(folder):
+            told = "fastflag: changed since the run was trained: %s, %s"
+            _LOG.warning(told, changed, folder / "config.json")
 
 
 def _other_market() -> str:

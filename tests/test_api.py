@@ -368,7 +368,8 @@ def test_what_cant_be_read_is_refused_and_what_cant_be_written_is_the_systems_er
 
 
 def longer(run):
-    return ff.train(run, resume=True, total_timesteps=2 * ff.open(run).config.total_timesteps)
+    steps = json.loads((run / "config.json").read_text())["total_timesteps"]
+    return ff.train(run, resume=True, total_timesteps=2 * steps)
 
 
 def test_a_name_that_no_file_can_have_is_refused(bars, tmp_path, monkeypatch):
@@ -409,3 +410,43 @@ def test_what_it_gives_is_shown_in_one_line(run):
     }
     assert [*shown] == [*shown.values()]
     assert len(repr(world)) < 600 and "array" not in repr(world) and "\n" not in repr(world)
+
+
+def edit(run, section, **changes):
+    document = json.loads((run / "config.json").read_text())
+    document[section] |= changes
+    (run / "config.json").write_text(json.dumps(document))
+
+
+def test_a_config_that_was_changed_by_hand_is_told(run, caplog, capsys):
+    """Opened or resumed; a run that went on for longer was changed by nobody."""
+    longer(run)
+    ff.open(run)
+    assert caplog.records == []
+    edit(run, "simulator", fee_bps=5.0)
+    told = "changed since the run was trained: fee_bps (5.0, not 1.0), "
+    ff.open(run)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"fastflag: {told}{run}/config.json"
+    ]
+    caplog.clear()
+    longer(run)  # its checkpoints still know what came first
+    ff.open(run)
+    assert [told in record.getMessage() for record in caplog.records] == [True, True]
+    capsys.readouterr()
+    cli.main(["decide", str(run), "--date", DATES[30]])
+    assert capsys.readouterr().err.count(told) == 1
+    caplog.clear()
+    (run / "checkpoint" / "state.json").write_text("{")
+    assert ff.open(run).tested.document["updates"] == 16
+    state = {"step": 4, "digest": "", "config": None}  # as an earlier version wrote it
+    (run / "checkpoint" / "state.json").write_text(json.dumps(state))
+    ff.open(run)
+    assert caplog.records == []
+
+
+def test_a_dtype_left_open_by_hand_is_refused(run):
+    edit(run, "policy", dtype="auto")
+    for act in (ff.open, longer):
+        with pytest.raises(ff.InputError, match=r"'policy\.dtype' of a run is bf16 or fp32, not"):
+            act(run)

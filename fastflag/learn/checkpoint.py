@@ -58,6 +58,7 @@ def write_checkpoint(
         "tensors": name,
         "digest": _digest(content),
         "fingerprint": fingerprint,
+        "config": read_trained(run) or _config_now(run),
         "optimizer": kept,
     }
     write_atomic(folder / "state.json", json.dumps(document, indent=1))
@@ -76,6 +77,24 @@ def read_state(run: Path) -> tuple[int, str]:
         return int(document["step"]), str(document["digest"])
     except (KeyError, TypeError, ValueError):
         raise InputError(f"not a checkpoint, {path}") from None
+
+
+def read_trained(run: Path) -> dict[str, Any] | None:
+    """RUN/config.json as it was at the run's first checkpoint; None where there is none, or an
+    earlier version wrote it. Raises InputError for a malformed state.json."""
+    path = run / "checkpoint" / "state.json"
+    if not path.exists():
+        return None
+    document = read_json(path)
+    config = document.get("config") if isinstance(document, dict) else None
+    if not isinstance(config, dict | None):
+        raise InputError(f"not a checkpoint, {path}")
+    return config
+
+
+def _config_now(run: Path) -> dict[str, Any] | None:
+    path = run / "config.json"
+    return read_json(path) if path.exists() else None
 
 
 def read_checkpoint(run: Path) -> Checkpoint:

@@ -14,7 +14,7 @@ import numpy as np
 import fastflag
 from fastflag.config import TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, reading, write_atomic
-from fastflag.learn.checkpoint import read_checkpoint, restore_policy
+from fastflag.learn.checkpoint import read_checkpoint, read_trained, restore_policy
 from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.fingerprint import fingerprint
 from fastflag.model.arithmetic import resolved
@@ -33,12 +33,29 @@ _WRITTEN = ("config.json", "metrics.jsonl", "checkpoint", "backtest.json", "repo
 def read_config(run: Path) -> TrainConfig:
     """The configuration of a run.
 
-    Raises InputError for a folder that is no run.
+    Raises InputError for a folder that is no run, and for a dtype that a hand has left open.
     """
-    document = read_json(run / "config.json")
+    path = run / "config.json"
+    document = read_json(path)
     if not isinstance(document, dict):
-        raise InputError(f"not a run's configuration, {run / 'config.json'}")
-    return from_run(document, str(run / "config.json"))
+        raise InputError(f"not a run's configuration, {path}")
+    config = from_run(document, str(path))
+    if config.policy.dtype == "auto":
+        raise InputError(f"config key 'policy.dtype' of a run is bf16 or fp32, not 'auto', {path}")
+    return config
+
+
+def changed_by_hand(run: Path) -> str:
+    """The first setting in RUN/config.json that is not what the run was trained by, in words; empty
+    where there is none, and where there is no checkpoint to tell. Raises InputError as
+    `read_config` does."""
+    trained = read_trained(run)
+    if trained is None:
+        return ""
+    stored = to_dict(from_run(trained, str(run / "checkpoint" / "state.json")))
+    now = to_dict(read_config(run))
+    now["total_timesteps"] = stored["total_timesteps"]  # which lengthening a run changes
+    return _first_difference(now, stored)
 
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
