@@ -21,7 +21,7 @@ from fastflag.market.events import Rows, events
 from fastflag.market.frames import named, path_of, read_json, read_table, stem_of
 from fastflag.market.mend import mended
 from fastflag.market.news import assigned, news_beside, news_of, with_news
-from fastflag.market.planted import read_planted
+from fastflag.market.planted import NEWS_TIME, read_planted
 from fastflag.market.times import bar_dates, hours_of, refuse_longer_than_days, zone_of
 from fastflag.market.wide import long_rows
 
@@ -91,7 +91,13 @@ def _sample(name: str, _data: DataConfig) -> Market:
     return _market(frame, f"sample:{name}", name.upper())
 
 
-def _planted(name: str, _data: DataConfig) -> Market:
+def _planted(name: str, data: DataConfig) -> Market:
+    close = hours_of(data).close
+    if close is not None and close < NEWS_TIME:
+        raise InputError(
+            "planted: has its news at 15:00, which tells the next day's direction only where it is "
+            f"known at the close, --close-time {data.close_time}"
+        )
     return read_planted(name)
 
 
