@@ -36,8 +36,8 @@ from fastflag.config import (
     SimulatorConfig,
     TrainConfig,
     base_of,
+    checked,
     from_dict,
-    to_dict,
     with_settings,
 )
 from fastflag.evaluate.results import (
@@ -208,7 +208,7 @@ def load(data: str | DataConfig = DataConfig.data, **settings: Any) -> "Market":
     from fastflag.market import sources
 
     if isinstance(data, DataConfig):
-        return sources.load(data)
+        return sources.load(checked(data, DataConfig, "load()"))
     return sources.load(from_dict({"data": {"data": data, **settings}}, "load()").data)
 
 
@@ -239,7 +239,11 @@ def train(
         raise InputError("a run needs a folder of its own, --out")
     if config is not None and preset:
         raise InputError(f"the preset {preset!r} beside a config: name one of the two, train()")
-    base = base_of(folder, preset, resume) if config is None else _checked(config)
+    base = (
+        base_of(folder, preset, resume)
+        if config is None
+        else checked(config, TrainConfig, "train()")
+    )
     config = with_settings(base, settings)
     if resume:
         _warn_of_changes(folder)
@@ -316,10 +320,17 @@ def plan(
     optimizer: Optimizer = AlgorithmConfig.optimizer,
     batch: PlanConfig | None = None,
 ) -> MemoryPlan:
-    """What training takes of a GPU's memory, in bytes, by part."""
+    """What training takes of a GPU's memory, in bytes, by part. Raises InputError for settings that
+    do not fit, and for a model that can't be read."""
     from fastflag.evaluate import doctor
 
-    return MemoryPlan(**doctor.plan(policy or PolicyConfig(), optimizer, batch or PlanConfig()))
+    return MemoryPlan(
+        **doctor.plan(
+            checked(PolicyConfig() if policy is None else policy, PolicyConfig, "plan()"),
+            checked(AlgorithmConfig(optimizer=optimizer), AlgorithmConfig, "plan()").optimizer,
+            checked(PlanConfig() if batch is None else batch, PlanConfig, "plan()"),
+        )
+    )
 
 
 def ran_out(error: BaseException) -> bool:
@@ -335,13 +346,6 @@ def _folder(path: Path | str) -> Path:
         raise InputError(f"a run's folder is a path, not {path!r:.80}")
     with reading("the current folder"):  # which may have been taken away
         return Path(os.path.abspath(os.path.expanduser(path)))
-
-
-def _checked(config: TrainConfig) -> TrainConfig:
-    """A configuration made in Python, held to what one in JSON is. Raises InputError."""
-    if not isinstance(config, TrainConfig):
-        raise InputError(f"a configuration is a TrainConfig, not {config!r:.80}, train()")
-    return from_dict(to_dict(config), "train()")
 
 
 def _date(day: Any) -> str:

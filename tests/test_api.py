@@ -18,7 +18,14 @@ from small import DATES, TRAIN_DAYS, small_market
 
 import fastflag as ff
 from fastflag import api, cli
-from fastflag.config import DataConfig, PolicyConfig, TrainConfig, to_dict, with_settings
+from fastflag.config import (
+    DataConfig,
+    PlanConfig,
+    PolicyConfig,
+    TrainConfig,
+    to_dict,
+    with_settings,
+)
 from fastflag.evaluate.chart import svg
 from fastflag.evaluate.episodes import greedy, run_episodes
 from fastflag.evaluate.figures import Figure
@@ -450,3 +457,25 @@ def test_a_dtype_left_open_by_hand_is_refused(run):
     for act in (ff.open, longer):
         with pytest.raises(ff.InputError, match=r"'policy\.dtype' of a run is bf16 or fp32, not"):
             act(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"policy": PolicyConfig(dtype="fp8")}, "'dtype' must be one of auto, bf16, fp32, not"),
+        ({"policy": PolicyConfig(adaptation="half")}, "'adaptation' must be one of lora, qlora"),
+        ({"policy": PolicyConfig(model=None)}, "'model' must be text, not None, plan()"),
+        ({"policy": {"top_layers": 2}}, "a configuration is a PolicyConfig, not {'top_layers': 2}"),
+        ({"optimizer": "sgd"}, "'optimizer' must be one of adamw, adamw8bit, not 'sgd', plan()"),
+        ({"batch": PlanConfig(days=1.5)}, "'days' must be a whole number, not 1.5, plan()"),
+        ({"batch": 64}, "a configuration is a PlanConfig, not 64, plan()"),
+    ],
+)
+def test_what_a_plan_is_asked_of_is_checked_as_in_train(arguments, told):
+    with pytest.raises(ff.InputError, match=re.escape(told)):
+        ff.plan(**arguments)
+
+
+def test_a_market_is_named_by_settings_that_are_checked():
+    with pytest.raises(ff.InputError, match="'calendar' must be one of auto, stock, crypto, not"):
+        ff.load(DataConfig(calendar="moon"))

@@ -2,7 +2,14 @@
 
 from fastflag.config.fields import Device, Optimizer, flag
 from fastflag.config.presets import PRESETS
-from fastflag.config.reading import base_of, from_dict, from_run, to_dict, with_settings
+from fastflag.config.reading import (
+    base_of,
+    checked,
+    from_dict,
+    from_run,
+    to_dict,
+    with_settings,
+)
 from fastflag.config.settings import (
     AlgorithmConfig,
     DataConfig,
@@ -27,6 +34,7 @@ __all__ = [
     "SimulatorConfig",
     "TrainConfig",
     "base_of",
+    "checked",
     "flag",
     "from_dict",
     "from_run",
