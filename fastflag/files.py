@@ -13,11 +13,17 @@ from typing import Any
 class InputError(Exception):
     """What the user gave is wrong. Its text is one line, `WHAT, WHERE`; commands exit with 2.
 
-    It may quote what the user gave: what can't be printed is written as an escape.
+    It may quote what the user gave, of any length: what can't be printed is written as an escape,
+    and of a text that fills more than a screen the middle is left out.
     """
 
     def __init__(self, text: str):
-        super().__init__(printable(text))
+        super().__init__(_shortened(printable(_shortened(text))))
+
+
+def _shortened(text: str) -> str:
+    """WHAT at its beginning and WHERE at its end, if there are more than 1,000 characters."""
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-395:]}"
 
 
 def printable(text: str) -> str:

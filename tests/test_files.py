@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastflag.config import from_dict
 from fastflag.files import InputError, printable, read_json, write_atomic
 
 
@@ -117,6 +118,18 @@ def test_unreadable_json(tmp_path):
         read_json(tmp_path / "none.json")
     with pytest.raises(InputError, match="Is a directory"):
         read_json(tmp_path)
+
+
+@pytest.mark.parametrize("letter", ["x", "\x1b", "\U0010ffff", " "])
+def test_an_error_is_never_longer_than_a_screen(letter):
+    """What was wrong and where are told, whatever the length of what was given."""
+    long = letter * 10**6
+    with pytest.raises(InputError) as caught:
+        from_dict({"policy": {"model": "m", "dtype": long}}, f"{'x' * 200}/config.json")
+    said = str(caught.value)
+    assert len(said) == 1000 and said.startswith("config key 'policy.dtype' must be one of auto, ")
+    assert said.endswith(f", {'x' * 200}/config.json")
+    assert str(InputError(said)) == said
 
 
 def test_an_error_can_always_be_printed():
