@@ -1,13 +1,18 @@
 """How files are written and refused: atomically, and with one line that says what and where."""
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_PART = ".part"
+"""Ends the name of a file that is being written."""
 
 
 class InputError(Exception):
@@ -47,20 +52,41 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = _locked_beside(path)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
         # A full disk's error names no file, others name the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
+    _clear_abandoned(path)
+
+
+def _locked_beside(path: Path) -> tuple[int, str]:
+    """A new file beside `path` and its name. It is locked for as long as it is open, by which
+    `_clear_abandoned` of other processes knows that it is being written."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # another process cleared it in the moment before it was locked
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Removes what writers of `path` left beside it that were killed: what nobody has locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_PART}"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 @contextmanager

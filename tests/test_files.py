@@ -1,10 +1,12 @@
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
 from fastflag.config import from_dict
 from fastflag.files import InputError, printable, read_json, write_atomic
@@ -56,6 +58,44 @@ def test_nothing_is_replaced_before_it_is_on_the_disk(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
     write_atomic(tmp_path / "a.json", "new")
     assert calls == ["fsync", "replace"]
+
+
+KILLED = """
+import os, signal
+from fastflag import files
+os.fsync = lambda handle: os.kill(os.getpid(), signal.{signal})
+files.write_atomic({path!r}, "half")
+"""
+
+
+def started(path, signal):
+    """A process that writes `path` and is killed, or stopped, before it is done."""
+    code = KILLED.format(signal=signal, path=str(path))
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    path, mine = tmp_path / "a[1].json", tmp_path / ".a[1].json.original"
+    started(path, "SIGKILL").wait()
+    started(tmp_path / "b.json", "SIGKILL").wait()
+    mine.write_text("a user's")
+    assert sorted(name[:7] for name in os.listdir(tmp_path)) == [".a[1].j", ".a[1].j", ".b.json"]
+    write_atomic(path, "new")
+    left = [name for name in os.listdir(tmp_path) if not name.startswith(".b.json.")]
+    assert sorted(left) == [mine.name, path.name] and len(os.listdir(tmp_path)) == 3
+
+
+def test_what_is_still_being_written_stays(tmp_path):
+    path = tmp_path / "a.json"
+    other = started(path, "SIGSTOP")
+    os.waitid(os.P_PID, other.pid, os.WSTOPPED)
+    try:
+        write_atomic(path, "new")
+        assert path.read_text() == "new" and len(os.listdir(tmp_path)) == 2
+    finally:
+        other.send_signal(signal.SIGCONT)
+        other.wait()
+    assert path.read_text() == "half" and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_full_disk(tmp_path):
