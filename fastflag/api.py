@@ -82,20 +82,13 @@ class Run:
 
     @property
     def tested(self) -> Backtest:
-        """The backtest of the held-out days, as RUN/backtest.json has it. Raises InputError for a
-        missing or malformed file."""
-        from fastflag.learn.checkpoint import read_state
-
+        """The backtest of the held-out days, as RUN/backtest.json has it; a warning says where the
+        run has gone on since. Raises InputError for a missing or malformed file."""
         path = self.folder / "backtest.json"
         document = read_json(path)
         if not isinstance(document, dict):
             raise InputError(f"not a backtest, {path}")
-        of = document.get("updates")
-        with suppress(InputError):  # a copy for reading needs no checkpoint
-            now, _ = read_state(self.folder)
-            if of not in (None, now):
-                told = "fastflag: tested after %s updates, now there are %d: backtest"
-                _LOG.warning(told, of, now)
+        self._warn_of_age()
         return Backtest(document)
 
     @cached_property
@@ -168,20 +161,32 @@ class Run:
         return Decision(**decide(policy, world, self.market, day, position, entry, entered))
 
     def report(self) -> Path:
-        """Writes RUN/report.html anew. Raises InputError for what the run lacks, and OSError where
-        it can't be written."""
+        """Writes RUN/report.html anew; it says, and so does a warning, where the run has gone on
+        since its backtest. Raises InputError for what the run lacks, and OSError where it can't be
+        written."""
         from fastflag.evaluate.report import write_report
 
-        return write_report(self.folder)
+        page = write_report(self.folder)
+        self._warn_of_age()
+        return page
 
     def _repr_html_(self) -> str:
         """The report that the folder holds, in a frame that can't reach the notebook."""
+        from fastflag.evaluate.report import outdated
+
         try:
             page = escape(read_text(self.folder / "report.html"))
         except InputError as error:
             return f"<p>No report: {escape(str(error))}</p>"
-        size = 'width="100%" height="720"'
-        return f'<iframe sandbox="allow-scripts" {size} srcdoc="{page}"></iframe>'
+        size, age = 'width="100%" height="720"', outdated(self.folder)
+        note = f"<p>Its backtest: {escape(age)}.</p>" if age else ""
+        return f'{note}<iframe sandbox="allow-scripts" {size} srcdoc="{page}"></iframe>'
+
+    def _warn_of_age(self) -> None:
+        from fastflag.evaluate.report import outdated
+
+        if age := outdated(self.folder):
+            _LOG.warning("fastflag: %s, %s", age, self.folder / "backtest.json")
 
     def _knows_market(self) -> bool:
         from fastflag.learn.run import trained_on

@@ -479,3 +479,23 @@ def test_what_a_plan_is_asked_of_is_checked_as_in_train(arguments, told):
 def test_a_market_is_named_by_settings_that_are_checked():
     with pytest.raises(ff.InputError, match="'calendar' must be one of auto, stock, crypto, not"):
         ff.load(DataConfig(calendar="moon"))
+
+
+def test_a_backtest_of_before_the_run_went_on_is_called_that(run, monkeypatch, caplog, capsys):
+    """By the report, a notebook and the command, where a lengthened run stopped before its test."""
+    monkeypatch.setattr(api.Run, "backtest", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        longer(run)
+    told = "ested after 4 updates, now there are 8: backtest it again"
+    opened = ff.open(run)
+    assert opened._repr_html_().startswith(f"<p>Its backtest: t{told}.</p>")
+    assert caplog.records == [] and told not in (run / "report.html").read_text()
+    assert opened.tested.document["updates"] == 4
+    assert f"<p>T{told}.</p>" in opened.report().read_text()
+    assert [f"t{told}, {run}" in record.getMessage() for record in caplog.records] == [True, True]
+    capsys.readouterr()
+    cli.main(["report", str(run)])
+    assert capsys.readouterr().err == f"fastflag: t{told}, {run}/backtest.json\n"
+    monkeypatch.undo()
+    opened.backtest()
+    assert told not in (run / "report.html").read_text() + opened._repr_html_()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from string import Template
@@ -15,6 +15,7 @@ from fastflag.evaluate.figures import Figure, backtest_figures, training_figures
 from fastflag.evaluate.tables import facts_list, headlines, metrics_tables, tiles
 from fastflag.evaluate.words import backtest_facts, training_facts, verdict
 from fastflag.files import InputError, read_json, read_text, write_atomic
+from fastflag.learn.checkpoint import read_state
 
 
 def write_report(run: Path) -> Path:
@@ -39,7 +40,7 @@ def write_report(run: Path) -> Path:
             facts |= backtest_facts(backtest)
             drawn = backtest_figures(backtest)
             figures |= drawn
-            parts |= _backtest_parts(backtest, drawn)
+            parts |= _backtest_parts(backtest, drawn, outdated(run))
         else:
             parts |= _untested_parts()
     page = Template(_asset("report.html")).substitute(
@@ -97,8 +98,22 @@ def _asset(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _backtest_parts(backtest: dict[str, Any], figures: dict[str, Figure]) -> dict[str, str]:
+def outdated(run: Path) -> str:
+    """Where RUN/backtest.json is of another checkpoint than the run's last, that in words; else
+    empty, as in a copy for reading, which has no checkpoint."""
+    with suppress(InputError):
+        backtest, (now, _) = read_json(run / "backtest.json"), read_state(run)
+        if isinstance(backtest, dict) and (of := backtest.get("updates")) not in (None, now):
+            return f"tested after {of} updates, now there are {now}: backtest it again"
+    return ""
+
+
+def _backtest_parts(
+    backtest: dict[str, Any], figures: dict[str, Figure], caution: str
+) -> dict[str, str]:
     title, paragraphs = verdict(backtest)
+    if caution:
+        paragraphs = [f"{caution[0].upper()}{caution[1:]}.", *paragraphs]
     metrics = f"<section><h2>Metrics</h2>{metrics_tables(backtest)}</section>"
     return {
         "title": escape(title),
