@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import fastflag
 from fastflag.config import TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, reading, write_atomic
 from fastflag.learn.checkpoint import read_checkpoint, read_trained, restore_policy
+from fastflag.market import streams
 from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.fingerprint import fingerprint
 from fastflag.model.arithmetic import resolved
@@ -194,7 +193,7 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
             f"the tokenizer knows token {tokenizer.largest}, the model {weights.config.vocabulary} "
             f"tokens, {weights.source}"
         )
-    symbol, seed = config.data.symbol, _world_seed(config.seed)
+    symbol, seed = config.data.symbol, streams.environments(config.seed)
     world = World.of(config.prompt, market, symbol, config.simulator, tokenizer, seed)
     action_words = world.prompter.action_words
     action_tokens = [int(tokenizer.encode(word)[0]) for word in action_words]
@@ -204,7 +203,8 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
             f"two of the words {words} begin with the same token, which an lm head can't tell "
             f"apart: choose another --head, {weights.source}"
         )
-    return world, Policy(weights, config.policy, action_tokens, config.seed)
+    initial = streams.initial_weights(config.seed)
+    return world, Policy(weights, config.policy, action_tokens, initial)
 
 
 def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, Policy]:
@@ -217,13 +217,6 @@ def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, 
     world, policy = build(config, market, weights)
     restore_policy(checkpoint, policy, weights.fingerprint, run)
     return world, policy
-
-
-def _world_seed(seed: int) -> int:
-    """Where a run's random numbers start. Environment i of seed s is environment 0 of s + i, so
-    runs of seeds 0 and 1 would share all their environments but one, and their spread would tell
-    nothing; hashed, they share none."""
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 16)
 
 
 def _first_difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ from fastflag.learn.progress import Log, PhaseTimer
 from fastflag.learn.rollout import rollout
 from fastflag.learn.run import build, check_claim, claim, with_dtype, with_periods
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
+from fastflag.market import streams
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
 from fastflag.market.fingerprint import fingerprint
@@ -115,14 +116,9 @@ def _one_update(
     table, batches = rollout(policy, world, [days], accounts, config, step, phase)
     lesson = estimate(table, batches, config.algorithm, phase)
     with phase("update"):
-        statistics = update(policy, optimizer, table, lesson, config.algorithm, _seed(config, step))
+        seed = streams.shuffles(config.seed, step)
+        statistics = update(policy, optimizer, table, lesson, config.algorithm, seed)
     return accounts, lesson, statistics
-
-
-def _seed(config: TrainConfig, step: int) -> int:
-    """The seed of one update's shuffles: a function of the run's and the step, so that nothing but
-    the step need be kept to resume."""
-    return int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _record(
