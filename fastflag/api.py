@@ -84,11 +84,13 @@ class Run:
     def tested(self) -> Backtest:
         """The backtest of the held-out days, as RUN/backtest.json has it; a warning says where the
         run has gone on since. Raises InputError for a missing or malformed file."""
+        from fastflag.evaluate.report import warn_of_age
+
         path = self.folder / "backtest.json"
         document = read_json(path)
         if not isinstance(document, dict):
             raise InputError(f"not a backtest, {path}")
-        self._warn_of_age()
+        warn_of_age(self.folder)
         return Backtest(document)
 
     @cached_property
@@ -103,7 +105,7 @@ class Run:
     @property
     def policy(self) -> "Policy":
         """As it was at the last checkpoint. Raises InputError where that, the model or the bars are
-        missing, damaged or others."""
+        missing, damaged or other ones."""
         return self._loaded[2]
 
     @property
@@ -129,10 +131,11 @@ class Run:
         can't be read or does not fit, and OSError for a full disk; a folder that is not ours to
         write to is a warning."""
         from fastflag.evaluate.backtest import backtest
+        from fastflag.learn.run import OTHER_MARKET
 
         if ".." not in split and not self._knows_market():
             raise InputError(
-                f"{_other_market()}: name those by --data and --news, or days by --split "
+                f"{OTHER_MARKET}: name those by --data and --news, or days by --split "
                 f"START..END, {self.config.data.data}"
             )
         updates, world, policy = self._loaded
@@ -152,41 +155,34 @@ class Run:
         """The most probable action at the close of `date`, which nothing later bears on. A position
         that is held was entered at the price `entry` on the day `since`. Raises InputError."""
         from fastflag.evaluate.decide import decide
+        from fastflag.learn.run import OTHER_MARKET
 
         _, world, policy = self._loaded
         with suppress(InputError):  # bars of the last months decide as well as all of them
             if not self._knows_market():
-                _LOG.warning("fastflag: %s, %s", _other_market(), self.config.data.data)
+                _LOG.warning("fastflag: %s, %s", OTHER_MARKET, self.config.data.data)
         day, entered = _date(date), _date(since)
         return Decision(**decide(policy, world, self.market, day, position, entry, entered))
 
     def report(self) -> Path:
-        """Writes RUN/report.html anew; it says, and so does a warning, where the run has gone on
-        since its backtest. Raises InputError for what the run lacks, and OSError where it can't be
-        written."""
-        from fastflag.evaluate.report import write_report
+        """Writes RUN/report.html anew; a warning says where the run went on after its backtest.
+        Raises InputError for what the run lacks, and OSError where it can't be written."""
+        from fastflag.evaluate.report import warn_of_age, write_report
 
-        page = write_report(self.folder)
-        self._warn_of_age()
-        return page
+        warn_of_age(self.folder)
+        return write_report(self.folder)
 
     def _repr_html_(self) -> str:
         """The report that the folder holds, in a frame that can't reach the notebook."""
         from fastflag.evaluate.report import outdated
 
+        size, age = 'width="100%" height="720"', outdated(self.folder)
         try:
             page = escape(read_text(self.folder / "report.html"))
         except InputError as error:
             return f"<p>No report: {escape(str(error))}</p>"
-        size, age = 'width="100%" height="720"', outdated(self.folder)
         note = f"<p>Its backtest: {escape(age)}.</p>" if age else ""
         return f'{note}<iframe sandbox="allow-scripts" {size} srcdoc="{page}"></iframe>'
-
-    def _warn_of_age(self) -> None:
-        from fastflag.evaluate.report import outdated
-
-        if age := outdated(self.folder):
-            _LOG.warning("fastflag: %s, %s", age, self.folder / "backtest.json")
 
     def _knows_market(self) -> bool:
         from fastflag.learn.run import trained_on
@@ -194,8 +190,7 @@ class Run:
         return trained_on(self.folder, self.config, self.market)
 
     def _keep(self, document: dict[str, Any]) -> None:
-        """Writes a backtest and the report of it. In a folder that is somebody else's nothing is
-        written, which is told."""
+        """Writes a backtest and the report of it; somebody else's folder stays, with a warning."""
         from fastflag.evaluate.backtest import write_backtest
 
         try:
@@ -234,7 +229,7 @@ def train(
     for a folder that can't be this run's; OSError where the folder can't be written to.
     """
     from fastflag.learn.checkpoint import read_state
-    from fastflag.learn.run import check_claim, read_config
+    from fastflag.learn.run import check_claim, read_config, warn_of_changes
     from fastflag.learn.train import train
     from fastflag.model.weights import open_weights
 
@@ -251,7 +246,7 @@ def train(
     )
     config = with_settings(base, settings)
     if resume:
-        _warn_of_changes(folder)
+        warn_of_changes(folder)
     else:
         check_claim(folder, config, resume=False)
     market = load(config.data)
@@ -275,11 +270,11 @@ def open(
     now, where they are no longer where they were. Settings are those of RUN/config.json; where one
     was changed since the run was trained, that is a warning. Raises InputError for what is no run.
     """
-    from fastflag.learn.run import read_config
+    from fastflag.learn.run import read_config, warn_of_changes
 
     folder = _folder(run)
     config = read_config(folder)
-    _warn_of_changes(folder)
+    warn_of_changes(folder)
     named = {"data": data, "news": news, "symbol": symbol, "model": model}
     changes: dict[str, Any] = {
         name: value for name, value in named.items() if not isinstance(value, str) or value
@@ -329,13 +324,10 @@ def plan(
     do not fit, and for a model that can't be read."""
     from fastflag.evaluate import doctor
 
-    return MemoryPlan(
-        **doctor.plan(
-            checked(PolicyConfig() if policy is None else policy, PolicyConfig, "plan()"),
-            checked(AlgorithmConfig(optimizer=optimizer), AlgorithmConfig, "plan()").optimizer,
-            checked(PlanConfig() if batch is None else batch, PlanConfig, "plan()"),
-        )
-    )
+    policy = checked(PolicyConfig() if policy is None else policy, PolicyConfig, "plan()")
+    batch = checked(PlanConfig() if batch is None else batch, PlanConfig, "plan()")
+    checked(AlgorithmConfig(optimizer=optimizer), AlgorithmConfig, "plan()")
+    return MemoryPlan(**doctor.plan(policy, optimizer, batch))
 
 
 def ran_out(error: BaseException) -> bool:
@@ -356,18 +348,3 @@ def _folder(path: Path | str) -> Path:
 def _date(day: Any) -> str:
     """A day as --date has it, of text or a date of Python's, NumPy's or pandas'."""
     return day if isinstance(day, str) else str(day)[:10]
-
-
-def _warn_of_changes(folder: Path) -> None:
-    from fastflag.learn.run import changed_by_hand
-
-    with suppress(InputError):  # a damaged checkpoint is the business of who needs one
-        if changed := changed_by_hand(folder):
-            told = "fastflag: changed since the run was trained: %s, %s"
-            _LOG.warning(told, changed, folder / "config.json")
-
-
-def _other_market() -> str:
-    from fastflag.learn.run import OTHER_MARKET
-
-    return OTHER_MARKET

@@ -430,6 +430,12 @@ def test_a_config_that_was_changed_by_hand_is_told(run, caplog, capsys):
     longer(run)
     ff.open(run)
     assert caplog.records == []
+    places = ff.open(run).config
+    edit(run, "data", data=places.data.data, news="elsewhere.csv")  # files may be moved
+    edit(run, "policy", device="cpu", model=str(places.policy.model))
+    ff.open(run)
+    assert caplog.records == []
+    edit(run, "data", news="")
     edit(run, "simulator", fee_bps=5.0)
     told = "changed since the run was trained: fee_bps (5.0, not 1.0), "
     ff.open(run)

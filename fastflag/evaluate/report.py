@@ -1,6 +1,7 @@
 """A run told in one self-contained page, RUN/report.html."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from html import escape
@@ -16,6 +17,8 @@ from fastflag.evaluate.tables import facts_list, headlines, metrics_tables, tile
 from fastflag.evaluate.words import backtest_facts, training_facts, verdict
 from fastflag.files import InputError, read_json, read_text, write_atomic
 from fastflag.learn.checkpoint import read_state
+
+_LOG = logging.getLogger(__name__)
 
 
 def write_report(run: Path) -> Path:
@@ -106,6 +109,11 @@ def outdated(run: Path) -> str:
         if isinstance(backtest, dict) and (of := backtest.get("updates")) not in (None, now):
             return f"tested after {of} updates, now there are {now}: backtest it again"
     return ""
+
+
+def warn_of_age(run: Path) -> None:
+    if age := outdated(run):
+        _LOG.warning("fastflag: %s, %s", age, run / "backtest.json")
 
 
 def _backtest_parts(

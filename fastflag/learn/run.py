@@ -3,9 +3,10 @@
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from fastflag.model.weights import Weights, open_weights
 from fastflag.policy.table import Policy
 from fastflag.prompt.tokens import Tokenizer
 from fastflag.prompt.world import World
+
+_LOG = logging.getLogger(__name__)
 
 OTHER_MARKET = "the training days' bars or news are not those that the run was trained on"
 
@@ -54,7 +57,19 @@ def changed_by_hand(run: Path) -> str:
     stored = to_dict(from_run(trained, str(run / "checkpoint" / "state.json")))
     now = to_dict(read_config(run))
     now["total_timesteps"] = stored["total_timesteps"]  # which lengthening a run changes
+    # Where things lie; what they hold is known by their fingerprints.
+    for section, name in (("data", "data"), ("data", "news"), ("policy", "model")):
+        now[section][name] = stored[section][name]
+    now["policy"]["device"] = stored["policy"]["device"]
     return _first_difference(now, stored)
+
+
+def warn_of_changes(run: Path) -> None:
+    """A damaged checkpoint is the business of who needs one, and no word is said of it."""
+    with suppress(InputError):
+        if changed := changed_by_hand(run):
+            told = "fastflag: changed since the run was trained: %s, %s"
+            _LOG.warning(told, changed, run / "config.json")
 
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
