@@ -85,7 +85,7 @@ def train(
                 began = time.perf_counter()
                 factor = set_learning_rates(optimizer, config.algorithm, step, config.steps)
                 work = partial(
-                    _one_update, policy, optimizer, world, days, accounts, config, step, phase
+                    one_update, policy, optimizer, world, days, accounts, config, step, phase
                 )
                 accounts, lesson, statistics = policy.recompute.attempt(work)
                 statistics["learning_rate"] = config.algorithm.learning_rate * factor
@@ -98,7 +98,7 @@ def train(
     return world, policy
 
 
-def _one_update(
+def one_update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     world: World,
