@@ -24,15 +24,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastflag.config import (
     AlgorithmConfig,
+    Convention,
     DataConfig,
     Device,
     Optimizer,
     PlanConfig,
     PolicyConfig,
+    Position,
     SimulatorConfig,
     TrainConfig,
     base_of,
@@ -42,7 +44,6 @@ from fastflag.config import (
 )
 from fastflag.evaluate.results import (
     Backtest,
-    Convention,
     Decision,
     Examination,
     MemoryPlan,
@@ -148,7 +149,7 @@ class Run:
     def decide(
         self,
         date: str,
-        position: Literal["flat", "long", "short"] = "flat",
+        position: Position = "flat",
         entry: float = 0.0,
         since: str = "",
     ) -> Decision:

@@ -44,6 +44,12 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(value: object) -> str:
+    """At most 200 characters of what it says in one line; of a bare error its kind."""
+    text = " ".join(str(value).split())[:200]
+    return text or (type(value).__name__ if isinstance(value, Exception) else "")
+
+
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes `path` whole or not at all: a reader sees the old file or the new one, never a part.
 

@@ -1,6 +1,6 @@
 """Every setting of a run."""
 
-from fastflag.config.fields import Device, Optimizer, flag
+from fastflag.config.fields import Calendar, Convention, Device, Optimizer, Position, flag
 from fastflag.config.presets import PRESETS
 from fastflag.config.reading import (
     base_of,
@@ -24,11 +24,14 @@ from fastflag.config.settings import (
 __all__ = [
     "PRESETS",
     "AlgorithmConfig",
+    "Calendar",
+    "Convention",
     "DataConfig",
     "Device",
     "Optimizer",
     "PlanConfig",
     "PolicyConfig",
+    "Position",
     "PromptConfig",
     "RolloutConfig",
     "SimulatorConfig",

@@ -5,14 +5,13 @@ pandas is imported by what makes a table.
 
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from fastflag.config import Convention
 from fastflag.files import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-Convention = Literal["standard", "flag", "investorbench", "paper-bh"]
 
 
 @dataclass(frozen=True)

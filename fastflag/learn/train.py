@@ -41,8 +41,8 @@ from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market import streams
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
+from fastflag.market.calendar import ANNUAL_DAYS
 from fastflag.market.fingerprint import fingerprint
-from fastflag.market.metrics import annual_days
 from fastflag.model.weights import Weights
 from fastflag.policy.table import Policy
 from fastflag.prompt.world import World
@@ -68,7 +68,7 @@ def train(
     policy.check_length(world.prompter.longest([*days, *test_days]))
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
-    annual = annual_days(market.calendar)
+    annual = ANNUAL_DAYS[market.calendar]
     phase = PhaseTimer()
     market_print = fingerprint(market, config.data.symbol, days)
     with claim(run, config, resume, market_print) as resumes:

@@ -8,9 +8,9 @@ from zoneinfo import ZoneInfo
 
 import pandas as pd
 
-from fastflag.files import InputError, reading
+from fastflag.files import InputError, one_line, reading
 from fastflag.market.bars import Market, News
-from fastflag.market.cells import one_line, refuse, require, texts
+from fastflag.market.cells import refuse, require, texts
 from fastflag.market.columns import tell_unused
 from fastflag.market.frames import COMPRESSED
 from fastflag.market.times import moments

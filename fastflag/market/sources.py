@@ -15,8 +15,8 @@ import pandas as pd
 from fastflag.config import DataConfig
 from fastflag.files import InputError
 from fastflag.market import cells
-from fastflag.market.bars import Market, News
-from fastflag.market.columns import PRICES, bar_columns, with_decimal_points
+from fastflag.market.bars import PRICES, Market, News
+from fastflag.market.columns import bar_columns, with_decimal_points
 from fastflag.market.events import Rows, events
 from fastflag.market.frames import named, path_of, read_json, read_table, stem_of
 from fastflag.market.mend import mended

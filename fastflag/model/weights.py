@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from fastflag.files import InputError, read_json, reading
+from fastflag.files import InputError, one_line, read_json, reading
 from fastflag.model.gguf_file import GGUFFile
 from fastflag.model.model_config import ModelConfig, Settings, json_config
-from fastflag.model.safetensors_file import EMBEDDING, HEAD, Safetensors, one_line
+from fastflag.model.safetensors_file import EMBEDDING, HEAD, Safetensors
 
 HUB_SECONDS = 4  # for each of connecting and answering, before the hub counts as out of reach
 HUB_LIMIT = 9  # in all: name look-up, which no HTTP timeout covers, can hang for longer
