@@ -111,8 +111,7 @@ class Run:
 
     @property
     def _loaded(self) -> tuple[int, "World", "Policy"]:
-        """Of the last checkpoint, which a training in the same folder may have written since, and
-        how many updates it has."""
+        """The last checkpoint's, with its updates: a training may have written it since."""
         from fastflag.learn.checkpoint import read_state
         from fastflag.learn.run import load_policy
 
