@@ -28,6 +28,7 @@ setup(
         "fastflag.policy",
         "fastflag.learn",
         "fastflag.evaluate",
+        "fastflag.api",
         "fastflag.cli",
         "fastflag.kernels",
     ],

@@ -36,7 +36,7 @@ from fastflag.config import (
 )
 from fastflag.evaluate.backtest import backtest
 from fastflag.market.bars import Market
-from fastflag.market.metrics import annual_days
+from fastflag.market.calendar import ANNUAL_DAYS
 from fastflag.market.sources import load
 from fastflag.model.arithmetic import DTYPES
 
@@ -90,7 +90,7 @@ def msft() -> Task | None:
         return None
     data = DataConfig(data=f"investorbench:{file}", train="2020-07-01..2020-09-30")
     market = load(data)
-    annual = annual_days(market.calendar)
+    annual = ANNUAL_DAYS[market.calendar]
 
     def configuration(envs: int, dtype: str) -> TrainConfig:
         return TrainConfig(

@@ -25,10 +25,12 @@ _OF_API = (
     "Metrics",
     "Run",
     "doctor",
+    "forget_proofs",
     "load",
     "metrics",
     "open",
     "plan",
+    "prove",
     "train",
 )
 

@@ -18,9 +18,18 @@ from small import DATES, TRAIN_DAYS, small_market
 
 import fastflag as ff
 from fastflag import api, cli
-from fastflag.config import DataConfig, PolicyConfig, TrainConfig, to_dict, with_settings
+from fastflag.config import (
+    DataConfig,
+    PlanConfig,
+    PolicyConfig,
+    TrainConfig,
+    to_dict,
+    with_settings,
+)
 from fastflag.evaluate.chart import svg
+from fastflag.evaluate.episodes import greedy, run_episodes
 from fastflag.evaluate.figures import Figure
+from fastflag.market.task import Steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,7 +230,10 @@ def test_what_a_notebook_shows(run):
     assert "random policies" in tested and tested.count("<polyline") == 2
     assert opened.decide(DATES[30])._repr_html_().count(DATES[30]) == 1
     (run / "report.html").unlink()
-    assert opened._repr_html_() == f"<p>No report yet: {run}/report.html</p>"
+    missing = f"No such file or directory, {run}/report.html"
+    assert opened._repr_html_() == f"<p>No report: {missing}</p>"
+    (run / "report.html").write_bytes(b"\xff")
+    assert opened._repr_html_().startswith("<p>No report: not UTF-8 text (")
 
 
 def test_a_chart_is_to_scale():
@@ -327,3 +339,169 @@ def test_what_python_hands_over_is_checked_before_anything_is_written(config, ru
     told = with_settings(config, values)
     assert (told.rollout.num_envs, told.algorithm.learning_rate) == (4, 0.5)
     assert told.policy.model == str(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "raised"),
+    [
+        ("config.json", lambda run: ff.open(run), ff.InputError),
+        ("metrics.jsonl", lambda run: ff.open(run).metrics, ff.InputError),
+        ("metrics.jsonl", lambda run: longer(run), ff.InputError),
+        ("backtest.json", lambda run: ff.open(run).tested, ff.InputError),
+        ("report.html", lambda run: ff.open(run).report(), OSError),
+        ("backtest.json", lambda run: ff.open(run).backtest(), OSError),
+        ("checkpoint/state.json", lambda run: ff.open(run).policy, ff.InputError),
+        ("checkpoint", lambda run: ff.open(run).policy, ff.InputError),
+    ],
+)
+def test_what_cant_be_read_is_refused_and_what_cant_be_written_is_the_systems_error(
+    name, act, raised, run
+):
+    """A folder where a file should be, and a file where a folder should be, as root can't pass."""
+    path = run / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("")
+        path = path / "state.json"
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(raised) as error:
+        act(run)
+    if raised is OSError:
+        assert error.value.filename == str(path) and error.value.strerror
+    else:
+        assert str(error.value).endswith(f"a directory, {path}")
+
+
+def longer(run):
+    steps = json.loads((run / "config.json").read_text())["total_timesteps"]
+    return ff.train(run, resume=True, total_timesteps=2 * steps)
+
+
+def test_a_name_that_no_file_can_have_is_refused(bars, tmp_path, monkeypatch):
+    name = "x" * 300
+    for act in (
+        lambda: ff.train(tmp_path / name),
+        lambda: ff.open(tmp_path / name),
+        lambda: ff.load(f"csv:{tmp_path}/{name}"),
+        lambda: ff.load(f"csv:{bars}", news=name),
+        lambda: ff.plan(PolicyConfig(model=f"{tmp_path}/{name}")),
+    ):
+        with pytest.raises(ff.InputError, match="File name too long, "):
+            act()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for act in (ff.open, ff.train):
+        with pytest.raises(ff.InputError, match="No such file or directory, the current folder"):
+            act("run")
+
+
+def test_what_it_gives_is_shown_in_one_line(run):
+    """What, how much, from when to when: numbers that were counted elsewhere."""
+    opened = ff.open(run)
+    world, held_out = opened.world, f"{DATES[TRAIN_DAYS]}..{DATES[-1]}"
+    prompts, _ = world.shown(world.task.start(4), 30)
+    shown = {
+        repr(opened): f"Run(folder={run!r})",
+        repr(opened.market): f"Market(BARS: 40 days {DATES[0]}..{DATES[-1]}, 80 news)",
+        repr(opened.tested): f"Backtest(BARS: 16 days {held_out})",
+        repr(world.task.bars): "Bars(40 days, 40 with a bar)",
+        repr(world.task.start(1000)): "Accounts(1000)",
+        repr(prompts): "PromptSet(1 prompts of 1 prefixes, 1 suffixes)",
+        repr(Steps.empty(7, 9)): "Steps(7 accounts, 9 steps)",
+        repr(
+            run_episodes(opened.policy, world, range(3), 5, greedy)
+        ): "Episodes(5 accounts, 3 days)",
+    }
+    assert [*shown] == [*shown.values()]
+    assert len(repr(world)) < 600 and "array" not in repr(world) and "\n" not in repr(world)
+
+
+def edit(run, section, **changes):
+    document = json.loads((run / "config.json").read_text())
+    document[section] |= changes
+    (run / "config.json").write_text(json.dumps(document))
+
+
+def test_a_config_that_was_changed_by_hand_is_told(run, caplog, capsys):
+    """Opened or resumed; a run that went on for longer was changed by nobody."""
+    longer(run)
+    ff.open(run)
+    assert caplog.records == []
+    places = ff.open(run).config
+    edit(run, "data", data=places.data.data, news="elsewhere.csv")  # files may be moved
+    edit(run, "policy", device="cpu", model=str(places.policy.model))
+    ff.open(run)
+    assert caplog.records == []
+    edit(run, "data", news="")
+    edit(run, "simulator", fee_bps=5.0)
+    told = "changed since the run was trained: fee_bps (5.0, not 1.0), "
+    ff.open(run)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"fastflag: {told}{run}/config.json"
+    ]
+    caplog.clear()
+    longer(run)  # its checkpoints still know what came first
+    ff.open(run)
+    assert [told in record.getMessage() for record in caplog.records] == [True, True]
+    capsys.readouterr()
+    cli.main(["decide", str(run), "--date", DATES[30]])
+    assert capsys.readouterr().err.count(told) == 1
+    caplog.clear()
+    (run / "checkpoint" / "state.json").write_text("{")
+    assert ff.open(run).tested.document["updates"] == 16
+    state = {"step": 4, "digest": "", "config": None}  # as an earlier version wrote it
+    (run / "checkpoint" / "state.json").write_text(json.dumps(state))
+    ff.open(run)
+    assert caplog.records == []
+
+
+def test_a_dtype_left_open_by_hand_is_refused(run):
+    edit(run, "policy", dtype="auto")
+    for act in (ff.open, longer):
+        with pytest.raises(ff.InputError, match=r"'policy\.dtype' of a run is bf16 or fp32, not"):
+            act(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"policy": PolicyConfig(dtype="fp8")}, "'dtype' must be one of auto, bf16, fp32, not"),
+        ({"policy": PolicyConfig(adaptation="half")}, "'adaptation' must be one of lora, qlora"),
+        ({"policy": PolicyConfig(model=None)}, "'model' must be text, not None, plan()"),
+        ({"policy": {"top_layers": 2}}, "a configuration is a PolicyConfig, not {'top_layers': 2}"),
+        ({"optimizer": "sgd"}, "'optimizer' must be one of adamw, adamw8bit, not 'sgd', plan()"),
+        ({"batch": PlanConfig(days=1.5)}, "'days' must be a whole number, not 1.5, plan()"),
+        ({"batch": 64}, "a configuration is a PlanConfig, not 64, plan()"),
+    ],
+)
+def test_what_a_plan_is_asked_of_is_checked_as_in_train(arguments, told):
+    with pytest.raises(ff.InputError, match=re.escape(told)):
+        ff.plan(**arguments)
+
+
+def test_a_market_is_named_by_settings_that_are_checked():
+    with pytest.raises(ff.InputError, match="'calendar' must be one of auto, stock, crypto, not"):
+        ff.load(DataConfig(calendar="moon"))
+
+
+def test_a_backtest_of_before_the_run_went_on_is_called_that(run, monkeypatch, caplog, capsys):
+    """By the report, a notebook and the command, where a lengthened run stopped before its test."""
+    monkeypatch.setattr(api.Run, "backtest", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        longer(run)
+    told = "ested after 4 updates, now there are 8: backtest it again"
+    opened = ff.open(run)
+    assert opened._repr_html_().startswith(f"<p>Its backtest: t{told}.</p>")
+    assert caplog.records == [] and told not in (run / "report.html").read_text()
+    assert opened.tested.document["updates"] == 4
+    assert f"<p>T{told}.</p>" in opened.report().read_text()
+    assert [f"t{told}, {run}" in record.getMessage() for record in caplog.records] == [True, True]
+    capsys.readouterr()
+    cli.main(["report", str(run)])
+    assert capsys.readouterr().err == f"fastflag: t{told}, {run}/backtest.json\n"
+    monkeypatch.undo()
+    opened.backtest()
+    assert told not in (run / "report.html").read_text() + opened._repr_html_()

@@ -7,7 +7,6 @@ from small import DAYS, TRAIN_DAYS, make_opinionated, small_config, small_market
 
 from fastflag.evaluate import episodes
 from fastflag.evaluate.backtest import (
-    _SAMPLED,
     _percentile,
     backtest,
     period_days,
@@ -16,6 +15,7 @@ from fastflag.evaluate.backtest import (
 from fastflag.evaluate.episodes import greedy, run_episodes, sampler
 from fastflag.files import InputError
 from fastflag.learn.train import train
+from fastflag.market import streams
 from fastflag.market.accounts import Accounts
 from fastflag.market.random_numbers import uniform
 from fastflag.market.tasks.single import ACTIONS, BUY, HOLD, SELL, Single
@@ -239,7 +239,9 @@ def test_to_equal_another_is_not_to_beat_it():
 def test_sampled_episodes_are_summed_up_day_by_day(tiny_model):
     config, world, policy = opinionated(tiny_model)
     told = backtest(policy, world, small_market(), config, "test")["sampled"]
-    lived = run_episodes(policy, world, TEST_DAYS, 3, sampler(world.seed ^ _SAMPLED, 3))
+    lived = run_episodes(
+        policy, world, TEST_DAYS, 3, sampler(streams.sampled_episodes(world.seed), 3)
+    )
     low, middle, high = np.sort(lived.equity, axis=0)
     assert told["episodes"] == 3
     np.testing.assert_allclose(told["equity"]["p50"], middle)

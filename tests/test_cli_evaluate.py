@@ -114,7 +114,7 @@ def test_bars_that_are_not_those_trained_on(run, bars, tmp_path, refused, capsys
     assert json.loads(shown.out)["date"] == DATES[30]
     assert shown.err == f"fastflag: {OTHER_MARKET}, {data}\n"
     told = refused("decide", run, "--data", data, "--date", "soon")
-    assert told == "not a date (YYYY-MM-DD): 'soon', --date"
+    assert told == "not a date (YYYY-MM-DD), --date 'soon'"
 
 
 def test_bars_of_the_last_days_alone_decide(run, bars, tmp_path, capsys, refused):
@@ -260,7 +260,7 @@ def test_a_later_symbol_or_weekend_changes_no_earlier_decision(trained, tmp_path
     [
         (["--date", "2001-02-03"], "2001-02-03 is not a day of the data (2001-01-01 to"),
         (["--date", "1999-01-04"], "1999-01-04 is not a day of the data"),
-        (["--date", "soon"], "not a date (YYYY-MM-DD): 'soon', --date"),
+        (["--date", "soon"], "not a date (YYYY-MM-DD), --date 'soon'"),
         (["--date", "today"], "not a date"),
         (["--date", "2001-02"], "not a date"),
         (["--date", "2001-02-30"], "not a date"),

@@ -1,11 +1,14 @@
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
+from fastflag.config import from_dict
 from fastflag.files import InputError, printable, read_json, write_atomic
 
 
@@ -55,6 +58,44 @@ def test_nothing_is_replaced_before_it_is_on_the_disk(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
     write_atomic(tmp_path / "a.json", "new")
     assert calls == ["fsync", "replace"]
+
+
+KILLED = """
+import os, signal
+from fastflag import files
+os.fsync = lambda handle: os.kill(os.getpid(), signal.{signal})
+files.write_atomic({path!r}, "half")
+"""
+
+
+def started(path, signal):
+    """A process that writes `path` and is killed, or stopped, before it is done."""
+    code = KILLED.format(signal=signal, path=str(path))
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
+    path, mine = tmp_path / "a[1].json", tmp_path / ".a[1].json.original"
+    started(path, "SIGKILL").wait()
+    started(tmp_path / "b.json", "SIGKILL").wait()
+    mine.write_text("a user's")
+    assert sorted(name[:7] for name in os.listdir(tmp_path)) == [".a[1].j", ".a[1].j", ".b.json"]
+    write_atomic(path, "new")
+    left = [name for name in os.listdir(tmp_path) if not name.startswith(".b.json.")]
+    assert sorted(left) == [mine.name, path.name] and len(os.listdir(tmp_path)) == 3
+
+
+def test_what_is_still_being_written_stays(tmp_path):
+    path = tmp_path / "a.json"
+    other = started(path, "SIGSTOP")
+    os.waitid(os.P_PID, other.pid, os.WSTOPPED)
+    try:
+        write_atomic(path, "new")
+        assert path.read_text() == "new" and len(os.listdir(tmp_path)) == 2
+    finally:
+        other.send_signal(signal.SIGCONT)
+        other.wait()
+    assert path.read_text() == "half" and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_full_disk(tmp_path):
@@ -117,6 +158,18 @@ def test_unreadable_json(tmp_path):
         read_json(tmp_path / "none.json")
     with pytest.raises(InputError, match="Is a directory"):
         read_json(tmp_path)
+
+
+@pytest.mark.parametrize("letter", ["x", "\x1b", "\U0010ffff", " "])
+def test_an_error_is_never_longer_than_a_screen(letter):
+    """What was wrong and where are told, whatever the length of what was given."""
+    long = letter * 10**6
+    with pytest.raises(InputError) as caught:
+        from_dict({"policy": {"model": "m", "dtype": long}}, f"{'x' * 200}/config.json")
+    said = str(caught.value)
+    assert len(said) == 1000 and said.startswith("config key 'policy.dtype' must be one of auto, ")
+    assert said.endswith(f", {'x' * 200}/config.json")
+    assert str(InputError(said)) == said
 
 
 def test_an_error_can_always_be_printed():

@@ -4,7 +4,8 @@ import pytest
 
 from fastflag.config import DataConfig
 from fastflag.files import InputError
-from fastflag.market.metrics import CONVENTIONS, calendar_of, metrics
+from fastflag.market.calendar import calendar_of
+from fastflag.market.metrics import CONVENTIONS, metrics
 from fastflag.market.sources import load
 
 STOCK_TEST = ("2020-10-01", "2021-05-06")

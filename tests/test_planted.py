@@ -1,5 +1,7 @@
 """The positive control as a data source."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -60,9 +62,22 @@ def test_what_is_left_out_has_its_default():
         ("drift=nan", "drift can't be 'nan'"),
         ("drift=1", "drift can't be '1'"),
         ("seed", "seed can't be ''"),
+        ("drift=0.1,days=20000", "so many days need a smaller drift, planted:drift=0.1,days=20000"),
+        ("drift=-0.1,days=20000", "so many days need a smaller drift"),
+        ("drift=0.1,days=400", "so many days need a smaller drift"),
     ],
 )
 def test_what_does_not_fit_is_refused(text, told):
-    with pytest.raises(InputError) as error:
+    with warnings.catch_warnings(), pytest.raises(InputError) as error:
+        warnings.simplefilter("error")
         load(DataConfig(data=f"planted:{text}"))
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize("close", ["14:59:59", "09:30"])
+def test_a_close_before_the_news_is_refused(close):
+    """The headlines would be read a day late, and tell nothing."""
+    with pytest.raises(InputError, match=f"news at 15:00.*--close-time {close}"):
+        load(DataConfig(data="planted:", close_time=close))
+    market = load(DataConfig(data="planted:days=9", close_time="15:00"))
+    assert all(item.available in market.closes for item in market.news)

@@ -7,6 +7,7 @@ import time
 import unicodedata
 
 import numpy as np
+import oracles
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -15,9 +16,8 @@ from test_tokens import GGUF
 from fastflag.config import PromptConfig, SimulatorConfig
 from fastflag.files import InputError
 from fastflag.market.accounts import Accounts
-from fastflag.market.bars import Market, News
+from fastflag.market.bars import Bars, Market, News
 from fastflag.market.compiled.constants import CODES
-from fastflag.market.tasks.account_codes import decode
 from fastflag.market.tasks.single import ACTIONS, BUY
 from fastflag.prompt.headlines import anonymiser, headline
 from fastflag.prompt.layouts import AccountFacts, _cut
@@ -505,39 +505,53 @@ def test_the_present_changes_the_prefix(smollm):
 
 
 @pytest.mark.parametrize("simulator", [LONG_FLAT, LONG_SHORT], ids=["long_flat", "long_short"])
-def test_stepped_prompts(smollm, simulator):
-    shown = world(smollm, random_market(5), simulator)
-    told, task, days = shown.prompter, shown.task, range(4, 16)
-    accounts = Accounts.start(64, 1000.0)
-    reached = task.reachable(days, accounts)
-    centring = np.zeros_like(reached)
-    centring[:, 0] = True
-    centring[np.arange(12), np.arange(700, 1000, 25)] = True
-    prompts, row_of = shown.stepped(days, reached, centring)
+def test_whatever_accounts_do_their_row_tells_what_they_are(smollm, simulator):
+    """Accounts of the oracle, which act at random: each finds a row at each day, whose text tells
+    its position in words, and whose mask has the actions that it may take."""
+    market = random_market(5)
+    shown, days = world(smollm, market, simulator), range(4, 16)
+    prompts, row_of = shown.stepped(days, shown.task.reachable(days, shown.task.start(1)))
+    random, seen = np.random.default_rng(0), set()
+    bars = oracles.days_of(Bars.from_market(market, "ACME"))
+    for _ in range(64):
+        twin, real = oracles.Account(bars, simulator), shown.task.start(1)
+        for day in days[:-1]:
+            row = row_of[day - days[0], shown.task.code(real, day)[0]]
+            seen.add(row)
+            ending = f"\n{told_by_hand(*twin.shown(day))} Action:"
+            assert smollm.decode(prompts.tokens(row)).endswith(ending)
+            assert smollm.decode(prompts.tokens(row)).removesuffix(ending[1:]) == (
+                shown.prompter.prefix_text(day)
+            )
+            assert prompts.side[row] == twin.shown(day)[0]
+            allowed = twin.allowed(day)
+            assert [ACTIONS[a] for a in np.flatnonzero(prompts.allowed[row])] == allowed
+            action = random.choice(allowed)
+            twin.step(day, action)
+            shown.task.step(real, day, np.array([ACTIONS.index(action)]))
+    assert len(seen) > 40
 
-    assert len(prompts.prefixes) == len(days) and row_of.shape == (12, CODES)
-    present = reached | centring
-    assert (present.sum(1) > reached.sum(1)).any()
-    assert np.array_equal(row_of >= 0, present)
-    assert len(prompts.pairs) == present.sum() == row_of.max() + 1, "distinct texts, one row each"
-    assert len(prompts.suffixes) == present.any(0).sum()
-    assert prompts.centring.tolist() == sorted(row_of[centring])
-    for i, day in enumerate(days):
-        assert prompts.side[row_of[i][present[i]]].tolist() == [
-            decode(code)[0] for code in np.flatnonzero(present[i])
-        ]
-        for code in np.flatnonzero(present[i])[::5]:
-            expected = np.concatenate([told.prefix(day), told.suffix(int(code))])
-            assert np.array_equal(prompts.tokens(row_of[i, code]), expected)
 
-    rng = np.random.default_rng(0)
-    for day in days[:-1]:
-        rows = row_of[day - 4, task.code(accounts, day)]
-        mask = task.allowed(day, np.sign(accounts.shares))
-        assert (rows >= 0).all() and np.array_equal(prompts.allowed[rows], mask)
-        action = np.where(mask, rng.random(mask.shape), -1).argmax(1).astype(np.int8)
-        task.step(accounts, day, action)
-    assert len(np.unique(rows)) > 4
+def told_by_hand(side, steps, held):
+    if side == 0:
+        return "Account: flat."
+    days = "1 day" if held == 1 else f"{held} days"
+    return f"Account: {'long' if side > 0 else 'short'} {days}, {0.5 * steps:+.1f}%."
+
+
+def test_stepped_prompts_are_the_codes_asked_for_each_once(smollm):
+    """Codes of two days by hand, three of which both days have: 8 prompts of 5 texts."""
+    shown = world(smollm, random_market(5))
+    present = np.zeros((2, CODES), dtype=bool)
+    present[0, [0, 3, 5, 700]] = present[1, [0, 5, 700, 701]] = True
+    centring = np.zeros_like(present)
+    centring[0, 3] = centring[1, 701] = True
+    prompts, row_of = shown.stepped([4, 9], present, centring)
+    assert [len(part) for part in (prompts.prefixes, prompts.suffixes, prompts.pairs)] == [2, 5, 8]
+    assert np.array_equal(row_of >= 0, present) and sorted(row_of[present]) == [*range(8)]
+    assert sorted(prompts.centring) == sorted([row_of[0, 3], row_of[1, 701]])
+    without, _ = shown.stepped([4, 9], present & ~centring, centring)
+    assert len(without.pairs) == 8, "what centres is there, asked for or not"
 
 
 def test_stepped_prompts_of_days_in_any_order(smollm):

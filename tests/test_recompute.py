@@ -47,6 +47,17 @@ def evaluated(model, budget, **changes):
     return table.log_probabilities.detach(), table.value.detach(), gradients, kept
 
 
+def test_asking_whether_work_fits_changes_nothing():
+    recompute = Recompute(100)
+    before = dict(vars(recompute))
+    assert [recompute.fits(size) for size in (51, 50, 50, 0)] == [False, True, True, True]
+    assert vars(recompute) == before
+    recompute.keep(3, 30)
+    assert [recompute.fits(size) for size in (21, 20, 20)] == [False, True, True]
+    recompute.restart()
+    assert recompute.fits(50)
+
+
 @pytest.mark.parametrize("changes", [{}, {"prompt__account": "exact"}], ids=["stepped", "exact"])
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
 def test_the_gradient_is_the_same_within_any_budget(tiny_model, adaptation, changes):

@@ -6,10 +6,11 @@ import pytest
 
 from fastflag.config import SimulatorConfig
 from fastflag.files import InputError
+from fastflag.market import streams
 from fastflag.market.bars import Bars
 from fastflag.market.random_numbers import uniform
 from fastflag.market.schedule import schedule
-from fastflag.market.tasks.baselines import _RANDOM_SEED, fixed_action_equity, random_equities
+from fastflag.market.tasks.baselines import fixed_action_equity, random_equities
 from fastflag.market.tasks.single import ACTIONS, BUY, HOLD, SELL, Single
 
 MODES = list(
@@ -78,7 +79,7 @@ def test_random_and_fixed_policies_equal_the_oracle(fill, positions):
             if choices == ["Hold"]:
                 action = "Hold"
             else:
-                u = uniform(6 + _RANDOM_SEED, episode, s)[0]
+                u = uniform(streams.random_policies(6), episode, s)[0]
                 action = choices[int(u * len(choices))]
             twin.step(day, action)
             wanted.append(twin.equity)

@@ -19,7 +19,7 @@ from fastflag.files import InputError
 from fastflag.learn.checkpoint import read_checkpoint
 from fastflag.learn.progress import Log, PhaseTimer
 from fastflag.learn.run import read_config
-from fastflag.learn.train import _seed, train
+from fastflag.learn.train import train
 from fastflag.model.weights import open_weights
 
 TIMINGS = ("seconds", "steps_per_second")
@@ -82,9 +82,23 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tiny_model, tmp_pa
     assert other[1][0]["return"] != first[1][0]["return"]
 
 
-def test_each_update_of_each_seed_shuffles_its_own_way():
-    seeds = {_seed(small_config("", seed=seed), step) for seed in (0, 1) for step in range(5)}
-    assert len(seeds) == 10 and all(0 <= seed < 2**63 for seed in seeds)
+def test_the_loop_that_benchmarks_measure_is_this_one(tiny_model, tmp_path):
+    """Update by update, shuffles and accounts too."""
+    from bench.measure.loop import Trainer
+
+    config = small_config(
+        tiny_model,
+        algorithm__minibatch_size=9,
+        algorithm__anneal_lr=False,
+        policy__device="cpu",
+        total_timesteps=3 * 24,
+    )
+    _, lines = trained(config, tmp_path / "run")
+    trainer = Trainer(config, small_market())
+    measured = [trainer.update() for _ in range(3)]
+    assert [
+        {name: line[name] for name in one} for one, line in zip(measured, lines, strict=True)
+    ] == measured
 
 
 class Killed(BaseException):

@@ -8,17 +8,18 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 from fastflag.config import PRESETS, TrainConfig
-from fastflag.learn.batch import Batch, start_accounts
+from fastflag.learn.batch import start_accounts
 from fastflag.learn.lesson import Lesson, estimate
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
 from fastflag.learn.run import build
-from fastflag.learn.update import make_optimizer, update
+from fastflag.learn.train import one_update
+from fastflag.learn.update import make_optimizer
 from fastflag.market.bars import Market, split_days
 from fastflag.market.sources import load
 from fastflag.model.arithmetic import resolved
@@ -71,22 +72,29 @@ class Trainer:
         self.accounts = start_accounts(config.rollout, config.simulator.cash)
         self.phase, self.updates = PhaseTimer(), 0
 
-    def collect(self, config: TrainConfig) -> tuple[Table, Iterator[Batch]]:
-        self.updates += 1
-        world, number = self.world, self.updates - 1
-        return rollout(self.policy, world, [self.days], self.accounts, config, number, self.phase)
-
     def every_step(self) -> tuple[Table, Lesson]:
-        """A rollout whose samples are not added up."""
+        """A rollout whose samples are not added up, in the place of an update."""
         algorithm = dataclasses.replace(self.config.algorithm, minibatch_size=10**9)
-        table, batches = self.collect(dataclasses.replace(self.config, algorithm=algorithm))
+        config = dataclasses.replace(self.config, algorithm=algorithm)
+        table, batches = rollout(
+            self.policy, self.world, [self.days], self.accounts, config, self.updates, self.phase
+        )
+        self.updates += 1
         return table, estimate(table, batches, algorithm, self.phase)
 
     def update(self) -> dict[str, float]:
-        table, batches = self.collect(self.config)
-        lesson = estimate(table, batches, self.config.algorithm, self.phase)
-        with self.phase("update"):
-            return update(self.policy, self.optimizer, table, lesson, self.config.algorithm, 0)
+        self.accounts, _, statistics = one_update(
+            self.policy,
+            self.optimizer,
+            self.world,
+            self.days,
+            self.accounts,
+            self.config,
+            self.updates,
+            self.phase,
+        )
+        self.updates += 1
+        return statistics
 
 
 def seconds(work: Callable[[], object]) -> float:

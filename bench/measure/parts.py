@@ -5,7 +5,6 @@ loses one part, and the next run begins with those that have not been tried and 
 failed. A part counts as done only for the code that it was done with.
 """
 
-import hashlib
 import json
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure.results import document, write_document
+from fastflag.files import digest_of_sources
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("bench", "fastflag", "kernels", "tests")
@@ -33,10 +33,7 @@ class Part:
 
 def code_digest(root: Path = _ROOT) -> str:
     """Of every source that a figure may depend on."""
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in _CODE for path in (root / folder).rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+    return " ".join(digest_of_sources(root / folder) for folder in _CODE)
 
 
 class Record:

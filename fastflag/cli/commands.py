@@ -16,11 +16,14 @@ import tyro
 from fastflag.config import (
     PRESETS,
     AlgorithmConfig,
+    Calendar,
+    Convention,
     DataConfig,
     Device,
     Optimizer,
     PlanConfig,
     PolicyConfig,
+    Position,
     TrainConfig,
 )
 from fastflag.files import InputError
@@ -95,7 +98,7 @@ class Decide:
     """Which symbol of a file that holds several; empty: the run's."""
     model: str = ""
     """Where the run's model is now; empty: where it was."""
-    position: Literal["flat", "long", "short"] = "flat"
+    position: Position = "flat"
     """Position held."""
     entry: float = 0.0
     """Price per share on the day it was entered, fees included; splits since then, and dividends
@@ -124,7 +127,7 @@ class Metrics:
     """Bars, as in train."""
     symbol: str = ""
     """Which symbol of a file that holds several."""
-    calendar: Literal["auto", "stock", "crypto"] = "auto"
+    calendar: Literal["auto", Calendar] = "auto"
     """Days of the year that are traded, as in train."""
     timezone: str = ""
     """The exchange's time zone, as in train."""
@@ -132,7 +135,7 @@ class Metrics:
     """First day; empty: the first there is."""
     end: str = ""
     """Last day; empty: the last there is."""
-    convention: Literal["standard", "flag", "investorbench", "paper-bh"] = "standard"
+    convention: Convention = "standard"
     """How the figures are defined: see the README."""
     json: Switch = False
     """Print one JSON document."""

@@ -1,8 +1,15 @@
 """Every setting of a run."""
 
-from fastflag.config.fields import Device, Optimizer, flag
+from fastflag.config.fields import Calendar, Convention, Device, Optimizer, Position, flag
 from fastflag.config.presets import PRESETS
-from fastflag.config.reading import base_of, from_dict, from_run, to_dict, with_settings
+from fastflag.config.reading import (
+    base_of,
+    checked,
+    from_dict,
+    from_run,
+    to_dict,
+    with_settings,
+)
 from fastflag.config.settings import (
     AlgorithmConfig,
     DataConfig,
@@ -17,16 +24,20 @@ from fastflag.config.settings import (
 __all__ = [
     "PRESETS",
     "AlgorithmConfig",
+    "Calendar",
+    "Convention",
     "DataConfig",
     "Device",
     "Optimizer",
     "PlanConfig",
     "PolicyConfig",
+    "Position",
     "PromptConfig",
     "RolloutConfig",
     "SimulatorConfig",
     "TrainConfig",
     "base_of",
+    "checked",
     "flag",
     "from_dict",
     "from_run",

@@ -28,6 +28,10 @@ class Range:
 
 Device = Literal["auto", "cpu", "cuda"]
 Optimizer = Literal["adamw", "adamw8bit"]
+Calendar = Literal["stock", "crypto"]
+Convention = Literal["standard", "flag", "investorbench", "paper-bh"]
+"""How metrics are defined: see the README."""
+Position = Literal["flat", "long", "short"]
 
 # Above it NumPy and PyTorch fail in many ways, none of which is a sentence.
 Count = Annotated[int, Range(at_least=1, at_most=10**12)]

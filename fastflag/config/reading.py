@@ -2,11 +2,19 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from fastflag.config.presets import PRESETS
-from fastflag.config.settings import TrainConfig
+from fastflag.config.settings import (
+    AlgorithmConfig,
+    DataConfig,
+    PlanConfig,
+    PolicyConfig,
+    TrainConfig,
+)
 from fastflag.files import InputError, read_json
+
+Settings = TypeVar("Settings", DataConfig, PolicyConfig, AlgorithmConfig, PlanConfig, TrainConfig)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -36,6 +44,14 @@ def from_run(
     simulator = dataclasses.replace(base.simulator, dividends="cash")
     policy = dataclasses.replace(base.policy, kernels="torch", graphs="off")
     return from_dict(values, where, dataclasses.replace(base, simulator=simulator, policy=policy))
+
+
+def checked(settings: Any, kind: type[Settings], where: str) -> Settings:
+    """Settings of a `kind` that were made in Python, held to what those in JSON are. Raises
+    InputError for another kind and as `from_dict` does."""
+    if not isinstance(settings, kind):
+        raise InputError(f"a configuration is a {kind.__name__}, not {settings!r:.80}, {where}")
+    return _merge(settings, dataclasses.asdict(settings), where, "")
 
 
 def with_settings(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

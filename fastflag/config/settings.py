@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from fastflag.config.fields import (
     BasisPoints,
+    Calendar,
     Checked,
     Count,
     Device,
@@ -31,7 +32,7 @@ class DataConfig:
     """Training days, START..END, both inclusive; empty: the first 80% of all days."""
     test: str = ""
     """Held-out days, START..END, both inclusive; empty: every day after the training days."""
-    calendar: Literal["auto", "stock", "crypto"] = "auto"
+    calendar: Literal["auto", Calendar] = "auto"
     """Days of the year that are traded, by which figures are annualised (stock 252, crypto 365) and
     the closing time is known; auto: crypto where Saturdays, Sundays and all others have bars."""
     close_time: str = ""

@@ -14,6 +14,7 @@ import numpy as np
 from fastflag.config import TrainConfig
 from fastflag.evaluate.episodes import Chooser, Episodes, greedy, run_episodes, sampler
 from fastflag.files import InputError, write_atomic
+from fastflag.market import streams
 from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.metrics import CONVENTIONS, metrics
 from fastflag.market.tasks.baselines import fixed_action_equity, random_equities
@@ -22,8 +23,6 @@ from fastflag.policy.table import Policy
 from fastflag.prompt.world import World
 
 RANDOM_EPISODES = 1000
-# Told apart from the seed of training, whose environments draw the first numbers of its streams.
-_SAMPLED = 0x5A3B_1E00_0000
 
 
 def period_days(market: Market, config: TrainConfig, split: str) -> range:
@@ -62,7 +61,7 @@ def backtest(
     """The document that RUN/backtest.json holds. Raises InputError as `period_days` does."""
     days = period_days(market, config, split)
     episodes = config.backtest_episodes
-    chooser = _first_greedy(sampler(world.seed ^ _SAMPLED, episodes))
+    chooser = _first_greedy(sampler(streams.sampled_episodes(world.seed), episodes))
     both = run_episodes(policy, world, days, 1 + episodes, chooser, track)
     best, sampled = both.part(slice(0, 1)), both.part(slice(1, None))
     random = random_equities(world.task, days, RANDOM_EPISODES, world.seed)

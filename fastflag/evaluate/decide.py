@@ -8,7 +8,8 @@ import torch
 from fastflag.evaluate.episodes import greedy
 from fastflag.files import InputError
 from fastflag.market.accounts import Accounts
-from fastflag.market.bars import ISO_DATE, LEAST, MOST, Market
+from fastflag.market.bars import LEAST, MOST, Market
+from fastflag.market.calendar import date_of
 from fastflag.policy.table import Policy
 from fastflag.prompt.world import World
 
@@ -77,12 +78,7 @@ def _holding(
 
 
 def _day(market: Market, date: str, flag: str) -> int:
-    try:
-        if not ISO_DATE.fullmatch(date):
-            raise ValueError
-        found = np.flatnonzero(market.dates == np.datetime64(date, "D"))
-    except ValueError:
-        raise InputError(f"not a date (YYYY-MM-DD): {date!r}, {flag}") from None
+    found = np.flatnonzero(market.dates == date_of(date, flag))
     if not len(found):
         first, last = market.dates[[0, -1]]
         raise InputError(f"{date} is not a day of the data ({first} to {last}), {flag}")

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from fastflag.learn.decision import choose
-from fastflag.learn.speculation import guessed
+from fastflag.learn.speculation import settle
 from fastflag.market.accounts import Accounts
 from fastflag.market.random_numbers import uniform
 from fastflag.market.tasks.single import BUY, HOLD, SELL
 from fastflag.policy.table import Policy, ReadPrefixes
+from fastflag.prompt.prompts import PromptSet
 from fastflag.prompt.world import World
 
 # Decisions whose prompts are guessed together: about 100 prompts in a batch, where one decision has
@@ -35,6 +36,9 @@ class Episodes:
     alive: np.ndarray  # [B, n] bool, False from ruin on
     action: np.ndarray  # [B, n - 1] int8
     probabilities: np.ndarray  # [B, n - 1, A]
+
+    def __repr__(self) -> str:
+        return "Episodes({} accounts, {} days)".format(*self.equity.shape)
 
     def part(self, episodes: slice) -> "Episodes":
         return Episodes(**{name: array[episodes] for name, array in vars(self).items()})
@@ -70,10 +74,12 @@ def run_episodes(
                 window = days[number : min(number + _WINDOW, count - 1)]
                 read = policy.read(world.prompter.prefix(day) for day in window)
                 if stepped:
-                    told = _told(policy, world, window, read, accounts, choose_actions, number)
+                    answers = _answered(
+                        policy, world, window, read, accounts, choose_actions, number
+                    )
             if stepped:
                 # pyrefly: ignore[unbound-name] (the first decision opens a window)
-                probabilities = told[place, task.code(accounts, day)]
+                probabilities = answers[place, task.code(accounts, day)]
             else:
                 # pyrefly: ignore[unbound-name] (likewise)
                 probabilities = _asked(policy, world, read, accounts, day)
@@ -96,7 +102,7 @@ def _asked(
     return policy.evaluate(prompts, policy.running.current(), read).probabilities[row]
 
 
-def _told(
+def _answered(
     policy: Policy,
     world: World,
     days: range,
@@ -108,39 +114,44 @@ def _told(
     """The policy's answers at the closes of `days` [W], [W, CODES, A]: its own for every code that
     `accounts` come to, from decision `first` on.
 
-    They are found as a rollout's are (learn/speculation.py): live through guesses, evaluate at once
-    what was met, until nothing new is met. `accounts` stay where they are.
+    They are found as a rollout's are (learn/speculation.py). `accounts` stay where they are.
     """
     statistics = policy.running.current()
-    row_of = np.full((len(days), world.task.codes), -1)
-    new = world.centring_codes(days)
-    tables = []
-    while new.any():
-        prompts, places = world.stepped(days, new)
-        row_of[new] = sum(map(len, tables)) + places[new]
+    tables: list[np.ndarray] = []
+
+    def evaluate(prompts: PromptSet) -> np.ndarray:
+        begin = sum(map(len, tables))
         tables.append(policy.evaluate(prompts, statistics, read).probabilities)
-        told = guessed(np.concatenate(tables), row_of)
-        new = (row_of < 0) & _met(world, days, accounts, told, choose_actions, first)
-    # pyrefly: ignore[unbound-name] (there are always prompts that centre)
-    return told
+        return begin + np.arange(len(tables[-1]))
+
+    prompts, row_of = world.stepped(days, world.centring_codes(days))
+    evaluate(prompts)
+    return settle(
+        world,
+        days,
+        row_of,
+        evaluate,
+        lambda: np.concatenate(tables),
+        lambda answers: _met(world, days, accounts, answers, choose_actions, first),
+    )
 
 
 def _met(
     world: World,
     days: range,
     accounts: Accounts,
-    told: np.ndarray,
+    answers: np.ndarray,
     choose_actions: Chooser,
     first: int,
 ) -> np.ndarray:
-    """The codes that `accounts` come to on `days` where they are answered by `told` [W, CODES, A]:
-    [W, CODES] bool."""
+    """The codes that `accounts` come to on `days`, [W, CODES] bool, if `answers` [W, CODES, A] are
+    the policy's."""
     accounts = accounts.take(np.arange(len(accounts)))
-    met = np.zeros(told.shape[:2], bool)
+    met = np.zeros(answers.shape[:2], bool)
     for number, day in enumerate(days):
         codes = world.task.code(accounts, day)
         met[number, codes] = True
-        action = choose_actions(told[number, codes], first + number)
+        action = choose_actions(answers[number, codes], first + number)
         world.task.step(accounts, day, action)
     return met
 

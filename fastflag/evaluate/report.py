@@ -1,8 +1,9 @@
 """A run told in one self-contained page, RUN/report.html."""
 
 import json
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from string import Template
@@ -14,7 +15,10 @@ from fastflag import config as settings
 from fastflag.evaluate.figures import Figure, backtest_figures, training_figures
 from fastflag.evaluate.tables import facts_list, headlines, metrics_tables, tiles
 from fastflag.evaluate.words import backtest_facts, training_facts, verdict
-from fastflag.files import InputError, read_json, write_atomic
+from fastflag.files import InputError, read_json, read_text, write_atomic
+from fastflag.learn.checkpoint import read_state
+
+_LOG = logging.getLogger(__name__)
 
 
 def write_report(run: Path) -> Path:
@@ -39,7 +43,7 @@ def write_report(run: Path) -> Path:
             facts |= backtest_facts(backtest)
             drawn = backtest_figures(backtest)
             figures |= drawn
-            parts |= _backtest_parts(backtest, drawn)
+            parts |= _backtest_parts(backtest, drawn, outdated(run))
         else:
             parts |= _untested_parts()
     page = Template(_asset("report.html")).substitute(
@@ -63,8 +67,6 @@ def _refusing(path: Path) -> Iterator[None]:
     """Raises InputError, with the file's name, for what a file of another shape leads to."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"{error.strerror or error}, {path}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"not as fastflag writes it ({_told(error)}), {path}") from error
 
@@ -86,8 +88,7 @@ def read_updates(run: Path) -> list[dict[str, Any]]:
     Raises InputError for a missing or malformed file.
     """
     path, updates = run / "metrics.jsonl", []
-    with _refusing(path):
-        text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             updates.append(json.loads(line))
@@ -100,8 +101,27 @@ def _asset(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _backtest_parts(backtest: dict[str, Any], figures: dict[str, Figure]) -> dict[str, str]:
+def outdated(run: Path) -> str:
+    """Where RUN/backtest.json is of another checkpoint than the run's last, that in words; else
+    empty, as in a copy for reading, which has no checkpoint."""
+    with suppress(InputError):
+        backtest, (now, _) = read_json(run / "backtest.json"), read_state(run)
+        if isinstance(backtest, dict) and (of := backtest.get("updates")) not in (None, now):
+            return f"tested after {of} updates, now there are {now}: backtest it again"
+    return ""
+
+
+def warn_of_age(run: Path) -> None:
+    if age := outdated(run):
+        _LOG.warning("fastflag: %s, %s", age, run / "backtest.json")
+
+
+def _backtest_parts(
+    backtest: dict[str, Any], figures: dict[str, Figure], caution: str
+) -> dict[str, str]:
     title, paragraphs = verdict(backtest)
+    if caution:
+        paragraphs = [f"{caution[0].upper()}{caution[1:]}.", *paragraphs]
     metrics = f"<section><h2>Metrics</h2>{metrics_tables(backtest)}</section>"
     return {
         "title": escape(title),

@@ -5,14 +5,13 @@ pandas is imported by what makes a table.
 
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from fastflag.config import Convention
 from fastflag.files import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-Convention = Literal["standard", "flag", "investorbench", "paper-bh"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,11 @@ class Backtest:
     RUN/backtest.json holds."""
 
     document: dict[str, Any]
+
+    def __repr__(self) -> str:
+        told = self.document
+        period = f"{told.get('start')}..{told.get('end')}"
+        return f"Backtest({told.get('symbol')}: {len(told.get('dates', ()))} days {period})"
 
     def metrics(self, convention: Convention = "standard") -> "DataFrame":
         """A row a policy: greedy, buy-and-hold, and the mean of the sampled episodes. Returns,

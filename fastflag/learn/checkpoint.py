@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim import AdamW
 
-from fastflag.files import InputError, read_json, write_atomic
+from fastflag.files import InputError, read_json, reading, write_atomic
 from fastflag.market.accounts import Accounts
 from fastflag.policy.table import Policy
 
@@ -58,6 +58,7 @@ def write_checkpoint(
         "tensors": name,
         "digest": _digest(content),
         "fingerprint": fingerprint,
+        "config": read_trained(run) or _config_now(run),
         "optimizer": kept,
     }
     write_atomic(folder / "state.json", json.dumps(document, indent=1))
@@ -78,6 +79,24 @@ def read_state(run: Path) -> tuple[int, str]:
         raise InputError(f"not a checkpoint, {path}") from None
 
 
+def read_trained(run: Path) -> dict[str, Any] | None:
+    """RUN/config.json as it was at the run's first checkpoint; None where there is none, or an
+    earlier version wrote it. Raises InputError for a malformed state.json."""
+    path = run / "checkpoint" / "state.json"
+    if not path.exists():
+        return None
+    document = read_json(path)
+    config = document.get("config") if isinstance(document, dict) else None
+    if not isinstance(config, dict | None):
+        raise InputError(f"not a checkpoint, {path}")
+    return config
+
+
+def _config_now(run: Path) -> dict[str, Any] | None:
+    path = run / "config.json"
+    return read_json(path) if path.exists() else None
+
+
 def read_checkpoint(run: Path) -> Checkpoint:
     """Raises InputError for a checkpoint that is missing, truncated, damaged or malformed."""
     state_file = run / "checkpoint" / "state.json"
@@ -91,10 +110,8 @@ def read_checkpoint(run: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError):
         raise InputError(f"not a checkpoint, {state_file}") from None
     tensor_file = state_file.parent / name
-    try:
+    with reading(tensor_file):
         content = tensor_file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{error.strerror}, {tensor_file}") from None
     if _digest(content) != digest:
         raise InputError(f"truncated, or not what was written, {tensor_file}")
     return Checkpoint(updates, fingerprint, load(content), kept)

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fastflag.files import write_atomic
+from fastflag.files import read_text, write_atomic
 
 
 class PhaseTimer:
@@ -157,7 +157,7 @@ def _lines_before(path: Path, start: int) -> Iterator[str]:
     """The complete lines of updates before `start`; a line cut off by a kill is not one."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace").splitlines():
         try:
             if json.loads(line)["step"] < start:
                 yield line + os.linesep

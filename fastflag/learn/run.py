@@ -3,18 +3,18 @@
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import fastflag
 from fastflag.config import TrainConfig, from_run, to_dict
-from fastflag.files import InputError, read_json, write_atomic
-from fastflag.learn.checkpoint import read_checkpoint, restore_policy
+from fastflag.files import InputError, read_json, reading, write_atomic
+from fastflag.learn.checkpoint import read_checkpoint, read_trained, restore_policy
+from fastflag.market import streams
 from fastflag.market.bars import Market, days_of, split_days
 from fastflag.market.fingerprint import fingerprint
 from fastflag.model.arithmetic import resolved
@@ -23,6 +23,8 @@ from fastflag.model.weights import Weights, open_weights
 from fastflag.policy.table import Policy
 from fastflag.prompt.tokens import Tokenizer
 from fastflag.prompt.world import World
+
+_LOG = logging.getLogger(__name__)
 
 OTHER_MARKET = "the training days' bars or news are not those that the run was trained on"
 
@@ -34,12 +36,41 @@ _WRITTEN = ("config.json", "metrics.jsonl", "checkpoint", "backtest.json", "repo
 def read_config(run: Path) -> TrainConfig:
     """The configuration of a run.
 
-    Raises InputError for a folder that is no run.
+    Raises InputError for a folder that is no run, and for a dtype that a hand has left open.
     """
-    document = read_json(run / "config.json")
+    path = run / "config.json"
+    document = read_json(path)
     if not isinstance(document, dict):
-        raise InputError(f"not a run's configuration, {run / 'config.json'}")
-    return from_run(document, str(run / "config.json"))
+        raise InputError(f"not a run's configuration, {path}")
+    config = from_run(document, str(path))
+    if config.policy.dtype == "auto":
+        raise InputError(f"config key 'policy.dtype' of a run is bf16 or fp32, not 'auto', {path}")
+    return config
+
+
+def changed_by_hand(run: Path) -> str:
+    """The first setting in RUN/config.json that is not what the run was trained by, in words; empty
+    where there is none, and where there is no checkpoint to tell. Raises InputError as
+    `read_config` does."""
+    trained = read_trained(run)
+    if trained is None:
+        return ""
+    stored = to_dict(from_run(trained, str(run / "checkpoint" / "state.json")))
+    now = to_dict(read_config(run))
+    now["total_timesteps"] = stored["total_timesteps"]  # which lengthening a run changes
+    # Where things lie; what they hold is known by their fingerprints.
+    for section, name in (("data", "data"), ("data", "news"), ("policy", "model")):
+        now[section][name] = stored[section][name]
+    now["policy"]["device"] = stored["policy"]["device"]
+    return _first_difference(now, stored)
+
+
+def warn_of_changes(run: Path) -> None:
+    """A damaged checkpoint is the business of who needs one, and no word is said of it."""
+    with suppress(InputError):
+        if changed := changed_by_hand(run):
+            told = "fastflag: changed since the run was trained: %s, %s"
+            _LOG.warning(told, changed, run / "config.json")
 
 
 def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
@@ -72,8 +103,9 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
 def _refuse_no_folder(run: Path) -> None:
     """Raises InputError where RUN, or what it should lie in, is there and no folder."""
     for path in (run, *run.parents):
-        if path.is_dir():
-            return
+        with reading(f"--out {run}"):  # a name too long is looked up in vain
+            if path.is_dir():
+                return
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path} is a symbolic link to nothing, --out {run}")
         if path.exists():
@@ -200,7 +232,7 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
             f"the tokenizer knows token {tokenizer.largest}, the model {weights.config.vocabulary} "
             f"tokens, {weights.source}"
         )
-    symbol, seed = config.data.symbol, _world_seed(config.seed)
+    symbol, seed = config.data.symbol, streams.environments(config.seed)
     world = World.of(config.prompt, market, symbol, config.simulator, tokenizer, seed)
     action_words = world.prompter.action_words
     action_tokens = [int(tokenizer.encode(word)[0]) for word in action_words]
@@ -210,7 +242,8 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
             f"two of the words {words} begin with the same token, which an lm head can't tell "
             f"apart: choose another --head, {weights.source}"
         )
-    return world, Policy(weights, config.policy, action_tokens, config.seed)
+    initial = streams.initial_weights(config.seed)
+    return world, Policy(weights, config.policy, action_tokens, initial)
 
 
 def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, Policy]:
@@ -223,13 +256,6 @@ def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, 
     world, policy = build(config, market, weights)
     restore_policy(checkpoint, policy, weights.fingerprint, run)
     return world, policy
-
-
-def _world_seed(seed: int) -> int:
-    """Where a run's random numbers start. Environment i of seed s is environment 0 of s + i, so
-    runs of seeds 0 and 1 would share all their environments but one, and their spread would tell
-    nothing; hashed, they share none."""
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 16)
 
 
 def _first_difference(stored: dict[str, Any], asked: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ one forward a step. SmolLM2 with 64 or 256 environments of 63 days: 2 to 4 batch
 Shapes: W moments that the rollout sees, M moments of the timeline, U prompts, A actions.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from fastflag.learn.batch import Group, moments_of
@@ -31,14 +33,38 @@ def visited_prompts(
     prompts, row_of = world.stepped(moments, centring, centring)
     with policy.trunk.unpacked():
         visited = Visited(policy, prompts)
-        while True:
-            met = _met(world, groups, moments, guessed(visited.probabilities, row_of), branches)
-            new = met & (row_of < 0)
-            if not new.any():
-                break
-            prompts, places = world.stepped(moments, new)
-            row_of[new] = visited.rows(prompts)[places[new]]
+        settle(
+            world,
+            moments,
+            row_of,
+            visited.rows,
+            lambda: visited.probabilities,
+            lambda answers: _met(world, groups, moments, answers, branches),
+        )
     return *visited.table(), world.over_timeline(moments, row_of)
+
+
+def settle(
+    world: World,
+    moments: Sequence[int],
+    row_of: np.ndarray,
+    evaluate: Callable[[PromptSet], np.ndarray],
+    probabilities: Callable[[], np.ndarray],
+    met: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Guesses, and evaluates what is met, until nothing new is: the answers to each moment and code
+    [D, CODES, A], of which those to what is met are the policy's own.
+
+    `row_of` [D, CODES], -1 where there is no row, is filled in. `evaluate` gives the rows [U] that
+    new prompts take among the `probabilities` [U, A]; `met` says where answers lead, [D, CODES].
+    """
+    while True:
+        answers = guessed(probabilities(), row_of)
+        new = met(answers) & (row_of < 0)
+        if not new.any():
+            return answers
+        prompts, places = world.stepped(moments, new)
+        row_of[new] = evaluate(prompts)[places[new]]
 
 
 def guessed(probabilities: np.ndarray, row_of: np.ndarray) -> np.ndarray:

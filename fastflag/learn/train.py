@@ -47,10 +47,11 @@ from fastflag.learn.run import (
     with_periods,
 )
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
+from fastflag.market import streams
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market, split_days
+from fastflag.market.calendar import ANNUAL_DAYS
 from fastflag.market.fingerprint import fingerprint
-from fastflag.market.metrics import annual_days
 from fastflag.model.weights import Weights
 from fastflag.policy.table import Policy
 from fastflag.prompt.world import World
@@ -80,7 +81,7 @@ def train(
     policy.check_length(world.prompter.longest([*days, *test_days]))
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
-    annual = annual_days(market.calendar)
+    annual = ANNUAL_DAYS[market.calendar]
     phase = PhaseTimer()
     market_print = fingerprint(market, config.data.symbol, days)
     with claim(run, config, resume, market_print) as resumes:
@@ -97,7 +98,7 @@ def train(
                 began = time.perf_counter()
                 factor = set_learning_rates(optimizer, config.algorithm, done, config.updates)
                 work = partial(
-                    _one_update, policy, optimizer, world, days, accounts, config, done, phase
+                    one_update, policy, optimizer, world, days, accounts, config, done, phase
                 )
                 accounts, lesson, statistics = policy.recompute.attempt(work)
                 statistics["learning_rate"] = config.algorithm.learning_rate * factor
@@ -110,7 +111,7 @@ def train(
     return world, policy
 
 
-def _one_update(
+def one_update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     world: World,
@@ -130,14 +131,9 @@ def _one_update(
     table, batches = rollout(policy, world, [days], accounts, config, done, phase)
     lesson = estimate(table, batches, config.algorithm, phase)
     with phase("update"):
-        statistics = update(policy, optimizer, table, lesson, config.algorithm, _seed(config, done))
+        seed = streams.shuffles(config.seed, done)
+        statistics = update(policy, optimizer, table, lesson, config.algorithm, seed)
     return accounts, lesson, statistics
-
-
-def _seed(config: TrainConfig, done: int) -> int:
-    """The seed of one update's shuffles: a function of the run's and of how many updates are done,
-    so that nothing else need be kept to resume."""
-    return int(np.random.SeedSequence([config.seed, done]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _record(

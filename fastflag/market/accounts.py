@@ -151,5 +151,8 @@ class Accounts:
     def __len__(self) -> int:
         return len(self.cash)
 
+    def __repr__(self) -> str:
+        return f"Accounts({len(self)})"
+
     def views(self) -> Arrays:
         return Arrays(*(getattr(self, name) for name in Arrays._fields))

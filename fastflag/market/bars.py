@@ -1,7 +1,6 @@
 """The market: aligned arrays and dated texts, checked once so that nothing later checks again; and
 one symbol's bars as flat arrays. T days."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,15 +8,15 @@ from itertools import pairwise
 
 import numpy as np
 
+from fastflag.config import Calendar
 from fastflag.files import InputError
+from fastflag.market.calendar import SATURDAY, calendar_of, date_of, weekday
 from fastflag.market.compiled.constants import COLUMNS
-from fastflag.market.metrics import SATURDAY, Calendar, calendar_of, weekday
 
-ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 # Of a price: beyond what any unit of account needs, ratios of prices overflow.
 LEAST, MOST = 1e-15, 1e15
-_PRICES = ("open", "high", "low", "close")
-_COLUMNS = (*_PRICES, "volume", "split", "dividend")
+PRICES = ("open", "high", "low", "close")
+MARKET_COLUMNS = (*PRICES, "volume", "split", "dividend")
 _CLOSE_TIMES: dict[Calendar, np.timedelta64] = {
     "stock": np.timedelta64(16 * 3600, "s"),
     # A market without a closing bell: the last second of the date.
@@ -71,7 +70,7 @@ class Market:
         shape = (len(self.dates), len(self.symbols))
         if 0 in shape:
             raise InputError(f"no bars, market of {shape[0]} days and {shape[1]} symbols")
-        for name in _COLUMNS:
+        for name in MARKET_COLUMNS:
             array = getattr(self, name)
             if array.shape != shape or array.dtype != np.float64:
                 found = f"{array.dtype} {list(array.shape)}"
@@ -82,9 +81,9 @@ class Market:
                 f"dates not strictly increasing, {self.dates[backwards[0]]} before "
                 f"{self.dates[backwards[0] + 1]}"
             )
-        for name in _COLUMNS:
+        for name in MARKET_COLUMNS:
             self._refuse(np.isinf(getattr(self, name)), f"{name} is infinite")
-        for name in _PRICES:
+        for name in PRICES:
             self._refuse(getattr(self, name) <= 0, f"{name} is not above 0")
             self._refuse(getattr(self, name) < LEAST, f"{name} is below {LEAST:g}")
             self._refuse(getattr(self, name) > MOST, f"{name} is above {MOST:g}")
@@ -97,6 +96,11 @@ class Market:
         times = [item.available for item in self.news]
         if any(later < earlier for earlier, later in pairwise(times)):
             raise InputError("news is not sorted by its available time, market")
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.symbols[:3]) + (", ..." if len(self.symbols) > 3 else "")
+        period = f"{self.dates[0]}..{self.dates[-1]}"
+        return f"Market({names}: {len(self.dates)} days {period}, {len(self.news)} news)"
 
     def _refuse(self, wrong: np.ndarray, what: str) -> None:
         if wrong.any():
@@ -146,7 +150,7 @@ class Market:
             symbols=(own,),
             rows=None,
             others=tuple((name, day) for name, day in self.first_bars.items() if name != own),
-            **{name: getattr(self, name)[days, n : n + 1] for name in _COLUMNS},
+            **{name: getattr(self, name)[days, n : n + 1] for name in MARKET_COLUMNS},
         )
 
     def column(self, symbol: str = "") -> int:
@@ -164,7 +168,7 @@ class Market:
         Raises InputError, with the period's `name`, for a malformed date, an empty period, and one
         not inside the data.
         """
-        first, last = _date(start, name), _date(end, name)
+        first, last = date_of(start, name), date_of(end, name)
         if min(first, last) < self.dates[0] or max(first, last) > self.dates[-1]:
             raise InputError(
                 f"{name} {start}..{end} is not inside the data, {self.dates[0]}..{self.dates[-1]}"
@@ -253,6 +257,9 @@ class Bars:
     def __len__(self) -> int:
         return len(self.close)
 
+    def __repr__(self) -> str:
+        return f"Bars({len(self)} days, {self.tradable.sum()} with a bar)"
+
 
 def _payable(split: np.ndarray, dividend: np.ndarray, tradable: np.ndarray) -> np.ndarray:
     payable, waiting = np.zeros(len(split)), 0.0
@@ -269,7 +276,7 @@ def parse_period(text: str, name: str = "period") -> tuple[str, str]:
     start, dots, end = text.partition("..")
     if not dots:
         raise InputError(f"not START..END, {name} {text!r}")
-    if _date(start, name) > _date(end, name):
+    if date_of(start, name) > date_of(end, name):
         raise InputError(f"start after end, {name} {text}")
     return start, end
 
@@ -303,7 +310,7 @@ def split_days(
             f"test begins on {market.dates[test_days[0]]}, before training ends on "
             f"{market.dates[train_days[-1]]}"
         )
-    prices = [getattr(market, name) for name in _PRICES]
+    prices = [getattr(market, name) for name in PRICES]
     tradable = np.logical_and.reduce([np.isfinite(price) for price in prices]).any(1)
     for name, days in (("training", train_days), ("test", test_days)):
         if np.count_nonzero(tradable[days.start : days.stop]) < 2:
@@ -312,12 +319,3 @@ def split_days(
                 f"fewer than 2 bars of {', '.join(market.symbols)}, {name} period {period}"
             )
     return train_days, test_days
-
-
-def _date(text: str, name: str) -> np.datetime64:
-    try:
-        if not ISO_DATE.fullmatch(text):
-            raise ValueError
-        return np.datetime64(text, "D")
-    except ValueError:
-        raise InputError(f"not a date (YYYY-MM-DD), {name} {text!r}") from None

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 import numpy as np
 import pandas as pd
 
-from fastflag.files import InputError
+from fastflag.files import InputError, one_line
 
 # How files write that there is nothing, in any case: pandas, R, SQL, Yahoo, Excel, Bloomberg.
 MISSING = frozenset(
@@ -72,8 +72,3 @@ def refuse(frame: pd.DataFrame, wrong: np.ndarray, what: str, name: Hashable, wh
         row = int(np.argmax(wrong))
         value = one_line(frame[name].iloc[row])[:60]
         raise InputError(f"{name} {value!r} {what}, {where} {frame.index.name} {frame.index[row]}")
-
-
-def one_line(value: object) -> str:
-    """At most 200 characters."""
-    return " ".join(str(value).split())[:200]

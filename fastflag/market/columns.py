@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 
 from fastflag.files import InputError, printable
+from fastflag.market.bars import PRICES
 from fastflag.market.cells import MISSING, refuse
-
-PRICES = ("open", "high", "low", "close")
 
 # As written by Yahoo (its pages, its JSON, yfinance, quantmod), Alpha Vantage ("1. open"), Tiingo
 # (divCash), EODHD, Quandl (WIKI's Ex-Dividend, Split Ratio), Sharadar (closeadj), Nasdaq

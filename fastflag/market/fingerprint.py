@@ -4,9 +4,7 @@ import hashlib
 
 import numpy as np
 
-from fastflag.market.bars import Market
-
-_COLUMNS = ("open", "high", "low", "close", "volume", "split", "dividend")
+from fastflag.market.bars import MARKET_COLUMNS, Market
 
 
 def fingerprint(market: Market, symbol: str, days: range) -> str:
@@ -17,7 +15,7 @@ def fingerprint(market: Market, symbol: str, days: range) -> str:
     InputError for an unknown symbol.
     """
     column = market.column(symbol)
-    values = np.stack([getattr(market, name)[: days.stop, column] for name in _COLUMNS])
+    values = np.stack([getattr(market, name)[: days.stop, column] for name in MARKET_COLUMNS])
     values = np.where(np.isnan(values), np.nan, values)  # NaN has many bit patterns
     dates = market.dates[: days.stop].astype("datetime64[D]").astype(np.int64)
     digest = hashlib.sha256(dates.tobytes() + np.ascontiguousarray(values).tobytes())

@@ -16,8 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from fastflag.files import InputError
-from fastflag.market.cells import one_line
+from fastflag.files import InputError, one_line
 
 # By their first bytes, whatever the file's name ends in.
 _GZIP, _BZIP2, _XZ, _ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastflag.files import InputError
-from fastflag.market.columns import PRICES
+from fastflag.market.bars import PRICES
 
 # Of a price: adjusting in float32 and printing fewer digits leaves as much.
 NOISE = 1e-6

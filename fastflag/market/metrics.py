@@ -2,15 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from fastflag.config import Calendar, Convention
 from fastflag.files import InputError
-
-Calendar = Literal["stock", "crypto"]
-
-SATURDAY, SUNDAY = 5, 6
+from fastflag.market.calendar import ANNUAL_DAYS
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,13 @@ class _Convention:
 
 # `standard` is empyrical's. The others were found by reproducing published tables from the released
 # data: FLAG-Trader's own rows, InvestorBench's code, FLAG-Trader's buy-and-hold rows.
-_CONVENTIONS = {
-    "standard": _Convention(True, {"stock": 252, "crypto": 365}, "returns"),
+_CONVENTIONS: dict[Convention, _Convention] = {
+    "standard": _Convention(True, ANNUAL_DAYS, "returns"),
     "flag": _Convention(False, {"stock": 252, "crypto": 252}, "returns"),
     "investorbench": _Convention(False, {"stock": 365, "crypto": 365}, "prices"),
     "paper-bh": _Convention(False, {"stock": 252, "crypto": 365}, "prices", ("stock",)),
 }
-CONVENTIONS = tuple(_CONVENTIONS)
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 # Below this the deviation of daily returns is the rounding of float64 prices.
 _ZERO_DEVIATION = 1e-12
@@ -41,32 +39,9 @@ _ZERO_DEVIATION = 1e-12
 _NAMES = ("cr", "sr", "av", "mdd", "sortino", "calmar", "win_rate_daily")
 
 
-def calendar_of(dates: np.ndarray) -> Calendar:
-    """ "crypto" where Saturdays and Sundays are among `dates` ([T] datetime64[D], increasing), and
-    of every day of the week at least half of those between the first date and the last.
-
-    So exchanges that trade from Sunday to Thursday (Tel Aviv) or from Saturday to Wednesday
-    (Tehran) are stock ones, and so are those that have held sessions on a Saturday.
-    """
-    if not len(dates):
-        return "stock"
-    every_day = np.arange(dates[0], dates[-1] + 1)
-    traded, passed = (np.bincount(weekday(days), minlength=7) for days in (dates, every_day))
-    on_weekends = traded[SATURDAY] and traded[SUNDAY]
-    return "crypto" if on_weekends and (2 * traded >= passed).all() else "stock"
-
-
-def weekday(dates: np.ndarray) -> np.ndarray:
-    """0 (Monday) to 6 (Sunday) of each of `dates`."""
-    return (dates.astype("datetime64[D]").astype(int) + 3) % 7  # 1970 began on a Thursday
-
-
-def annual_days(calendar: Calendar) -> int:
-    """Days by which the `standard` convention annualises."""
-    return _CONVENTIONS["standard"].annual[calendar]
-
-
-def metrics(values: np.ndarray, convention: str, calendar: Calendar) -> dict[str, float | int]:
+def metrics(
+    values: np.ndarray, convention: Convention, calendar: Calendar
+) -> dict[str, float | int]:
     """Metrics of `values` ([T] daily prices or equity), NaN where one is undefined.
 
     All are NaN for fewer than two values, for NaN among them, and for log returns of a total loss.

@@ -8,9 +8,9 @@ from zoneinfo import ZoneInfo
 
 import pandas as pd
 
-from fastflag.files import InputError
+from fastflag.files import InputError, one_line, reading
 from fastflag.market.bars import Market, News
-from fastflag.market.cells import one_line, refuse, require, texts
+from fastflag.market.cells import refuse, require, texts
 from fastflag.market.columns import tell_unused
 from fastflag.market.frames import COMPRESSED
 from fastflag.market.times import moments
@@ -30,12 +30,12 @@ _SUFFIX = re.compile(
 def news_beside(bars: Path) -> Path | None:
     """NAME.news.csv or NAME.news.parquet beside the bars, compressed or not, in any case of the
     name's end, where there is one. Raises InputError for several and for one that is no file."""
-    if not bars.parent.is_dir():
-        return None
     ends = {f".news.{kind}{packed}" for kind in ("csv", "parquet") for packed in ("", *COMPRESSED)}
+    with reading(bars.parent):
+        beside = [*bars.parent.iterdir()] if bars.parent.is_dir() else []
     found = sorted(
         path
-        for path in bars.parent.iterdir()
+        for path in beside
         if path.name.startswith(bars.stem) and path.name[len(bars.stem) :].lower() in ends
     )
     if len(found) > 1:

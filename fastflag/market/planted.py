@@ -11,6 +11,8 @@ from fastflag.files import InputError
 from fastflag.market.bars import Market, News
 
 _MOST_DAYS = 20_000
+NEWS_TIME = np.timedelta64(15 * 3600, "s")
+"""Of day, at which every headline is available."""
 _RISES = (
     "Profit beats every forecast",
     "Orders jump to a record",
@@ -44,12 +46,13 @@ def planted_market(
 ) -> Market:
     """Every close brings one telling headline and one neutral one; the next day goes that way by
     1% to 2% (log returns, to which `drift` a day is added). With `shuffled` the headlines are dealt
-    to days at random and tell nothing."""
+    to days at random and tell nothing. Raises InputError where prices leave a Market's range."""
     random = np.random.default_rng(seed)
     up = random.random(days) < 0.5
     size = random.uniform(0.01, 0.02, days)
     returns = np.concatenate([[0.0], (np.where(up, size, -size) + drift)[:-1]])
-    close = 100 * np.exp(np.cumsum(returns))
+    with np.errstate(over="ignore"):  # the Market refuses what is too large or small
+        close = 100 * np.exp(np.cumsum(returns))
     opened = np.concatenate([[100.0], close[:-1]])
     dates = np.busday_offset(np.datetime64("2001-01-01", "D"), np.arange(days)).astype(
         "datetime64[D]"
@@ -58,7 +61,7 @@ def planted_market(
     news = []
     for day, rises in zip(dates, telling, strict=True):
         told = random.choice(_RISES if rises else _FALLS)
-        moment = day.astype("datetime64[s]") + np.timedelta64(15 * 3600, "s")
+        moment = day.astype("datetime64[s]") + NEWS_TIME
         for text in random.permutation([told, random.choice(_NEUTRAL)]):
             news.append(News(published=moment, available=moment, symbol="", text=str(text)))
 
@@ -102,7 +105,11 @@ def read_planted(text: str) -> Market:
             raise InputError(f"{name} can't be {value!r}, planted:{text}") from None
     if not 2 <= chosen.get("days", 2) <= _MOST_DAYS:
         raise InputError(f"days must be at least 2 and at most {_MOST_DAYS:,}, planted:{text}")
-    return planted_market(**chosen)
+    try:
+        return planted_market(**chosen)
+    except InputError as error:
+        told = f"{error}: so many days need a smaller drift"
+        raise InputError(f"{told}, planted:{text}") from None
 
 
 def _parsed(value: str, kind: type) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -15,13 +15,13 @@ import pandas as pd
 from fastflag.config import DataConfig
 from fastflag.files import InputError
 from fastflag.market import cells
-from fastflag.market.bars import Market, News
-from fastflag.market.columns import PRICES, bar_columns, with_decimal_points
+from fastflag.market.bars import PRICES, Market, News
+from fastflag.market.columns import bar_columns, with_decimal_points
 from fastflag.market.events import Rows, events
 from fastflag.market.frames import named, path_of, read_json, read_table, stem_of
 from fastflag.market.mend import mended
 from fastflag.market.news import assigned, news_beside, news_of, with_news
-from fastflag.market.planted import read_planted
+from fastflag.market.planted import NEWS_TIME, read_planted
 from fastflag.market.times import bar_dates, hours_of, refuse_longer_than_days, zone_of
 from fastflag.market.wide import long_rows
 
@@ -50,11 +50,11 @@ def load(data: DataConfig) -> Market:
     kind, colon, name = data.data.partition(":")
     if not (data.data + data.symbol).isprintable():
         raise InputError(f"a name with characters that can't be printed, {data.data!a}")
-    if not colon or kind not in _READERS:
-        known = ", ".join(f"{known}:" for known in _READERS)
+    if not colon or kind not in _SOURCES:
+        known = ", ".join(f"{known}:" for known in _SOURCES)
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
     hours, zone = hours_of(data), zone_of(data)
-    market = _READERS[kind](name, data)
+    market = _SOURCES[kind].read(name, data)
     symbols = (*market.symbols, *(name for name, _ in market.others))
     try:
         market = dataclasses.replace(market.of(data.symbol), hours=hours)
@@ -73,7 +73,7 @@ def load(data: DataConfig) -> Market:
 
 def _news_beside(kind: str, name: str) -> Path | None:
     """The news file beside the bars; where these are no file, none."""
-    if kind in ("sample", "planted"):
+    if not _SOURCES[kind].is_file:
         return None
     bars = path_of(name)
     return news_beside(bars.with_name(f"{stem_of(bars)}.csv"))  # of bars.csv.gz bars.news.csv too
@@ -91,7 +91,13 @@ def _sample(name: str, _data: DataConfig) -> Market:
     return _market(frame, f"sample:{name}", name.upper())
 
 
-def _planted(name: str, _data: DataConfig) -> Market:
+def _planted(name: str, data: DataConfig) -> Market:
+    close = hours_of(data).close
+    if close is not None and close < NEWS_TIME:
+        raise InputError(
+            "planted: has its news at 15:00, which tells the next day's direction only where it is "
+            f"known at the close, --close-time {data.close_time}"
+        )
     return read_planted(name)
 
 
@@ -140,12 +146,18 @@ def _investorbench(name: str, data: DataConfig) -> Market:
     return with_news(market, news)
 
 
-_READERS: dict[str, Callable[[str, DataConfig], Market]] = {
-    "sample": _sample,
-    "csv": _csv,
-    "parquet": _parquet,
-    "investorbench": _investorbench,
-    "planted": _planted,
+class _Source(NamedTuple):
+    read: Callable[[str, DataConfig], Market]
+    is_file: bool = True
+    """What follows the colon names one, beside which news may lie."""
+
+
+_SOURCES = {
+    "sample": _Source(_sample, is_file=False),
+    "csv": _Source(_csv),
+    "parquet": _Source(_parquet),
+    "investorbench": _Source(_investorbench),
+    "planted": _Source(_planted, is_file=False),
 }
 
 

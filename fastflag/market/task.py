@@ -68,6 +68,9 @@ class Steps:
     valid: np.ndarray
     """bool; False from ruin to the next restart, where an account holds and earns 0."""
 
+    def __repr__(self) -> str:
+        return "Steps({} accounts, {} steps)".format(*self.row.shape)
+
     @staticmethod
     def empty(accounts: int, steps: int) -> "Steps":
         dtypes = (np.int32, np.int32, np.int8, np.float64, np.bool_, np.bool_)

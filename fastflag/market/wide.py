@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from fastflag.files import InputError
+from fastflag.market.bars import PRICES
 from fastflag.market.cells import MISSING
-from fastflag.market.columns import PRICES, canonical, key
+from fastflag.market.columns import canonical, key
 
 _CORNERS = ("price", "ticker", "tickers", "symbol", "symbols", "attributes", "date", "datetime", "")
 _PAIR = re.compile(r"\(\s*'([^']*)',\s*'([^']*)'\s*\)")

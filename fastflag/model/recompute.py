@@ -43,21 +43,25 @@ class Recompute:
         that autograd keeps of a number of them."""
         if not torch.is_grad_enabled():
             return [work(part) for part in self._parts(rows, cost)]
-        if self.keeps(rows, cost(rows)):
+        size = cost(rows)
+        if self.fits(size):
+            self.keep(rows, size)
             return [work(slice(0, rows))]
+        self._asked += size
         return [
             checkpoint(work, part, use_reentrant=False, preserve_rng_state=False)
             for part in self._parts(rows, cost)
         ]
 
-    def keeps(self, rows: int, size: int) -> bool:
-        """Whether autograd may keep `size` bytes more, of work on `rows` that can be split."""
+    def fits(self, size: int) -> bool:
+        """Whether autograd may keep `size` bytes more."""
+        return self._kept + size <= self._budget / 2
+
+    def keep(self, rows: int, size: int) -> None:
+        """Notes that autograd keeps `size` bytes more, of work on `rows` that can be split."""
         self._asked += size
-        if self._kept + size > self._budget / 2:
-            return False
         self._kept += size
         self._divisible |= rows > 1
-        return True
 
     def attempt(self, work: Callable[[], T]) -> T:
         """What `work` returns, retried on out-of-memory as the class says. Raises the error of the

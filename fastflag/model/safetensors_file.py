@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastflag.files import InputError, read_json
+from fastflag.files import InputError, one_line, read_json
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -91,8 +91,3 @@ def _files(folder: Path) -> list[Path]:
         if not path.is_file():
             raise InputError(f"no such file, {path}")
     return files
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of what it says, or what it is."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from fastflag.files import InputError, read_json
+from fastflag.files import InputError, one_line, read_json, reading
 from fastflag.model.gguf_file import GGUFFile
 from fastflag.model.model_config import ModelConfig, Settings, json_config
-from fastflag.model.safetensors_file import EMBEDDING, HEAD, Safetensors, one_line
+from fastflag.model.safetensors_file import EMBEDDING, HEAD, Safetensors
 
 HUB_SECONDS = 4  # for each of connecting and answering, before the hub counts as out of reach
 HUB_LIMIT = 9  # in all: name look-up, which no HTTP timeout covers, can hang for longer
@@ -71,14 +71,15 @@ class Weights:
         """sha256 of the model's config and the sha256 of each 16 MiB of its weight files, in hex.
 
         Every byte counts; names and places of the files don't, so a moved copy is the same model.
+        Raises InputError for a file that can't be read any more.
         """
-        pieces = [
-            (path, start)
-            for path in self._storage.files
-            for start in range(0, path.stat().st_size, PIECE)
-        ]
         digest = hashlib.sha256(repr(self.config).encode())
-        with ThreadPoolExecutor(max_workers=8) as pool:
+        with reading(self.source), ThreadPoolExecutor(max_workers=8) as pool:
+            pieces = [
+                (path, start)
+                for path in self._storage.files
+                for start in range(0, path.stat().st_size, PIECE)
+            ]
             for part in pool.map(_piece_digest, pieces):
                 digest.update(part)
         return digest.hexdigest()
@@ -136,9 +137,11 @@ def _located(model: str, hub_files: list[str]) -> Path:
     if model.startswith("package:"):
         return _packaged(model)
     path = Path(os.path.expanduser(model))
-    if path.is_dir():
+    with reading(model):  # a name too long, or in a folder that is not ours to look into
+        is_folder, is_file = path.is_dir(), path.is_file()
+    if is_folder:
         return path
-    if path.is_file():
+    if is_file:
         if path.suffix == ".safetensors":
             raise InputError(f"name the folder that holds it and its config.json, {model}")
         return path

@@ -191,7 +191,9 @@ class Policy(nn.Module):
         ops.settle(choice.parsed(self.config.kernels))  # another policy may have had others
         whole = read is None and statistics is None and torch.is_grad_enabled()
         if self.graphs and whole:
-            if self._keeps(prompts):
+            self.recompute.restart()
+            if self.recompute.fits(size := self._staged_bytes(prompts)):
+                self.recompute.keep(len(prompts.pairs), size)
                 return self._staged_table(prompts, self.graphs)
             self._staged = None
             self.graphs.forget()
@@ -233,14 +235,12 @@ class Policy(nn.Module):
         action = [] if self.action_head is None else self.action_head.parameters()
         return list(self.top.parameters()), [*self.value_head.parameters(), *action]
 
-    def _keeps(self, prompts: PromptSet) -> bool:
-        """Whether autograd may keep all of an evaluation's work, by blocks of a stage."""
+    def _staged_bytes(self, prompts: PromptSet) -> int:
+        """What autograd keeps of an evaluation by blocks of a stage."""
         prefixes, prefix, rows, suffix = Stage.shape_of(prompts)
-        self.recompute.restart()
         shape, flash = (self.model, self.config), self._flash()
         of_prefixes = plan.prefix_bytes(*shape, prefixes, prefix, flash)
-        of_suffixes = plan.suffix_bytes(*shape, rows, suffix, prefixes, prefix, flash)
-        return self.recompute.keeps(rows, of_prefixes + of_suffixes)
+        return of_prefixes + plan.suffix_bytes(*shape, rows, suffix, prefixes, prefix, flash)
 
     def _flash(self) -> bool:
         """Whether a GPU's attention needs no copies of keys."""

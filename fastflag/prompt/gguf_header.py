@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastflag.files import InputError
+from fastflag.files import InputError, reading
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
@@ -45,14 +45,12 @@ class GGUFHeader:
         self.tensors: dict[str, StoredTensor] = {}
         self.end = 0
         try:
-            with open(path, "rb") as file:
+            with reading(path), open(path, "rb") as file:
                 start = file.read(16)
                 if not start.startswith(b"GGUF"):
                     raise InputError(f"{_what(start)}, {path}")
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._parse()
-        except OSError as error:
-            raise InputError(f"{error.strerror or error}, {path}") from None
         except struct.error:
             raise InputError(f"GGUF file ends early, {path}") from None
         except UnicodeDecodeError:

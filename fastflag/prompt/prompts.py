@@ -57,6 +57,10 @@ class PromptSet:
         )
         _check(bool(((self.centring >= 0) & (self.centring < rows)).all()), "centring names no row")
 
+    def __repr__(self) -> str:
+        parts = f"{len(self.prefixes)} prefixes, {len(self.suffixes)} suffixes"
+        return f"PromptSet({len(self.pairs)} prompts of {parts})"
+
     def subset(self, rows: np.ndarray) -> tuple["PromptSet", np.ndarray]:
         """The prompts in `rows` [n] and those that centre; where each of `rows` went, [n] int64."""
         kept = np.union1d(rows, self.centring)

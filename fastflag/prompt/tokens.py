@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from fastflag.files import InputError, read_json
+from fastflag.files import InputError, one_line, read_json
 from fastflag.prompt.gguf_header import read_gguf_metadata
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -63,7 +63,7 @@ class Tokenizer:
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"not a tokenizer ({_one_line(error)}), {path}") from None
+            raise InputError(f"not a tokenizer ({one_line(error)}), {path}") from None
 
     @property
     def largest(self) -> int:
@@ -120,7 +120,7 @@ def _from_gguf(fields: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
             raise ValueError("repeated tokens, or not one type for each")
         bpe = models.BPE(vocabulary, merges, ignore_merges=pre_tokenizer.ignore_merges)
     except Exception as error:  # the library raises bare Exception
-        raise InputError(f"broken vocabulary ({_one_line(error)}), {path}") from None
+        raise InputError(f"broken vocabulary ({one_line(error)}), {path}") from None
     backend = tokenizers.Tokenizer(bpe)
     if pre_tokenizer.normalize:
         backend.normalizer = normalizers.NFC()
@@ -137,7 +137,3 @@ def _from_gguf(fields: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
         ]
     )
     return backend
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -100,8 +100,8 @@ class Single:
         if actions.size and (actions.min() < SELL or actions.max() > BUY):
             raise ValueError(f"actions must lie in {SELL}..{BUY}")
         rewards, terminated = np.empty(len(accounts)), np.empty(len(accounts), np.bool_)
-        rules, views = _rules_of(self.rules), accounts.views()
-        step_nb(self.bars.matrix, rules, views, moments, actions, rewards, terminated)
+        coded, views = _coded(self.rules), accounts.views()
+        step_nb(self.bars.matrix, coded, views, moments, actions, rewards, terminated)
         return rewards, terminated
 
     def growth(self, opened: int, moment: int) -> float:
@@ -149,8 +149,8 @@ class Single:
         """
         self.timeline.check(np.array([moments[0]]), len(moments) - 1)
         reached = np.zeros((len(moments), CODES), np.bool_)
-        rules, views = _rules_of(self.rules), accounts.views()
-        reachable_nb(self.bars.matrix, rules, moments[0], views, reached)
+        coded, views = _coded(self.rules), accounts.views()
+        reachable_nb(self.bars.matrix, coded, moments[0], views, reached)
         return reached
 
     def rollout(
@@ -192,7 +192,7 @@ class Single:
             valid=np.empty(shape, np.bool_),
             next_row=np.empty(shape, np.int32),
         )
-        world = self.bars.matrix, _rules_of(self.rules), accounts.views(), moments, restarts
+        world = self.bars.matrix, _coded(self.rules), accounts.views(), moments, restarts
         policy, random = (cdf, row_of), (seed_bits(seed), first_env, first_step)
 
         def run(part: range) -> tuple[int, int]:
@@ -223,8 +223,8 @@ class Single:
             raise ValueError(f"actions must lie in {SELL}..{BUY}")
         fixed = -1 if action is None else int(action)
         equity = np.empty((episodes, len(moments)))
-        rules, cash = _rules_of(self.rules), float(self.rules.cash)
-        equities_nb(self.bars.matrix, rules, cash, moments[0], seed_bits(seed), fixed, equity)
+        coded, cash = _coded(self.rules), float(self.rules.cash)
+        equities_nb(self.bars.matrix, coded, cash, moments[0], seed_bits(seed), fixed, equity)
         return equity
 
     def _moments(
@@ -236,8 +236,8 @@ class Single:
         return moments
 
 
-def _rules_of(config: SimulatorConfig) -> Rules:
-    """The config as the kernels take it; its ranges were checked when it was made."""
+def _coded(config: SimulatorConfig) -> Rules:
+    """The rules as the kernels take them, words as codes; their ranges were checked before."""
     return Rules(
         fill=_FILLS[config.fill],
         long_short=config.positions == "long_short",

@@ -1,51 +1,30 @@
-"""FastFLAG from Python; the command line is written on it.
-
-    import fastflag as ff
-
-    run = ff.train("runs/mine", data="csv:bars.csv", symbol="AAPL")
-    run.metrics                  # a row an update
-    run.backtest().to_frame()    # a row a held-out day
-    run.decide("2020-12-31")     # the action at one close
-
-A run is its folder: a Run holds nothing that the folder lacks, and one that is opened again is the
-same. torch and Numba are imported by what needs them. Raises InputError for what the user gave
-wrong, in one line, and OSError where the system refuses to read or write.
-"""
+"""Runs: made, opened again, tested and asked; and the bars that they are made of."""
 
 import errno
 import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastflag.config import (
-    AlgorithmConfig,
+    Convention,
     DataConfig,
     Device,
-    Optimizer,
-    PlanConfig,
-    PolicyConfig,
+    Position,
     SimulatorConfig,
     TrainConfig,
     base_of,
+    checked,
     from_dict,
-    to_dict,
     with_settings,
 )
-from fastflag.evaluate.results import (
-    Backtest,
-    Convention,
-    Decision,
-    Examination,
-    MemoryPlan,
-    Metrics,
-)
-from fastflag.files import InputError, read_json
+from fastflag.evaluate.results import Backtest, Decision, Metrics
+from fastflag.files import InputError, read_json, read_text, reading
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -65,11 +44,12 @@ class Run:
     """A training's folder, and where its bars and its model are now."""
 
     folder: Path
-    config: TrainConfig
+    config: TrainConfig = field(repr=False)
 
     @property
     def metrics(self) -> "DataFrame":
-        """A row an update, as RUN/metrics.jsonl has it; seconds/NAME are those of a phase."""
+        """A row an update, as RUN/metrics.jsonl has it; seconds/NAME are those of a phase. Raises
+        InputError for a missing or malformed file."""
         import pandas
 
         from fastflag.evaluate.report import read_updates
@@ -78,19 +58,15 @@ class Run:
 
     @property
     def tested(self) -> Backtest:
-        """The backtest of the held-out days, as RUN/backtest.json has it."""
-        from fastflag.learn.checkpoint import read_state
+        """The backtest of the held-out days, as RUN/backtest.json has it; a warning says where the
+        run has gone on since. Raises InputError for a missing or malformed file."""
+        from fastflag.evaluate.report import warn_of_age
 
         path = self.folder / "backtest.json"
         document = read_json(path)
         if not isinstance(document, dict):
             raise InputError(f"not a backtest, {path}")
-        of = document.get("updates")
-        with suppress(InputError):  # a copy for reading needs no checkpoint
-            now, _ = read_state(self.folder)
-            if of not in (None, now):
-                told = "fastflag: tested after %s updates, now there are %d: backtest"
-                _LOG.warning(told, of, now)
+        warn_of_age(self.folder)
         return Backtest(document)
 
     @cached_property
@@ -104,13 +80,13 @@ class Run:
 
     @property
     def policy(self) -> "Policy":
-        """As it was at the last checkpoint."""
+        """As it was at the last checkpoint. Raises InputError where that, the model or the bars are
+        missing, damaged or other ones."""
         return self._loaded[2]
 
     @property
     def _loaded(self) -> tuple[int, "World", "Policy"]:
-        """Of the last checkpoint, which a training in the same folder may have written since, and
-        how many updates it has."""
+        """The last checkpoint's, with its updates: a training may have written it since."""
         from fastflag.learn.checkpoint import read_state
         from fastflag.learn.run import load_policy
 
@@ -126,12 +102,15 @@ class Run:
     def backtest(self, split: str = "test", track: Track = iter) -> Backtest:
         """Days of `split` (train, test or START..END) beside buy-and-hold and random policies. Only
         test rewrites RUN/backtest.json and the report. For train and test the market must be the
-        one that the run was trained on, up to its last training day."""
+        one that the run was trained on, up to its last training day. Raises InputError for what
+        can't be read or does not fit, and OSError for a full disk; a folder that is not ours to
+        write to is a warning."""
         from fastflag.evaluate.backtest import backtest
+        from fastflag.learn.run import OTHER_MARKET
 
         if ".." not in split and not self._knows_market():
             raise InputError(
-                f"{_other_market()}: name those by --data and --news, or days by --split "
+                f"{OTHER_MARKET}: name those by --data and --news, or days by --split "
                 f"START..END, {self.config.data.data}"
             )
         updates, world, policy = self._loaded
@@ -144,34 +123,41 @@ class Run:
     def decide(
         self,
         date: str,
-        position: Literal["flat", "long", "short"] = "flat",
+        position: Position = "flat",
         entry: float = 0.0,
         since: str = "",
     ) -> Decision:
         """The most probable action at the close of `date`, which nothing later bears on. A position
-        that is held was entered at the price `entry` on the day `since`."""
+        that is held was entered at the price `entry` on the day `since`. Raises InputError."""
         from fastflag.evaluate.decide import decide
+        from fastflag.learn.run import OTHER_MARKET
 
         _, world, policy = self._loaded
         with suppress(InputError):  # bars of the last months decide as well as all of them
             if not self._knows_market():
-                _LOG.warning("fastflag: %s, %s", _other_market(), self.config.data.data)
+                _LOG.warning("fastflag: %s, %s", OTHER_MARKET, self.config.data.data)
         day, entered = _date(date), _date(since)
         return Decision(**decide(policy, world, self.market, day, position, entry, entered))
 
     def report(self) -> Path:
-        """Writes RUN/report.html anew."""
-        from fastflag.evaluate.report import write_report
+        """Writes RUN/report.html anew; a warning says where the run went on after its backtest.
+        Raises InputError for what the run lacks, and OSError where it can't be written."""
+        from fastflag.evaluate.report import warn_of_age, write_report
 
+        warn_of_age(self.folder)
         return write_report(self.folder)
 
     def _repr_html_(self) -> str:
         """The report that the folder holds, in a frame that can't reach the notebook."""
-        path = self.folder / "report.html"
-        if not path.exists():
-            return f"<p>No report yet: {escape(str(path))}</p>"
-        page, size = escape(path.read_text(encoding="utf-8")), 'width="100%" height="720"'
-        return f'<iframe sandbox="allow-scripts" {size} srcdoc="{page}"></iframe>'
+        from fastflag.evaluate.report import outdated
+
+        size, age = 'width="100%" height="720"', outdated(self.folder)
+        try:
+            page = escape(read_text(self.folder / "report.html"))
+        except InputError as error:
+            return f"<p>No report: {escape(str(error))}</p>"
+        note = f"<p>Its backtest: {escape(age)}.</p>" if age else ""
+        return f'{note}<iframe sandbox="allow-scripts" {size} srcdoc="{page}"></iframe>'
 
     def _knows_market(self) -> bool:
         from fastflag.learn.run import trained_on
@@ -179,8 +165,7 @@ class Run:
         return trained_on(self.folder, self.config, self.market)
 
     def _keep(self, document: dict[str, Any]) -> None:
-        """Writes a backtest and the report of it. In a folder that is somebody else's nothing is
-        written, which is told."""
+        """Writes a backtest and the report of it; somebody else's folder stays, with a warning."""
         from fastflag.evaluate.backtest import write_backtest
 
         try:
@@ -193,11 +178,12 @@ class Run:
 
 
 def load(data: str | DataConfig = DataConfig.data, **settings: Any) -> "Market":
-    """The bars and news that `data` names, as --data does; other settings are DataConfig's."""
+    """The bars and news that `data` names, as --data does; other settings are DataConfig's. Raises
+    InputError for what can't be read or does not fit."""
     from fastflag.market import sources
 
     if isinstance(data, DataConfig):
-        return sources.load(data)
+        return sources.load(checked(data, DataConfig, "load()"))
     return sources.load(from_dict({"data": {"data": data, **settings}}, "load()").data)
 
 
@@ -214,25 +200,33 @@ def train(
 
     `settings` are the flags of `fastflag train` by name (num_envs=64), over `config` or `preset`.
     With `resume` it goes on with the run in the folder, where there is one, by its own settings
-    unless others are named.
+    unless others are named. Raises InputError for settings, data or a model that do not fit, and
+    for a folder that can't be this run's; OSError where the folder can't be written to.
     """
     from fastflag.learn.checkpoint import read_state
-    from fastflag.learn.run import check_claim
+    from fastflag.learn.run import check_claim, read_config, warn_of_changes
     from fastflag.learn.train import train
     from fastflag.model.weights import open_weights
 
     folder = _folder(out)
-    if folder in (Path.cwd(), *Path.cwd().parents):
+    here = _folder(".")
+    if folder in (here, *here.parents):
         raise InputError("a run needs a folder of its own, --out")
     if config is not None and preset:
         raise InputError(f"the preset {preset!r} beside a config: name one of the two, train()")
-    base = base_of(folder, preset, resume) if config is None else _checked(config)
+    base = (
+        base_of(folder, preset, resume)
+        if config is None
+        else checked(config, TrainConfig, "train()")
+    )
     config = with_settings(base, settings)
-    if not resume:
+    if resume:
+        warn_of_changes(folder)
+    else:
         check_claim(folder, config, resume=False)
     market = load(config.data)
     made = train(config, market, open_weights(config.policy.model), folder, resume)
-    run = open(folder, device=config.policy.device)
+    run = Run(folder, with_settings(read_config(folder), {"device": config.policy.device}))
     vars(run).update(market=market, _read=(read_state(folder), made))  # which would be read again
     run.backtest(track=track)
     return run
@@ -248,11 +242,14 @@ def open(
     device: Device = "auto",
 ) -> Run:
     """The run in a folder. `data`, `news`, `symbol` and `model` say where its bars and model are
-    now, where they are no longer where they were."""
-    from fastflag.learn.run import read_config
+    now, where they are no longer where they were. Settings are those of RUN/config.json; where one
+    was changed since the run was trained, that is a warning. Raises InputError for what is no run.
+    """
+    from fastflag.learn.run import read_config, warn_of_changes
 
     folder = _folder(run)
     config = read_config(folder)
+    warn_of_changes(folder)
     named = {"data": data, "news": news, "symbol": symbol, "model": model}
     changes: dict[str, Any] = {
         name: value for name, value in named.items() if not isinstance(value, str) or value
@@ -286,65 +283,14 @@ def metrics(
     return Metrics(first, last, convention, defined)
 
 
-def doctor(policy: PolicyConfig | None = None) -> Examination:
-    """What this machine has, and which implementation each op uses, and why, to train `policy`."""
-    from fastflag.evaluate.doctor import examine
-
-    return Examination(**examine(policy))
-
-
-def prove(policy: PolicyConfig | None = None) -> None:
-    """Has kernels prove themselves on this GPU, to train `policy`. InputError without one."""
-    from fastflag.evaluate.doctor import prove
-
-    prove(policy or PolicyConfig())
-
-
-def forget_proofs() -> int:
-    """Removes what kernels proved, of every model; how many ops that were."""
-    from fastflag.evaluate.doctor import forget
-
-    return forget()
-
-
-def plan(
-    policy: PolicyConfig | None = None,
-    optimizer: Optimizer = AlgorithmConfig.optimizer,
-    batch: PlanConfig | None = None,
-) -> MemoryPlan:
-    """What training takes of a GPU's memory, in bytes, by part."""
-    from fastflag.evaluate import doctor
-
-    return MemoryPlan(**doctor.plan(policy or PolicyConfig(), optimizer, batch or PlanConfig()))
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there is no memory."""
-    from fastflag.model import recompute
-
-    return recompute.ran_out(error)
-
-
 def _folder(path: Path | str) -> Path:
     """With ~ as the shell writes it, and whole: a Run is the same wherever its process goes."""
     if not isinstance(path, str | Path) or "\0" in str(path):
         raise InputError(f"a run's folder is a path, not {path!r:.80}")
-    return Path(os.path.abspath(os.path.expanduser(path)))
-
-
-def _checked(config: TrainConfig) -> TrainConfig:
-    """A configuration made in Python, held to what one in JSON is. Raises InputError."""
-    if not isinstance(config, TrainConfig):
-        raise InputError(f"a configuration is a TrainConfig, not {config!r:.80}, train()")
-    return from_dict(to_dict(config), "train()")
+    with reading("the current folder"):  # which may have been taken away
+        return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def _date(day: Any) -> str:
     """A day as --date has it, of text or a date of Python's, NumPy's or pandas'."""
     return day if isinstance(day, str) else str(day)[:10]
-
-
-def _other_market() -> str:
-    from fastflag.learn.run import OTHER_MARKET
-
-    return OTHER_MARKET
