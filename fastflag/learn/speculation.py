@@ -53,10 +53,10 @@ def settle(
     met: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
     """Guesses, and evaluates what is met, until nothing new is: the answers to each moment and code
-    [D, CODES, A], of which those to what is met are the policy's own.
+    [W, CODES, A], of which those to what is met are the policy's own.
 
-    `row_of` [D, CODES], -1 where there is no row, is filled in. `evaluate` gives the rows [U] that
-    new prompts take among the `probabilities` [U, A]; `met` says where answers lead, [D, CODES].
+    `row_of` [W, CODES], -1 where there is no row, is filled in. `evaluate` gives the rows [U] that
+    new prompts take among the `probabilities` [U, A]; `met` says where answers lead, [W, CODES].
     """
     while True:
         answers = guessed(probabilities(), row_of)
