@@ -48,7 +48,7 @@ _DAYS = 64
 # Tokens of one pass, over prefixes or texts. On a CPU 256 prompts of 14 tokens over prefixes of 150
 # keep the attention's keys and values near 100 MB a layer on SmolLM2-135M. A GPU takes as many as
 # have an MLP's numbers in so many bytes: each pass is a hundred launches a layer.
-_LEAST_TOKENS = 4096
+_TOKENS = 4096
 _GPU_BYTES = 2**28
 _PIECE = TOKEN_MULTIPLE
 # Pieces that a text in pieces has at most. Stepped texts have 1 or 2, and attend in one go.
@@ -113,9 +113,7 @@ class Trunk:
         self.cache = TrunkCache(config.trunk_cache_mb * 2**20, files)
         self._resident: ExitStack | None = None
         self._on_gpu = self._device.type == "cuda"
-        self._tokens = max(
-            self._on_gpu * _GPU_BYTES // (2 * weights.config.mlp_width), _LEAST_TOKENS
-        )
+        self._tokens = max(self._on_gpu * _GPU_BYTES // (2 * weights.config.mlp_width), _TOKENS)
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
