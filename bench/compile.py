@@ -34,7 +34,7 @@ from bench.measure.results import document
 from fastflag.files import write_atomic
 from fastflag.kernels.compiler import Assembler, assembler
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+GPU_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).with_name("results") / "compile.json"
 # Bytes of shared memory that a block can have (CUDA C++ Programming Guide, compute capabilities).
 _SHARED = {
@@ -48,7 +48,7 @@ _SHARED = {
 _MATRIX = {90: "wgmma", 100: "tcgen05.mma"}  # and mma.sync elsewhere
 _COPIES = ("cp.async.bulk", "cp.async")
 # Overrides of PyTorch's operators, which hold while they are kept.
-_KEPT: list[Any] = []
+_ALIVE: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _multiply_nothing() -> None:
     overrides = torch.library.Library("aten", "IMPL")
     overrides.impl("mm", lambda a, b: a.new_empty(len(a), b.shape[1]), "CPU")
     overrides.impl("addmm_", lambda total, *_, **__: total, "CPU")
-    _KEPT.append(overrides)
+    _ALIVE.append(overrides)
 
 
 def compile_instead(architecture: int) -> list[Any]:
@@ -263,10 +263,10 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="keep the table")
     parser.add_argument("--op", nargs="+", default=[], help="these ops alone")
     parser.add_argument(
-        "--architecture", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES
+        "--architecture", nargs="+", type=int, choices=GPU_ARCHITECTURES, default=GPU_ARCHITECTURES
     )
     chosen = parser.parse_args()
-    whole = not chosen.op and set(chosen.architecture) == set(ARCHITECTURES)
+    whole = not chosen.op and set(chosen.architecture) == set(GPU_ARCHITECTURES)
     if chosen.record and not whole:
         parser.error("--record keeps the whole table: neither --op nor --architecture")
     # Read when a kernel is defined, which is in the processes that are started from here.

@@ -26,13 +26,11 @@ import torch
 
 from bench.measure import roofline
 from bench.measure.cases import CASES, SMALL_CASES, Case, Inputs, Memory, tensors
-from bench.measure.results import Row, publish
+from bench.measure.results import ROOT, Row, publish
 from bench.measure.roofline import Cost, Roof, cost_of
 from bench.measure.trial import Judge, Trial, whole
 from bench.rivals.ops import Absent, Function, Provider, providers
 from fastflag.model.proof.clock import Clock, Times, clock, interleaved
-
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def run_tests(file: Path) -> str:
     if not file.exists():
         return f"there is no {file.name}"
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(words, cwd=_ROOT, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
     return "" if done.returncode == 0 else f"{file.name} is red: {''.join(last)}"
 
@@ -66,7 +64,7 @@ def run_tests(file: Path) -> str:
 @cache
 def tested(name: str) -> str:
     """`run_tests` of tests/test_kernels_NAME.py, once in a process."""
-    return run_tests(_ROOT / "tests" / f"test_kernels_{name}.py")
+    return run_tests(ROOT / "tests" / f"test_kernels_{name}.py")
 
 
 class Bench:

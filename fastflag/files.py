@@ -97,8 +97,8 @@ def _clear_abandoned(path: Path) -> None:
 
 @contextmanager
 def reading(path: str | os.PathLike) -> Iterator[None]:
-    """What the system refuses inside is told of `path`. Raises InputError: a file that can't be
-    read is the user's to mend, whereas writing raises OSError."""
+    """Inside, an OSError becomes an InputError with `path`: a file that can't be read is the user's
+    to mend, whereas writing raises OSError."""
     try:
         yield
     except OSError as error:

@@ -18,6 +18,7 @@ from small import DATES, TRAIN_DAYS, small_market
 
 import fastflag as ff
 from fastflag import api, cli
+from fastflag.cli.commands import Places
 from fastflag.config import (
     DataConfig,
     PlanConfig,
@@ -47,7 +48,7 @@ def test_what_it_offers():
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        (cli.COMMANDS["backtest"], api.open),
+        (Places, api.open),
         (cli.COMMANDS["backtest"], api.Run.backtest),
         (cli.COMMANDS["decide"], api.Run.decide),
         (cli.COMMANDS["metrics"], api.load),
@@ -61,6 +62,11 @@ def test_a_flag_and_its_argument_have_one_default(command, function):
     shared = {name: arguments[name].default for name in arguments if flags.get(name) is not None}
     told = {name: flags[name] for name in shared if flags[name] is not dataclasses.MISSING}
     assert told == {name: shared[name] for name in told} and told
+
+
+def test_a_command_names_places_as_open_does():
+    _, *arguments = inspect.signature(api.open).parameters
+    assert [each.name for each in dataclasses.fields(Places)] == arguments
 
 
 def test_settings_are_the_flags(config, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def test_errors_by_hand():
 
 @pytest.mark.parametrize("pieces", [1, 7, 2**24])
 def test_pieces_add_up(pieces, monkeypatch):
-    monkeypatch.setattr("fastflag.model.exactness._PIECE", pieces)
+    monkeypatch.setattr("fastflag.model.exactness._NUMBERS_AT_ONCE", pieces)
     exact = torch.randn(11, 5, 3, generator=torch.Generator().manual_seed(0)).double()
     result = exact.bfloat16()
     off, size = (result.double() - exact).flatten(0, 1), exact.flatten(0, 1)

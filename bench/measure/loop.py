@@ -31,7 +31,7 @@ STEPS = 63  # of an environment's episode and update
 
 def configuration(envs: int, dtype: str = "auto", account: str = "stepped") -> TrainConfig:
     """64 days of AAPL in prompts of about 150 + 14 tokens; one environment lives 40 of them, which
-    is the paper's setting. Exact accounts are told in the paper's layout."""
+    is the paper's setting. Exact accounts are written in the paper's layout."""
     demo = given(PRESETS["demo"])
     steps = 40 if envs == 1 else STEPS
     layout = "default" if account == "stepped" else "paper"

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure.results import document, write_document
+from bench.measure.results import ROOT, document, write_document
 from fastflag.files import digest_of_sources
 
-_ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("bench", "fastflag", "kernels", "tests")
 
 Found = dict[str, Any]
@@ -31,7 +30,7 @@ class Part:
     """Takes the seconds left and what other parts have found; what it raises is recorded."""
 
 
-def code_digest(root: Path = _ROOT) -> str:
+def code_digest(root: Path = ROOT) -> str:
     """Of every source that a figure may depend on."""
     return " ".join(digest_of_sources(root / folder) for folder in _CODE)
 

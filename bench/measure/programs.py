@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from bench.measure.results import ROOT
+
 TAIL = 4000  # characters that are kept of what a failing program says
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Failed(Exception):
@@ -26,7 +26,7 @@ def run_program(
     """
     process = subprocess.Popen(
         words,
-        cwd=_ROOT,
+        cwd=ROOT,
         env=os.environ | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

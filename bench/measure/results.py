@@ -15,7 +15,8 @@ import torch
 import fastflag
 from fastflag.files import write_atomic
 
-FOLDER = Path(__file__).resolve().parents[1] / "results"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "bench" / "results"
 
 
 @dataclass(frozen=True)

@@ -56,16 +56,11 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Backtest:
-    """Backtest a run's policy beside buy-and-hold and random policies."""
+class Places:
+    """Where what the run was made of is now."""
 
-    run_folder: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    split: str = "test"
-    """train, test, or START..END. Only test rewrites RUN/backtest.json and the report."""
     data: str = ""
-    """Where the run's bars are now; empty: where they were. For train and test they must be those
-    that the run was trained on, up to its last training day; START..END takes any."""
+    """Where the run's bars are now, or others to read; empty: where they were."""
     news: str = ""
     """News file, as in train; empty: the run's, or with --data the one beside those bars."""
     symbol: str = ""
@@ -74,6 +69,19 @@ class Backtest:
     """Where the run's model is now; empty: where it was."""
     device: Device = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """Backtest a run's policy beside buy-and-hold and random policies."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    split: str = "test"
+    """train, test, or START..END. Only test rewrites RUN/backtest.json and the report. For train
+    and test the bars must be those that the run was trained on, up to its last training day;
+    START..END takes any."""
+    places: tyro.conf.OmitArgPrefixes[Places] = field(default_factory=Places)
     json: Switch = False
     """Print the whole document as JSON."""
 
@@ -90,14 +98,6 @@ class Decide:
     """Folder of the run."""
     date: str
     """Day whose close the decision is made at."""
-    data: str = ""
-    """Bars to read; empty: those that the run was trained on."""
-    news: str = ""
-    """News file, as in train; empty: the run's, or with --data the one beside those bars."""
-    symbol: str = ""
-    """Which symbol of a file that holds several; empty: the run's."""
-    model: str = ""
-    """Where the run's model is now; empty: where it was."""
     position: Position = "flat"
     """Position held."""
     entry: float = 0.0
@@ -105,8 +105,7 @@ class Decide:
     where the run reinvests them, are accounted for."""
     since: str = ""
     """Day on which it was entered."""
-    device: Device = "auto"
-    """Where the policy runs; auto: a CUDA GPU where there is one."""
+    places: tyro.conf.OmitArgPrefixes[Places] = field(default_factory=Places)
     json: Switch = False
     """Print one JSON document."""
 
@@ -220,11 +219,10 @@ COMMANDS: dict[str, type] = {
 
 
 def _opened(asked: Any) -> Any:
-    """The run that a command names, with the places that are asked for."""
+    """The run that a command names, where it says that things are."""
     from fastflag import api
 
-    places = ("data", "news", "symbol", "model", "device")
-    return api.open(asked.run_folder, **{name: getattr(asked, name) for name in places})
+    return api.open(asked.run_folder, **vars(asked.places))
 
 
 def _choice_line(implementation: str, reason: str, evidence: str) -> str:

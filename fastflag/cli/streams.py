@@ -47,7 +47,7 @@ class Stream:
 
 
 class _Held(logging.Handler):
-    """Warnings, kept until `tell` and from then on told at once."""
+    """Warnings, kept until `tell` and from then on printed at once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -30,7 +30,7 @@ def decide(
     `position` is flat, long or short; one that is held was entered on the day `since` at the price
     `entry`, in shares of that day: splits since then, and dividends where the run reinvests them,
     are accounted for. Raises InputError for a day that is not in the data, and for a position that
-    is not told whole or can't be held.
+    is incomplete or can't be held.
     """
     if position not in ("flat", "long", "short"):
         raise InputError(f"a position is flat, long or short, not {position!r}, --position")

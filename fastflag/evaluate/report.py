@@ -1,4 +1,4 @@
-"""A run told in one self-contained page, RUN/report.html."""
+"""A run in one self-contained page, RUN/report.html."""
 
 import json
 import logging

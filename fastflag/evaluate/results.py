@@ -116,7 +116,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Examination:
-    """What a machine has: the name of each thing, and what is told of it."""
+    """What a machine has: the name of each thing, and a few words."""
 
     machine: dict[str, str]
     arithmetic: dict[str, str]

@@ -36,7 +36,7 @@ class News:
 
 @dataclass(frozen=True)
 class Hours:
-    """What is told of an exchange's days; None: found from the dates on which there are bars."""
+    """An exchange's days, as the user gives them; None: found from the dates that have bars."""
 
     calendar: Calendar | None = None
     close: np.timedelta64 | None = None
@@ -109,12 +109,12 @@ class Market:
 
     @cached_property
     def calendar(self) -> Calendar:
-        """As told, or else what the days with bars are."""
+        """The user's, or else what the days with bars are."""
         return self.hours.calendar or calendar_of(self.dates[np.isfinite(self.close).any(1)])
 
     @cached_property
     def close_time(self) -> np.timedelta64:
-        """Time of day [s] of the decision: as told, or else 16:00:00, and 23:59:59 where every day
+        """Time of day [s] of the decision: as given, or else 16:00:00, and 23:59:59 where every day
         is traded."""
         return _CLOSE_TIMES[self.calendar] if self.hours.close is None else self.hours.close
 

@@ -1,9 +1,9 @@
 """Which column of a bars file is what, under the names that vendors and libraries give them.
 
 A name counts by its letters and digits alone: "Adj. Close", "adjClose" and "5. adjusted close" are
-adjclose and adjustedclose. What is not used is told in one line; a name that speaks of adjustments,
-splits or dividends and is none of the known ones is refused, because prices that are read wrongly
-look like gains and losses.
+adjclose and adjustedclose. What is not used is logged in one line; a name that speaks of
+adjustments, splits or dividends and is none of the known ones is refused, because prices that are
+read wrongly look like gains and losses.
 """
 
 import logging
@@ -21,7 +21,7 @@ from fastflag.market.cells import MISSING, refuse
 # (divCash), EODHD, Quandl (WIKI's Ex-Dividend, Split Ratio), Sharadar (closeadj), Nasdaq
 # (Close/Last), Stooq and MetaStock (<VOL>), Polygon and Alpaca (o, h, l, c, v, t), Binance (Open
 # time), Databento (ts_event), Tushare (ts_code, vol), Compustat (datadate), FinRL (tic, adjcp).
-NAMES: dict[str, str] = {
+COLUMN_NAMES: dict[str, str] = {
     "date": "date datetime timestamp time tradedate tradingdate tradingday datadate "
     "datestamp opentime tsevent formatteddate",
     "open": "open openprice openingprice priceopen",
@@ -108,7 +108,7 @@ def bar_columns(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     return result
 
 
-_KNOWN = {each: name for name, keys in NAMES.items() for each in keys.split()}
+_KNOWN = {each: name for name, keys in COLUMN_NAMES.items() for each in keys.split()}
 
 
 def _found(frame: pd.DataFrame, where: str) -> dict[str, int]:
@@ -116,7 +116,7 @@ def _found(frame: pd.DataFrame, where: str) -> dict[str, int]:
     names = [str(name) for name in frame.columns]
     keys = [key(name) for name in names]
     found: dict[str, int] = {}
-    for name, known in NAMES.items():
+    for name, known in COLUMN_NAMES.items():
         at = [i for i, each in enumerate(keys) if each in known.split()]
         if not at:
             at = [i for i, each in enumerate(keys) if each in _SECOND.get(name, ())]

@@ -17,7 +17,7 @@ from fastflag.files import InputError
 from fastflag.market.adjusted import decimals_of, recover_splits_and_dividends
 
 # Sizes below are logarithms of what a price is divided by: log(4) of a 4:1 split.
-# A split larger than so many ordinary moves of a night, and than 10%, is told from them.
+# A split larger than so many ordinary moves of a night, and than 10%, stands out from them.
 _CLEAR_MOVES, _CLEAR = 8.0, 0.1
 # How much of a split's size the night's move may be off it.
 _OFF = 0.4
@@ -175,7 +175,7 @@ def _are_raw(
         if shown.any():
             return True
         _refuse_other_day(rows, size, fall, absent)
-        # How a dividend is told beside adjusted prices differs between vendors.
+        # How a dividend is given beside adjusted prices differs between vendors.
         return None if (paid > 0).any() else False
     with np.errstate(invalid="ignore", divide="ignore"):
         size = size - np.log1p(-np.minimum(paid / before, 0.99))

@@ -36,7 +36,7 @@ CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 # Below this the deviation of daily returns is the rounding of float64 prices.
 _ZERO_DEVIATION = 1e-12
 
-_NAMES = ("cr", "sr", "av", "mdd", "sortino", "calmar", "win_rate_daily")
+_METRICS = ("cr", "sr", "av", "mdd", "sortino", "calmar", "win_rate_daily")
 
 
 def metrics(
@@ -72,7 +72,7 @@ def metrics(
         values = values[:-1]
     returns = _returns(values, rule.simple)
     if not len(returns) or not np.isfinite(returns).all():
-        return {**dict.fromkeys(_NAMES, math.nan), "days": len(returns)}
+        return {**dict.fromkeys(_METRICS, math.nan), "days": len(returns)}
 
     annual = rule.annual[calendar]
     growth = np.cumprod(np.append(1.0, 1.0 + returns))
@@ -98,7 +98,7 @@ def metrics(
         _ratio(float(np.sum(returns > 0)), float(np.sum(returns != 0))),
     )
     finite = (value if math.isfinite(value) else math.nan for value in results)
-    return {**dict(zip(_NAMES, finite, strict=True)), "days": len(returns)}
+    return {**dict(zip(_METRICS, finite, strict=True)), "days": len(returns)}
 
 
 def _returns(values: np.ndarray, simple: bool) -> np.ndarray:

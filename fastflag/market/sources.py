@@ -40,7 +40,7 @@ def load(data: DataConfig) -> Market:
     |, and then decimals may be commas. A cell without a value (cells.MISSING) is NaN. A symbol's
     rows are oldest or newest first. yfinance's tables of several tickers are taken apart (wide.py).
     Prices are raw or adjusted: events.py says how that is told. Bars that can't be are missing, or
-    where they are many refused (mend.py). What is not used is told in one line on the log.
+    where they are many refused (mend.py). What is not used is logged in one line.
 
     Without a symbol column the symbol is `data.symbol`, or else the file's name. News of a file is
     added to the source's own; `names_of` says which of its names are the symbol's.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _WORST = 2.0  # times PyTorch's own error
 # Numbers that are compared at a time: in fp64 they take 128 MB.
-_PIECE = 2**24
+_NUMBERS_AT_ONCE = 2**24
 _NOTHING = 2.0**-126  # fp32's least number with all its bits
 
 
@@ -49,7 +49,7 @@ def _squares(result: Tensor, exact: Tensor) -> tuple[tuple[Tensor, ...], tuple[T
     """Sums of squares of result - exact and of exact, [R] by row and [C] by column each."""
     rows: list[list[Tensor]] = [[], []]
     columns = [exact.new_zeros(exact.shape[1], dtype=torch.float64) for _ in range(2)]
-    step = max(_PIECE // exact.shape[1], 1)
+    step = max(_NUMBERS_AT_ONCE // exact.shape[1], 1)
     for some, right in zip(result.split(step), exact.split(step), strict=True):
         wide = right.double()
         for number, x in enumerate((some.double() - wide, wide)):

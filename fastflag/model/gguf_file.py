@@ -13,7 +13,7 @@ from fastflag.files import InputError
 from fastflag.model.model_config import ModelConfig, Settings, checked_config
 from fastflag.prompt.gguf_header import GGUFHeader, StoredTensor
 
-_NAMES = {
+_HUGGING_FACE_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -180,4 +180,4 @@ def _hugging_face_name(stored: str) -> str:
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", stored)
     if layer and layer[2] in _LAYER_NAMES:
         return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"
-    return _NAMES.get(stored, stored)
+    return _HUGGING_FACE_NAMES.get(stored, stored)

@@ -20,7 +20,7 @@ from fastflag.prompt.prompts import PromptSet
 
 # Most windows of a market then share a shape: of 1,500 prompts 4% are padding at most.
 _PROMPTS = 64
-_TOKENS = 16
+_TOKEN_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Stage:
     def shape_of(prompts: PromptSet) -> tuple[int, int, int, int]:
         """D, P, U and S of the blocks of `prompts`, padded."""
         prefix, suffix = (
-            round_up(max(map(len, texts)), _TOKENS)
+            round_up(max(map(len, texts)), _TOKEN_MULTIPLE)
             for texts in (prompts.prefixes, prompts.suffixes)
         )
         return len(prompts.prefixes), prefix, round_up(len(prompts.pairs), _PROMPTS), suffix
@@ -116,7 +116,7 @@ def _block(texts: list[Tensor]) -> Tensor:
     many launches on a GPU.
     """
     lengths = np.array([len(text) for text in texts])
-    places = np.arange(round_up(int(lengths.max()), _TOKENS))
+    places = np.arange(round_up(int(lengths.max()), _TOKEN_MULTIPLE))
     first = np.cumsum(lengths) - lengths
     # After the last text comes a row of zeros.
     index = np.where(places < lengths[:, None], first[:, None] + places, lengths.sum())

@@ -1,1 +1,1 @@
-"""How the world is told to a language model. Imports no torch."""
+"""The world as a language model reads it. Imports no torch."""

@@ -14,7 +14,7 @@ _SENTENCE = re.compile(r"(.{40,}?[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z])")
 _HEADLINE_CHARACTERS = 400  # several times what HEADLINE_TOKENS hold
 
 # Names by which a company is known in news, as beginnings of words.
-NAMES = {
+COMPANY_NAMES = {
     "AAPL": ("apple",),
     "MSFT": ("microsoft",),
     "IBM": ("ibm", "international business machines"),
@@ -53,10 +53,10 @@ _DATES = [
 def anonymiser(symbol: str, others: Sequence[str]) -> Callable[[str], str]:
     """A function of a text that takes out `symbol`, its names, `others` and theirs, and all dates.
 
-    Names are those in `NAMES`; products and people that point to a company are not known.
+    Names are those in `COMPANY_NAMES`; products and people that point to a company are not known.
     """
     own = _name_pattern([symbol])
-    other = _name_pattern([*others, *NAMES])
+    other = _name_pattern([*others, *COMPANY_NAMES])
 
     def replace(text: str) -> str:
         text = other.sub(OTHER_NAME, own.sub(OWN_NAME, text))
@@ -75,7 +75,7 @@ def _name_pattern(symbols: Sequence[str]) -> re.Pattern:
             # Short tickers are words in small letters (ALL, NOW).
             flag = "i" if len(ticker) >= 4 else "-i"
             alternatives.append(rf"(?{flag}:\$?{re.escape(ticker)})(?![^\W_])")
-        alternatives += [re.escape(name) + r"\w*" for name in NAMES.get(base.upper(), ())]
+        alternatives += [re.escape(name) + r"\w*" for name in COMPANY_NAMES.get(base.upper(), ())]
     return re.compile(rf"(?<![^\W_])(?:{'|'.join(alternatives)})", re.IGNORECASE)
 
 

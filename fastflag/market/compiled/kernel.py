@@ -19,7 +19,7 @@ from fastflag.files import digest_of_sources
 SOURCES = Path(__file__).parent
 _NAME = "compiled-"
 # Versions that share a cache, and a developer's last edits.
-_KEPT = 3
+_KEPT_FOLDERS = 3
 
 
 def kernel(**options: Any) -> Callable[[Callable], Callable]:
@@ -51,6 +51,6 @@ def folder_of(sources: Path) -> Path:
     if not folder.exists():
         folder.mkdir(parents=True)
         others = sorted(root.glob(f"{_NAME}*"), key=lambda path: path.stat().st_mtime)
-        for old in others[:-_KEPT]:
+        for old in others[:-_KEPT_FOLDERS]:
             shutil.rmtree(old, ignore_errors=True)
     return folder
