@@ -19,7 +19,8 @@ from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
 from fastflag.learn.run import build
 from fastflag.learn.update import make_optimizer, update
-from fastflag.market.bars import Market, split_days
+from fastflag.market.bars import Market
+from fastflag.market.periods import split_days
 from fastflag.market.sources import load
 from fastflag.model.arithmetic import resolved
 from fastflag.model.weights import open_weights

@@ -107,16 +107,45 @@ def _extend(run: Path, total_timesteps: int) -> None:
         write_atomic(run / "config.json", json.dumps(document, indent=1))
 
 
+def fingerprints(config: TrainConfig, market: Market) -> dict[str, str]:
+    """By symbol, what training reads of it; those that are held out are not there. Raises
+    InputError as `learnt_symbols` does, and where a symbol has too few bars on training days."""
+    learnt = learnt_symbols(config, market)
+    return {
+        each.symbols[0]: fingerprint(each, days_within(each, config.data.train, "--train"))
+        for each in market.each
+        if each.symbols[0] in learnt
+    }
+
+
+def learnt_symbols(config: TrainConfig, market: Market) -> tuple[str, ...]:
+    """The symbols that are learnt from. Raises InputError where one is held out that is not there,
+    or all are."""
+    if not config.data.split_by_symbol:
+        return market.symbols
+    held_out = names_in(config.data.split_by_symbol, "--split-by-symbol")
+    for name in held_out:
+        market.column(name)
+    learnt = tuple(name for name in market.symbols if name not in held_out)
+    if not learnt:
+        raise InputError(f"no symbol is left to learn from, --split-by-symbol {', '.join(held_out)}")
+    return learnt
+
+
 def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
     """Whether `market` holds the bars and news that the run was trained on. Raises InputError where
     it does not reach over the training days, or has another symbol."""
-    days = days_of(market, config.data.train)
-    return _is_of(run, fingerprint(market, config.data.symbol, days))
+    days_of(market, config.data.train)
+    return _is_of(run, fingerprints(config, market))
 
 
-def _is_of(run: Path, market: str) -> bool:
-    """A run that does not say, of an earlier version, counts as one."""
-    return read_json(run / "config.json").get("market") in (None, "", market)
+def _is_of(run: Path, prints: dict[str, str]) -> bool:
+    """A run that does not say, of an earlier version, counts as one. That of one symbol says its
+    print alone, for a file may be given another name."""
+    stored = read_json(run / "config.json").get("market") or prints
+    if isinstance(stored, str):
+        return [*prints.values()] == [stored]
+    return all(stored.get(name) == value for name, value in prints.items())
 
 
 @contextmanager

@@ -32,7 +32,8 @@ _NOT_BEFORE = "is not before the one above it, where the newest row is first"
 
 
 def load(data: DataConfig) -> Market:
-    """The market of the symbol that `data` names, on the days on which its file has a row of it.
+    """The market of the symbol that `data` names, on the days on which its file has a row of it; or
+    of several, on the days on which it has a row of any.
 
     Bars (csv:, parquet:) have columns date, open, high, low, close and, where there are, volume,
     adj_close, split, dividend and symbol, in any order, under the names of columns.py; files are
@@ -48,7 +49,7 @@ def load(data: DataConfig) -> Market:
     Raises InputError, with the file and where possible its line, for whatever is wrong in a file.
     """
     kind, colon, name = data.data.partition(":")
-    if not (data.data + data.symbol).isprintable():
+    if not (data.data + data.symbol + data.symbols).isprintable():
         raise InputError(f"a name with characters that can't be printed, {data.data!a}")
     if not colon or kind not in _READERS:
         known = ", ".join(f"{known}:" for known in _READERS)
@@ -57,18 +58,44 @@ def load(data: DataConfig) -> Market:
     market = _READERS[kind](name, data)
     symbols = (*market.symbols, *(name for name, _ in market.others))
     try:
-        market = dataclasses.replace(market.of(data.symbol), hours=hours)
+        market = market.several(wanted(data)) if data.symbols else market.of(data.symbol)
     except InputError as error:
         raise InputError(f"{error} {data.data}") from None
-    if not np.isfinite(market.close).any():
-        raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
-    refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
+    market = dataclasses.replace(market, hours=hours)
+    for each in market.each:
+        bars = np.isfinite(each.close[:, 0])
+        if not bars.any():
+            raise InputError(f"not a single bar of {each.symbols[0]}, {data.data}")
+        refuse_longer_than_days(each.dates[bars], data.data)
     path = path_of(data.news) if data.news else _news_beside(kind, name)
     if path is None:
         return market
     news = news_of(named(read_table(path), path), str(path), zone)
-    own = assigned(news, market.symbols[0], symbols, str(path))
-    return with_news(market, [*market.news, *own])
+    for symbol in market.symbols:
+        news = assigned(news, symbol, symbols, str(path))
+    return with_news(market, [*market.news, *news])
+
+
+def wanted(data: DataConfig) -> tuple[str, ...]:
+    """The symbols that `data` names; none where it names all that there are, or the only one.
+    Raises InputError for one that is named twice or not at all, and for a --symbol beside."""
+    if data.symbols in ("", "all"):
+        names = (data.symbol,) if data.symbol else ()
+    else:
+        names = names_in(data.symbols, "--symbols")
+    if data.symbols and data.symbol:
+        raise InputError(
+            f"--symbol {data.symbol} beside --symbols {data.symbols}: name one of the two"
+        )
+    return names
+
+
+def names_in(text: str, flag: str) -> tuple[str, ...]:
+    """Symbols between commas. Raises InputError for an empty one and one that is there twice."""
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len({*names}) < len(names):
+        raise InputError(f"each symbol must be named once, {flag} {text!r}")
+    return names
 
 
 def _news_beside(kind: str, name: str) -> Path | None:
@@ -106,7 +133,7 @@ def _parquet(name: str, data: DataConfig) -> Market:
 def _bars(kind: str, name: str, data: DataConfig) -> Market:
     path = path_of(name)
     symbol = data.symbol or stem_of(path).upper()
-    return _market(read_table(path, kind), str(path), symbol, zone_of(data), data.symbol)
+    return _market(read_table(path, kind), str(path), symbol, zone_of(data), wanted(data))
 
 
 def _investorbench(name: str, data: DataConfig) -> Market:
@@ -157,10 +184,10 @@ def _market(
     where: str,
     symbol: str,
     zone: ZoneInfo | None = None,
-    wanted: str = "",
+    asked: Sequence[str] = (),
 ) -> Market:
     """The Market of a frame of bars; `symbol` names them where there is no symbol column. Of
-    several symbols `wanted` alone, where it is one of them.
+    several symbols those `asked` for alone, where they are among them.
 
     R rows. Those of a symbol follow one another in time, or all of them go back in it.
     """
@@ -177,21 +204,22 @@ def _market(
     owner, symbols = pd.factorize(owners)
     if "adj_close" in numbers:
         wrong = (numbers["adj_close"] <= 0) | np.isinf(numbers["adj_close"])
-        if wanted in symbols:
-            wrong &= owners == wanted
+        if {*asked} & {*symbols}:
+            wrong &= np.isin(owners, asked)
         cells.refuse(frame, wrong, "is not a finite price above 0", "adj_close", where)
     order = _in_time(frame, dates, owner, where)
     dates, owner = dates[order], owner[order]
     numbers = {name: column[order] for name, column in numbers.items()}
     others: tuple[tuple[str, np.datetime64], ...] = ()
-    if wanted in symbols and len(symbols) > 1:
+    if {*asked} & {*symbols} and len(symbols) > 1:
         # What is wrong with other symbols' prices is nobody's business here.
-        own = owner == symbols.tolist().index(wanted)
+        own = np.isin(symbols[owner], asked)
         bars = np.isfinite(numbers["close"]) & ~own
         found, first = np.unique(owner[bars], return_index=True)
         others = tuple(zip(symbols[found].tolist(), dates[bars][first], strict=True))
         numbers = {name: column[own] for name, column in numbers.items()}
-        dates, owner, symbols = dates[own], np.zeros(own.sum(), int), np.array([wanted], object)
+        kept, owner = np.unique(owner[own], return_inverse=True)
+        dates, symbols = dates[own], symbols[kept]
     names: list[str] = symbols.tolist()
     numbers = mended(numbers, dates, owner, names, where)
     calendar = np.unique(dates)

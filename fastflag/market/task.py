@@ -23,6 +23,8 @@ class Timeline:
 
     spans: tuple[range, ...]
     """N, each symbol's moments."""
+    symbol: np.ndarray = field(init=False, repr=False)
+    """[M] int64, which of the spans a moment lies in."""
     first: np.ndarray = field(init=False, repr=False)
     """[M] int64, the first moment of each moment's span."""
     last: np.ndarray = field(init=False, repr=False)
@@ -34,6 +36,7 @@ class Timeline:
             if span.start != end or span.step != 1 or not len(span):
                 raise ValueError(f"spans must follow one another, not {self.spans}")
         lengths = [len(span) for span in self.spans]
+        object.__setattr__(self, "symbol", np.repeat(np.arange(len(lengths)), lengths))
         object.__setattr__(self, "first", np.repeat(ends[:-1], lengths))
         object.__setattr__(self, "last", np.repeat(ends[1:], lengths) - 1)
 
