@@ -6,9 +6,10 @@ The public ops are called, forward and backward, on CPU tensors of real models' 
 Triton believes in a GPU and compiles where it would launch: so what is examined is what runs, at
 its recorded tiles, with the alignments that Triton finds in pointers and sizes. Exit status 1 where
 a kernel spills registers, exceeds an architecture's shared memory, has a matrix product without
-matrix instructions or in tf32, or a pipelined loop of products without asynchronous copies; or
-where it is worse than in the table that is kept in bench/results/compile.json, which --record
-writes.
+matrix instructions or in tf32, a pipelined loop of products without asynchronous copies, two
+products chained on one accumulator where Triton miscompiles that, or is assembled by another ptxas
+than is said; or where it is worse than in the table that is kept in bench/results/compile.json,
+which --record writes. What ptxas warns of is printed, and a warning that is new is worse.
 """
 
 import argparse
@@ -27,14 +28,24 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import torch
+
 from bench.measure.results import document
 from fastflag.files import write_atomic
+from fastflag.kernels.compiler import Assembler, assembler
 
-ARCHITECTURES = (80, 89, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).with_name("results") / "compile.json"
 # Bytes of shared memory that a block can have (CUDA C++ Programming Guide, compute capabilities).
-_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_MATRIX = {80: ("mma.sync",), 89: ("mma.sync",), 90: ("wgmma",), 100: ("tcgen05.mma",)}
+_SHARED = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+_MATRIX = {90: "wgmma", 100: "tcgen05.mma"}  # and mma.sync elsewhere
 _COPIES = ("cp.async.bulk", "cp.async")
 # Overrides of PyTorch's operators, which hold while they are kept.
 _KEPT: list[Any] = []
@@ -55,6 +66,8 @@ class Compiled:
     instructions: int
     matrix: str  # the matrix instruction, if any
     copies: str  # the asynchronous copy, if any
+    ptxas: str  # the assembler's version
+    warned: str  # what the assembler warned of; empty if nothing
     wrong: str  # what an examination finds; empty if nothing
 
     @property
@@ -69,6 +82,7 @@ class Compiled:
             if getattr(self, name) > slack * getattr(kept, name)
         ]
         told += [f"lost {was}" for was, now in self._lost(kept) if was and was != now]
+        told += [f"warned: {self.warned}"] if self.warned and self.warned != kept.warned else []
         return ", ".join(told)
 
     def _lost(self, kept: "Compiled") -> Iterator[tuple[str, str]]:
@@ -98,8 +112,6 @@ def examine(architecture: int, ops: list[str]) -> list[Compiled]:
 def _multiply_nothing() -> None:
     """From now on, in this process, the library's products on a CPU are memory as it came: nobody
     reads them, and on a CPU without bf16 units they took two thirds of the time."""
-    import torch
-
     overrides = torch.library.Library("aten", "IMPL")
     overrides.impl("mm", lambda a, b: a.new_empty(len(a), b.shape[1]), "CPU")
     overrides.impl("addmm_", lambda total, *_, **__: total, "CPU")
@@ -109,7 +121,6 @@ def _multiply_nothing() -> None:
 def compile_instead(architecture: int) -> list[Any]:
     """From now on, in this process, launching a kernel compiles it for sm_`architecture` and adds
     it to the list that is returned."""
-    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -141,8 +152,9 @@ def compile_instead(architecture: int) -> list[Any]:
 def _read(kernel: Any, case: str, architecture: int) -> Compiled:
     """What the compiler says of `kernel`, and what is wrong with it."""
     assembly, intermediate = kernel.asm["ptx"], kernel.asm["ttir"]
-    registers, sass = _disassembled(kernel.asm["cubin"])
-    metadata = kernel.metadata
+    cubin, metadata = kernel.asm["cubin"], kernel.metadata
+    registers, sass = _disassembled(cubin)
+    ptxas = assembler(torch.device("cpu"))
     spilled = sum(name.startswith(("LDL", "STL")) for name in sass)
     matrix = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in assembly), "")
     copies = next((name for name in _COPIES if name in assembly), "")
@@ -153,13 +165,17 @@ def _read(kernel: Any, case: str, architecture: int) -> Compiled:
         wrong.append(f"{spilled} instructions spill")
     if metadata.shared > _SHARED[architecture]:
         wrong.append(f"{metadata.shared} bytes of shared memory")
-    if narrow_product and matrix not in _MATRIX[architecture]:
+    if narrow_product and matrix != _MATRIX.get(architecture, "mma.sync"):
         wrong.append(f"a matrix product by {matrix or 'scalar instructions'}")
     if "tf32" in assembly:
         # Triton 3.7.1 on sm_100 takes some fp32 products so that were asked to be exact.
         wrong.append("fp32 products in tf32")
     if pipelined and not copies:
         wrong.append("no asynchronous copies in a pipelined loop")
+    if matrix == "tcgen05.mma" and _chained(intermediate):
+        wrong.append("two products chained on one accumulator (triton-lang/triton#10821)")
+    if (by := _assembled_by(cubin)) not in ("", ptxas.version):
+        wrong.append(f"assembled by ptxas {by}, not {ptxas.version}")
     return Compiled(
         kernel=metadata.name,
         case=case,
@@ -172,8 +188,38 @@ def _read(kernel: Any, case: str, architecture: int) -> Compiled:
         instructions=len(sass),
         matrix=matrix,
         copies=copies,
+        ptxas=ptxas.version,
+        warned=_warnings(ptxas, kernel) if matrix == "wgmma" else "",
         wrong=", ".join(wrong),
     )
+
+
+def _chained(intermediate: str) -> bool:
+    """Whether a product's accumulator is what another product has just made."""
+    dots = re.findall(r"(%\S+) = tt\.dot %\S+, %\S+, (%[^\s,]+)", intermediate)
+    return bool({made for made, _ in dots} & {accumulator for _, accumulator in dots})
+
+
+def _assembled_by(cubin: bytes) -> str:
+    """The version of ptxas by a kernel's own note; empty where it has none, as before 13."""
+    note = re.search(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", cubin)
+    return note[1].decode() if note else ""
+
+
+def _warnings(ptxas: Assembler, kernel: Any) -> str:
+    """What ptxas says of a kernel's PTX but for its resources. Triton throws it away: so a kernel
+    is assembled again, by the same options. That wgmma can't overlap (C7515) is its one warning."""
+    metadata = kernel.metadata
+    options = ["--regAllocOptLevel=2", *([] if metadata.enable_fp_fusion else ["--fmad=false"])]
+    with NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        words = [ptxas.path, "-v", "-lineinfo", *options, "--gpu-name=sm_90a", file.name]
+        told = subprocess.run(
+            [*words, "-o", os.devnull], capture_output=True, text=True, check=True
+        )
+    codes = re.findall(r"\(C\d+\)[^\n]*|warning[^\n]*", told.stdout + told.stderr)
+    return "; ".join(dict.fromkeys(" ".join(code.split())[:120] for code in codes))
 
 
 def _disassembled(cubin: bytes) -> tuple[int, list[str]]:
@@ -240,6 +286,11 @@ def main() -> None:
         print(json.dumps(document([_as_row(row) for row in rows]) | {"wrong": wrong}))
     else:
         _print(rows)
+    for row in rows:
+        if row.warned:
+            print(
+                f"{row.kernel} ({row.case}, sm_{row.architecture}): {row.warned}", file=sys.stderr
+            )
     for line in wrong:
         print(line, file=sys.stderr)
     sys.exit(bool(wrong))
@@ -251,7 +302,7 @@ def _as_row(row: Compiled) -> dict[str, Any]:
 
 
 def _print(rows: list[Compiled]) -> None:
-    columns = ("registers", "spilled", "shared", "instructions", "matrix", "copies")
+    columns = ("registers", "spilled", "shared", "instructions", "matrix", "copies", "ptxas")
     print(f"{'kernel':34}{'case':48}sm_ " + "".join(f"{name:>13}" for name in columns))
     for row in rows:
         values = "".join(f"{getattr(row, name):>13}" for name in columns)

@@ -5,11 +5,15 @@
 A layer of SmolLM2-135M with adapters on its seven matrices runs over one day's suffixes on the CPU,
 under PyTorch's profiler, while Triton compiles in place of launching (bench.compile). Counted are
 Triton's launches and PyTorch's operators that compute or copy; views and empty memory are not. On a
-GPU each of those operators is one launch or more.
+GPU each of those operators is one launch or more. PyTorch's flash attention, which a CPU has not,
+is one forward, and backward three and two that add up shared heads.
 """
 
 import argparse
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 # Read when a kernel is defined.
 os.environ["TRITON_INTERPRET"] = "0"
@@ -22,8 +26,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from bench.compile import compile_instead
 from bench.measure.cases import MODELS, PREFIX, SUFFIX, SUFFIXES
 from bench.measure.results import Row, publish
-from fastflag.model import attention, ops
-from fastflag.model.linear import FrozenLinear, LoRALinear
+from fastflag.model import attention, ops, packed_attention
+from fastflag.model.linear import FrozenLinear, LoRALinear, adapters_cast
 from fastflag.model.llama import Block, suffix_pass
 from fastflag.model.model_config import Settings, json_config
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
@@ -31,9 +35,9 @@ from fastflag.model.weights import layer_shapes
 
 _FREE = """
     _reshape_alias _unsafe_view alias as_strided chunk contiguous detach empty empty_like
-    empty_strided expand flatten lift_fresh narrow new_empty numpy_T permute promote_types reshape
-    resize_ resolve_conj result_type select slice split squeeze t to transpose unbind unflatten
-    unsqueeze view view_as
+    empty_strided expand flatten lift_fresh mT narrow new_empty numpy_T permute promote_types
+    reshape resize_ resolve_conj result_type select slice split split_with_sizes squeeze t to
+    transpose unbind unflatten unsqueeze view view_as
     """
 
 
@@ -77,9 +81,11 @@ def layer(dtype: torch.dtype = torch.bfloat16) -> Block:
     return block
 
 
-def launches(block: Block, launched: list) -> tuple[int, int]:
-    """Of one day's suffixes through the layer: (forward, backward). `launched` is the list to which
-    every launch of Triton's adds."""
+def launches(
+    block: Block, launched: list, context: Callable[[], AbstractContextManager] = nullcontext
+) -> tuple[int, int]:
+    """Of one day's suffixes through the layer, inside of a context: (forward, backward). `launched`
+    is the list to which every launch of Triton's adds."""
     model = MODELS[0]
     x = torch.randn(SUFFIXES, SUFFIX, model.width).requires_grad_()
     shared = torch.randn(2, 1, model.kv_heads, PREFIX, model.head_size, dtype=torch.bfloat16)
@@ -90,7 +96,7 @@ def launches(block: Block, launched: list) -> tuple[int, int]:
         counts.clear()
         launched.clear()
         block.zero_grad()
-        with profile() as of_forward:
+        with profile() as of_forward, context():
             y = suffix_pass([block], x, prefixes, layout)
         counts.append(_operators(of_forward) + len(launched))
         launched.clear()
@@ -98,6 +104,17 @@ def launches(block: Block, launched: list) -> tuple[int, int]:
             y.backward(torch.ones_like(y))
         counts.append(_operators(of_backward) + len(launched))
     return counts[0], counts[1]
+
+
+def flash_forward(query: Tensor, *_: object) -> packed_attention.Attended:
+    lse = torch.empty(query.shape[1], len(query))
+    return packed_attention.Attended(torch.zeros_like(query), lse)
+
+
+def flash_backward(gradient: Tensor, *sides: Tensor) -> tuple[Tensor, ...]:
+    query, key, value = sides[:3]
+    made = [torch.zeros_like(side) for side in (query, query, query, key, value)]
+    return tuple(made[2:])
 
 
 def _operators(profiled: profile) -> int:
@@ -120,13 +137,15 @@ def main() -> None:
     as_json = parser.parse_args().json
     launched = compile_instead(90)
     block, rows, cpu = layer(), [], torch.device("cpu")
-    ops.prefix_attention._torchs = attention.padded  # as on a GPU
+    ops.prefix_attention._torchs = attention.on_cuda  # as on a GPU
+    packed_attention._attend, packed_attention._differentiate = flash_forward, flash_backward
     ways = {"torch": "_torchs", "triton": "_triton"}
+    contexts = {"torch": partial(adapters_cast, block, block.dtype), "triton": nullcontext}
     counted = {}
     for name, way in ways.items():
         for op in ops.OPS:
             op._chosen[cpu] = getattr(op, way) or op._torchs
-        counted[name] = launches(block, launched)
+        counted[name] = launches(block, launched, contexts[name])
     for place, what in enumerate(("layer forward", "layer backward")):
         for name, counts in counted.items():
             ratio = counted["torch"][place] / counts[place]

@@ -9,7 +9,7 @@
 
 A run is its folder: a Run holds nothing that the folder lacks, and one that is opened again is the
 same. torch and Numba are imported by what needs them. Raises InputError for what the user gave
-wrong, in one line.
+wrong, in one line, and OSError where the system refuses to read or write.
 """
 
 import errno
@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -34,6 +34,7 @@ from fastflag.config import (
     TrainConfig,
     base_of,
     from_dict,
+    to_dict,
     with_settings,
 )
 from fastflag.evaluate.results import (
@@ -78,7 +79,11 @@ class Run:
     @property
     def tested(self) -> Backtest:
         """The backtest of the held-out days, as RUN/backtest.json has it."""
-        return Backtest(read_json(self.folder / "backtest.json"))
+        document = read_json(self.folder / "backtest.json")
+        of, now = document.get("updates"), self._updates()
+        if of not in (None, now):
+            _LOG.warning("fastflag: tested after %d updates, now there are %d: backtest", of, now)
+        return Backtest(document)
 
     @cached_property
     def market(self) -> "Market":
@@ -94,11 +99,25 @@ class Run:
         """As it was at the last checkpoint."""
         return self._loaded[1]
 
-    @cached_property
+    @property
     def _loaded(self) -> tuple["World", "Policy"]:
+        """Of the last checkpoint, which a training in the same folder may have written since."""
         from fastflag.learn.run import load_policy
 
-        return load_policy(self.folder, self.config, self.market)
+        step = self._updates()
+        if vars(self).get("_read", (0,))[0] != step:
+            vars(self)["_read"] = step, load_policy(self.folder, self.config, self.market)
+        return vars(self)["_read"][1]
+
+    def _updates(self) -> int:
+        """How many updates the last checkpoint has."""
+        from fastflag.learn.checkpoint import read_step
+
+        return read_step(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy in another process needs: the rest is in the folder."""
+        return {"folder": self.folder, "config": self.config}
 
     def backtest(self, split: str = "test", track: Track = iter) -> Backtest:
         """Days of `split` (train, test or START..END) beside buy-and-hold and random policies. Only
@@ -111,7 +130,8 @@ class Run:
                 f"{_other_market()}: name those by --data and --news, or days by --split "
                 f"START..END, {self.config.data.data}"
             )
-        document = backtest(self.policy, self.world, self.market, self.config, split, track)
+        tested = backtest(self.policy, self.world, self.market, self.config, split, track)
+        document = {"updates": self._updates(), **tested}
         if split == "test":
             self._keep(document)
         return Backtest(document)
@@ -131,7 +151,8 @@ class Run:
         with suppress(InputError):  # bars of the last months decide as well as all of them
             if not self._knows_market():
                 _LOG.warning("fastflag: %s, %s", _other_market(), self.config.data.data)
-        return Decision(**decide(policy, world, self.market, date, position, entry, since))
+        day, entered = _date(date), _date(since)
+        return Decision(**decide(policy, world, self.market, day, position, entry, entered))
 
     def report(self) -> Path:
         """Writes RUN/report.html anew."""
@@ -195,15 +216,18 @@ def train(
     from fastflag.model.weights import open_weights
 
     folder = _folder(out)
-    if not str(folder).strip("."):
+    if folder in (Path.cwd(), *Path.cwd().parents):
         raise InputError("a run needs a folder of its own, --out")
-    config = with_settings(config or base_of(folder, preset, resume), settings)
+    if config and preset:
+        raise InputError(f"the preset {preset!r} beside a config: name one of the two, train()")
+    base = _checked(config) if config else base_of(folder, preset, resume)
+    config = with_settings(base, settings)
     if not resume:
         check_claim(folder, config, resume=False)
     market = load(config.data)
     made = train(config, market, open_weights(config.policy.model), folder, resume)
     run = open(folder, device=config.policy.device)
-    vars(run).update(market=market, _loaded=made)  # which would be read again
+    vars(run).update(market=market, _read=(run._updates(), made))  # which would be read again
     run.backtest(track=track)
     return run
 
@@ -223,12 +247,13 @@ def open(
 
     folder = _folder(run)
     config = read_config(folder)
-    named = {"data": data, "news": news, "symbol": symbol}
-    changes: dict[str, Any] = {name: value for name, value in named.items() if value}
-    if data:
+    named = {"data": data, "news": news, "symbol": symbol, "model": model}
+    changes: dict[str, Any] = {
+        name: value for name, value in named.items() if not isinstance(value, str) or value
+    }
+    if "data" in changes:
         changes["news"] = news
-    policy = replace(config.policy, device=device, model=model or config.policy.model)
-    return Run(folder, replace(config, data=replace(config.data, **changes), policy=policy))
+    return Run(folder, with_settings(config, {**changes, "device": device}))
 
 
 def metrics(
@@ -245,7 +270,7 @@ def metrics(
     from fastflag.market.tasks.baselines import fixed_action_equity
     from fastflag.market.tasks.single import BUY, Single
 
-    first, last = start or str(market.dates[0]), end or str(market.dates[-1])
+    first, last = (_date(day or market.dates[n]) for n, day in ((0, start), (-1, end)))
     days = market.days(first, last, "--start..--end")
     costless = SimulatorConfig(fill="same_close", fee_bps=0.0, slippage_bps=0.0)
     task = Single.of(costless, Bars.from_market(market, symbol))
@@ -281,8 +306,22 @@ def ran_out(error: BaseException) -> bool:
 
 
 def _folder(path: Path | str) -> Path:
-    """With ~ as the shell writes it."""
-    return Path(os.path.expanduser(path))
+    """With ~ as the shell writes it, and whole: a Run is the same wherever its process goes."""
+    if not isinstance(path, str | Path) or "\0" in str(path):
+        raise InputError(f"a run's folder is a path, not {path!r:.80}")
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _checked(config: TrainConfig) -> TrainConfig:
+    """A configuration made in Python, held to what one in JSON is. Raises InputError."""
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"a configuration is a TrainConfig, not {config!r:.80}, train()")
+    return from_dict(to_dict(config), "train()")
+
+
+def _date(day: Any) -> str:
+    """A day as --date has it, of text or a date of Python's, NumPy's or pandas'."""
+    return day if isinstance(day, str) else str(day)[:10]
 
 
 def _other_market() -> str:

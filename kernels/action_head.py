@@ -24,6 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -281,4 +282,5 @@ def _launch(kernel, inputs: Sequence[Tensor | None], clip: float | None, *rest) 
     block = next_power_of_2(actions)
     rows = 256 // block
     tile = {"ACTIONS": actions, "ROWS": rows, "BLOCK": block, "num_warps": 4}
-    kernel[(cdiv(count, rows),)](*contiguous, *bounds, *rest, count, **tile)
+    with launching(logits):
+        kernel[(cdiv(count, rows),)](*contiguous, *bounds, *rest, count, **tile)

@@ -9,9 +9,9 @@ try:
     import triton.language as tl
     from triton import cdiv, jit, next_power_of_2
 
-    HAS_TRITON = True
+    INSTALLED = True
 except ImportError:
-    HAS_TRITON = False
+    INSTALLED = False
     # A constant keeps its value: references read it.
     tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
@@ -41,4 +41,4 @@ def check_shapes(*tensors) -> None:
         raise ValueError(f"tensors of one shape are needed, not {told}")
 
 
-__all__ = ["HAS_TRITON", "cdiv", "check_alike", "check_shapes", "jit", "next_power_of_2", "tl"]
+__all__ = ["INSTALLED", "cdiv", "check_alike", "check_shapes", "jit", "next_power_of_2", "tl"]

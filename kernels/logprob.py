@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
 from fastflag.kernels.tiles import recorded
 
@@ -249,22 +250,24 @@ def token_log_probability_forward(
         torch.empty(rows, **like) for _ in range(5)
     )
     partial = [torch.empty((rows, grid[1]), **like) for _ in range(3)]
-    _forward_kernel[grid](
-        hidden,
-        weight,
-        token,
-        chosen,
-        *partial,
-        rows,
-        len(weight),
-        hidden.shape[1],
-        temperature,
-        **tile,
-    )
+    with launching(hidden):
+        _forward_kernel[grid](
+            hidden,
+            weight,
+            token,
+            chosen,
+            *partial,
+            rows,
+            len(weight),
+            hidden.shape[1],
+            temperature,
+            **tile,
+        )
     outputs = log_probability, entropy, highest, log_total
-    _merge_kernel[(rows,)](
-        chosen, *partial, *outputs, grid[1], temperature, BLOCK=next_power_of_2(grid[1])
-    )
+    with launching(hidden):
+        _merge_kernel[(rows,)](
+            chosen, *partial, *outputs, grid[1], temperature, BLOCK=next_power_of_2(grid[1])
+        )
     return outputs
 
 
@@ -300,24 +303,25 @@ def token_log_probability_backward(
     dweight = torch.empty_like(weight) if of_weight else weight.new_empty(0)
     for first in range(0, len(weight), piece):
         some = weight[first : first + piece]
-        _gradient_kernel[_grid(rows, len(some), tile)](
-            hidden,
-            some,
-            token,
-            entropy,
-            highest,
-            log_total,
-            dlog_probability,
-            dentropy,
-            gradient,
-            rows,
-            len(some),
-            first,
-            hidden.shape[1],
-            piece,
-            temperature,
-            **tile,
-        )
+        with launching(hidden):
+            _gradient_kernel[_grid(rows, len(some), tile)](
+                hidden,
+                some,
+                token,
+                entropy,
+                highest,
+                log_total,
+                dlog_probability,
+                dentropy,
+                gradient,
+                rows,
+                len(some),
+                first,
+                hidden.shape[1],
+                piece,
+                temperature,
+                **tile,
+            )
         dlogits = gradient[:, : len(some)]
         if of_hidden:
             dhidden += _product(dlogits, some, dhidden.dtype)
@@ -405,7 +409,7 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _tile(hidden: Tensor) -> dict[str, int]:
     """The recorded tile, with 128 bytes of every row at a time."""
-    return {**recorded(_TILES), "BLOCK_WIDTH": 128 // hidden.element_size()}
+    return {**recorded(_TILES, hidden.device), "BLOCK_WIDTH": 128 // hidden.element_size()}
 
 
 def _piece(rows: int, columns: int, block: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
 from fastflag.kernels.nf4 import BLOCKSIZE, decode, nf4_dequantise, nf4_dequantise_reference
 from fastflag.kernels.tiles import Tile, recorded
@@ -42,7 +43,7 @@ def _weight_tile(
     if absmax_ptr is None:
         at = column + tl.arange(0, COLUMNS)[None, :]
         mask = inside & (at < columns)
-        return tl.load(weight_ptr + row * columns + at, mask=mask, other=0.0).to(dtype)
+        tile = tl.load(weight_ptr + row * columns + at, mask=mask, other=0.0).to(dtype)
     else:
         at = column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
         mask = inside & (at < columns // 2)
@@ -50,7 +51,8 @@ def _weight_tile(
         at = column // 64 + tl.arange(0, COLUMNS // 64)[None, :]
         mask = inside & (at < columns // 64)
         absmax = tl.load(absmax_ptr + row * (columns // 64) + at, mask=mask, other=0.0)
-        return decode(packed, absmax, dtype)
+        tile = decode(packed, absmax, dtype)
+    return tile
 
 
 @jit(do_not_specialize=["rows"])
@@ -158,17 +160,16 @@ def _low_kernel(
 _SMALL = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
 _TALL = {"BLOCK_M": 128, "BLOCK_I": 64, "BLOCK_O": 64, "num_warps": 8, "num_stages": 4}
 _LARGE = {"BLOCK_M": 128, "BLOCK_I": 64, "BLOCK_O": 128, "num_warps": 8, "num_stages": 3}
-_FLOAT_TILES = {
-    80: {64: _SMALL, inf: _LARGE},
-    90: {64: _SMALL, inf: _LARGE | {"BLOCK_O": 256}},
-}
-_NF4_TILES = {80: {128: _TALL}, 89: {256: _TALL}, 90: {64: _SMALL}}
+# - sm_120 has the matrix instructions and the shared memory of sm_89, and so its tiles: those of
+#   sm_90 spill there.
+_AMPERE = {64: _SMALL, inf: _LARGE}
+_FLOAT_TILES = {80: _AMPERE, 90: {64: _SMALL, inf: _LARGE | {"BLOCK_O": 256}}, 120: _AMPERE}
+_ADA_NF4 = {256: _TALL}
+_NF4_TILES = {80: {128: _TALL}, 89: _ADA_NF4, 90: {64: _SMALL}, 120: _ADA_NF4}
 # At rank 64 Ampere spills with 64 columns or 4 warps. Hopper's matrix instruction takes 64 columns
 # at least.
-_LOW_TILES = {
-    80: {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
-    90: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-}
+_AMPERE_LOW = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
+_LOW_TILES = {80: _AMPERE_LOW, 90: _AMPERE_LOW | {"BLOCK_N": 64}, 120: _AMPERE_LOW}
 # For fp32 and fp64: no matrix instruction computes their products exactly, and larger tiles spill.
 # W has to be of the same type: on sm_100 Triton 3.7.1 takes operands that it casts or decodes to
 # fp32 in tf32, though asked for "ieee".
@@ -220,22 +221,23 @@ def lora_low_gradients(dy: Tensor, low: Tensor, b: Tensor, scale: float) -> tupl
     rank 32 on it saves nothing but a launch.
     """
     rows, low_rows = _rows(dy), _rows(low)
-    tile = _WIDE_LOW if dy.itemsize > 2 else recorded(_LOW_TILES)
+    tile = _WIDE_LOW if dy.itemsize > 2 else recorded(_LOW_TILES, dy.device)
     blocks = cdiv(len(rows), tile["BLOCK_M"])
     dlow = torch.empty_like(low_rows)
     db = b.new_empty(blocks, *b.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
-    _low_kernel[(blocks,)](
-        rows,
-        low_rows,
-        b.contiguous(),
-        dlow,
-        db,
-        len(rows),
-        *b.shape,
-        scale,
-        _padded(b.shape[1]),
-        **tile,
-    )
+    with launching(rows):
+        _low_kernel[(blocks,)](
+            rows,
+            low_rows,
+            b.contiguous(),
+            dlow,
+            db,
+            len(rows),
+            *b.shape,
+            scale,
+            _padded(b.shape[1]),
+            **tile,
+        )
     return dlow.view(low.shape), db.sum(0).to(b.dtype)
 
 
@@ -312,22 +314,23 @@ def _product(
         y.addmm_(low, up.to(x.dtype).T, beta=0, alpha=scale)
         return y.addmm_(x, (matrix.T if forward else matrix).to(x.dtype))
     programs = cdiv(len(x), tile["BLOCK_M"]) * cdiv(len(up), tile["BLOCK_O"])
-    _product_kernel[(programs,)](
-        x,
-        weight.contiguous(),
-        absmax if absmax is None else absmax.contiguous(),
-        low,
-        up,
-        y,
-        len(x),
-        *shape,
-        low.shape[1],
-        *up.stride(),
-        scale,
-        forward,
-        _padded(low.shape[1]),
-        **tile,
-    )
+    with launching(x):
+        _product_kernel[(programs,)](
+            x,
+            weight.contiguous(),
+            absmax if absmax is None else absmax.contiguous(),
+            low,
+            up,
+            y,
+            len(x),
+            *shape,
+            low.shape[1],
+            *up.stride(),
+            scale,
+            forward,
+            _padded(low.shape[1]),
+            **tile,
+        )
     return y
 
 
@@ -345,7 +348,7 @@ def _tile(x: Tensor, weight: Tensor, absmax: Tensor | None, inputs: int) -> Tile
         return _WIDE if weight.dtype == x.dtype else None
     if absmax is not None and inputs % BLOCKSIZE:
         return None
-    tiles = recorded(_FLOAT_TILES if absmax is None else _NF4_TILES)
+    tiles = recorded(_FLOAT_TILES if absmax is None else _NF4_TILES, x.device)
     return next((tile for bound, tile in tiles.items() if len(x) <= bound), None)
 
 

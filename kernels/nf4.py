@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import cdiv, jit, next_power_of_2, tl
 from fastflag.kernels.tiles import recorded
 
@@ -157,21 +158,22 @@ def nf4_dequantise(
     """
     weight = packed.new_empty(shape, dtype=dtype)
     blocks = cdiv(weight.numel(), BLOCKSIZE)
-    tile = recorded(_DEQUANTISE_TILES)
-    _dequantise_kernel[(cdiv(blocks, tile["BLOCKS"]),)](
-        packed.contiguous(),
-        absmax.contiguous(),
-        None if nested_code is None else nested_code.contiguous(),
-        None if nested_absmax is None else nested_absmax.contiguous(),
-        offset,
-        weight,
-        packed.numel(),
-        blocks,
-        weight.numel(),
-        # A fused multiply-add would round a nested absmax once, and bitsandbytes does twice.
-        enable_fp_fusion=False,
-        **tile,
-    )
+    tile = recorded(_DEQUANTISE_TILES, packed.device)
+    with launching(weight):
+        _dequantise_kernel[(cdiv(blocks, tile["BLOCKS"]),)](
+            packed.contiguous(),
+            absmax.contiguous(),
+            None if nested_code is None else nested_code.contiguous(),
+            None if nested_absmax is None else nested_absmax.contiguous(),
+            offset,
+            weight,
+            packed.numel(),
+            blocks,
+            weight.numel(),
+            # A fused multiply-add would round a nested absmax once, and bitsandbytes does twice.
+            enable_fp_fusion=False,
+            **tile,
+        )
     return weight
 
 
@@ -194,29 +196,31 @@ def nf4_linear(x: Tensor, packed: Tensor, absmax: Tensor, outputs: int) -> Tenso
     if len(rows) > 64 or x.element_size() > 2 or x.shape[-1] % BLOCKSIZE:
         weight = nf4_dequantise(packed, absmax, (outputs, x.shape[-1]), x.dtype)
         return functional.linear(x, weight)
-    tile = recorded(_LINEAR_TILES)
+    tile = recorded(_LINEAR_TILES, x.device)
     blocks = rows.shape[1] // BLOCKSIZE
     programs = cdiv(outputs, tile["OUTPUTS"])
     steps = cdiv(blocks, _splits(programs, blocks))
     splits = cdiv(blocks, steps)
     y = rows.new_empty(splits, len(rows), outputs, dtype=x.dtype if splits == 1 else torch.float32)
-    _linear_kernel[(programs, splits)](
-        rows,
-        packed.contiguous(),
-        absmax.contiguous(),
-        y,
-        len(rows),
-        outputs,
-        blocks,
-        steps,
-        ROWS=max(next_power_of_2(len(rows)), 16),
-        **tile,
-    )
+    with launching(rows):
+        _linear_kernel[(programs, splits)](
+            rows,
+            packed.contiguous(),
+            absmax.contiguous(),
+            y,
+            len(rows),
+            outputs,
+            blocks,
+            steps,
+            ROWS=max(next_power_of_2(len(rows)), 16),
+            **tile,
+        )
     shape = (*x.shape[:-1], outputs)
     if splits == 1:
         return y.view(shape)
     total = rows.new_empty(shape)
-    _sum_kernel[(cdiv(total.numel(), 1024),)](y, total, splits, total.numel(), BLOCK=1024)
+    with launching(rows):
+        _sum_kernel[(cdiv(total.numel(), 1024),)](y, total, splits, total.numel(), BLOCK=1024)
     return total
 
 
@@ -271,10 +275,11 @@ def _splits(programs: int, blocks: int) -> int:
     return max(1, min(256 // programs, blocks // 16))
 
 
-# Compiled for sm_80, 89, 90 and 100: at most 72 registers, no spills.
+# At most 72 registers on any architecture.
 _DEQUANTISE_TILES = {80: {"BLOCKS": 64, "num_warps": 4}}
 
-# Compiled for sm_80, 89, 90 and 100: at most 111 registers, no spills, 63 KB of shared memory.
 # Tiles of 64 outputs would read x from the L2 cache twice as often: at 64 rows, 8 KB a tile of x
-# beside 2 KB of the weight.
-_LINEAR_TILES = {80: {"OUTPUTS": 128, "num_warps": 8, "num_stages": 4}}
+# beside 2 KB of the weight. Hopper's wgmma has the decoded weight in registers: pipelined, its
+# product is wrong by every ptxas before 13.3 (triton-lang/triton#9433), so it has one stage.
+_PIPELINED = {"OUTPUTS": 128, "num_warps": 8, "num_stages": 4}
+_LINEAR_TILES = {80: _PIPELINED, 90: _PIPELINED | {"num_stages": 1}, 100: _PIPELINED}

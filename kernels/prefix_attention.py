@@ -19,10 +19,12 @@ from math import e, log2
 import torch
 from torch import Tensor
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import cdiv, next_power_of_2
 from fastflag.kernels.prefix_attention_device import (
     forward_kernel,
-    key_backward_kernel,
+    own_key_backward_kernel,
+    prefix_key_backward_kernel,
     query_backward_kernel,
 )
 from fastflag.kernels.tiles import Tile, recorded
@@ -71,24 +73,25 @@ def _attention(
     query, key, value, own_key, own_value = _side_by_side(query, key, value, own_key, own_value)
     output, normaliser = _outputs(query, key)
     tile = _tile(query)
-    forward_kernel[_grid_of_rows(query, key, tile)](
-        _view(query),
-        _view(key),
-        _view(value),
-        lengths,
-        starts,
-        _view(own_key),
-        _view(own_value),
-        first,
-        _view(output),
-        normaliser,
-        len(key),
-        len(query),
-        own_key.shape[2],
-        query.shape[2],
-        **_constants(query, key),
-        **tile,
-    )
+    with launching(query):
+        forward_kernel[_grid_of_rows(query, key, tile)](
+            _view(query),
+            _view(key),
+            _view(value),
+            lengths,
+            starts,
+            _view(own_key),
+            _view(own_value),
+            first,
+            _view(output),
+            normaliser,
+            len(key),
+            len(query),
+            own_key.shape[2],
+            query.shape[2],
+            **_constants(query, key),
+            **tile,
+        )
     return output, normaliser
 
 
@@ -125,27 +128,28 @@ def _query_backward(
     )
     d_query, delta = torch.empty_like(query), torch.empty_like(normaliser)
     tile = _tile(query)
-    query_backward_kernel[_grid_of_rows(query, key, tile)](
-        _view(query),
-        _view(key),
-        _view(value),
-        lengths,
-        starts,
-        _view(own_key),
-        _view(own_value),
-        first,
-        _view(output),
-        normaliser,
-        _view(d_output),
-        _view(d_query),
-        delta,
-        len(key),
-        len(query),
-        own_key.shape[2],
-        query.shape[2],
-        **_constants(query, key),
-        **tile,
-    )
+    with launching(query):
+        query_backward_kernel[_grid_of_rows(query, key, tile)](
+            _view(query),
+            _view(key),
+            _view(value),
+            lengths,
+            starts,
+            _view(own_key),
+            _view(own_value),
+            first,
+            _view(output),
+            normaliser,
+            _view(d_output),
+            _view(d_query),
+            delta,
+            len(key),
+            len(query),
+            own_key.shape[2],
+            query.shape[2],
+            **_constants(query, key),
+            **tile,
+        )
     return d_query, delta
 
 
@@ -172,33 +176,48 @@ def _key_backward(
     query, key, value, own_key, own_value, d_output = _side_by_side(
         query, key, value, own_key, own_value, d_output
     )
-    gradients = [torch.empty_like(x) for x in (key, value, own_key, own_value)]
-    tile = _tile(query)
+    d_key, d_value, d_own_key, d_own_value = map(torch.empty_like, (key, value, own_key, own_value))
+    tile, constants = _tile(query), _constants(query, key)
+    # Only its own suffix's rows see a token: with 64 tokens together fewer products are masked than
+    # with 128, which besides spill on sm_80 and sm_120.
+    own_tile = {**tile, "KEPT": min(tile["KEPT"], 64)}
     prefixes, groups, keys, _ = key.shape
     suffixes, _, own_keys, _ = own_key.shape
-    tiles = prefixes * cdiv(keys, tile["KEPT"]) + cdiv(suffixes * own_keys, tile["KEPT"])
-    key_backward_kernel[(tiles, groups)](
-        _view(query),
-        _view(key),
-        _view(value),
-        lengths,
-        starts,
-        _view(own_key),
-        _view(own_value),
-        first,
-        normaliser,
-        _view(d_output),
-        delta,
-        *map(_view, gradients),
-        prefixes,
-        suffixes,
-        keys,
-        own_keys,
-        query.shape[2],
-        **_constants(query, key),
-        **tile,
-    )
-    return tuple(gradients)
+    with launching(query):
+        prefix_key_backward_kernel[(prefixes * cdiv(keys, tile["KEPT"]), groups)](
+            _view(query),
+            _view(key),
+            _view(value),
+            lengths,
+            starts,
+            normaliser,
+            _view(d_output),
+            delta,
+            _view(d_key),
+            _view(d_value),
+            suffixes,
+            keys,
+            query.shape[2],
+            **constants,
+            **tile,
+        )
+        own_key_backward_kernel[(cdiv(suffixes * own_keys, own_tile["KEPT"]), groups)](
+            _view(query),
+            _view(own_key),
+            _view(own_value),
+            first,
+            normaliser,
+            _view(d_output),
+            delta,
+            _view(d_own_key),
+            _view(d_own_value),
+            suffixes,
+            own_keys,
+            query.shape[2],
+            **constants,
+            **own_tile,
+        )
+    return d_key, d_value, d_own_key, d_own_value
 
 
 @_key_backward.register_fake
@@ -299,14 +318,17 @@ _WIDE = {
     512: {"KEPT": 64, "PASSED": 16, "num_warps": 8, "num_stages": 2},
     1024: {"KEPT": 16, "PASSED": 16, "num_warps": 4, "num_stages": 1},
 }
+_LONG = {"KEPT": 128, "PASSED": 16, "num_warps": 8, "num_stages": 2}
+_AMPERE = {128: _NARROW, 256: _LONG} | _WIDE
 _TILES: Mapping[int, Mapping[int, Tile]] = {
-    80: {128: _NARROW, 256: {"KEPT": 128, "PASSED": 16, "num_warps": 8, "num_stages": 2}} | _WIDE,
-    90: {128: _NARROW, 256: {"KEPT": 128, "PASSED": 32, "num_warps": 8, "num_stages": 2}} | _WIDE,
+    80: _AMPERE,
+    90: _AMPERE | {256: _LONG | {"PASSED": 32}},
+    120: _AMPERE,  # which has sm_89's matrix instructions
 }
 
 
 def _tile(query: Tensor) -> Tile:
     # fp32 has no matrix instruction here: the tiles of sm_90, made for one, spill 20 times as much.
-    tiles = recorded(_TILES) if query.element_size() == 2 else _TILES[80]
+    tiles = recorded(_TILES, query.device) if query.element_size() == 2 else _TILES[80]
     size = _columns(query) * query.element_size()
     return tiles[min(known for known in tiles if size <= known)]

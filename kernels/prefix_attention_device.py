@@ -9,12 +9,14 @@ keys, of which each row sees a block on the diagonal. The same program goes on w
 kernels would have to merge their results by log-sum-exp: the output would be written and read back
 twice.
 
-Backward, one kernel keeps a tile of rows and passes over the keys they see, for dq and delta. The
-other keeps a tile of keys, of prefixes first and of suffixes after them, and passes over the rows
-that see them. No kernel adds to memory that another program adds to: every sum has a fixed order.
+Backward, one kernel keeps a tile of rows and passes over the keys they see, for dq and delta. Two
+others keep a tile of keys, of prefixes and of suffixes, and pass over the rows that see them. No
+kernel adds to memory that another program adds to: every sum has a fixed order.
 
 Only the device knows where a prefix's suffixes begin. So the grid has as many tiles of rows as
-there can be, and a program whose tile has none returns.
+there can be. A program whose tile has none passes over no keys and stores nothing. It does not
+return early, and no branch that is taken at run time goes round a loop: kernels of either shape
+were miscompiled, silently (Triton 3.7.0, triton-lang/triton#11148 and #11153).
 """
 
 from fastflag.kernels.language import jit, tl
@@ -152,8 +154,6 @@ def forward_kernel(
 ):
     rows = R * queries
     prefix, begin, end = _tile_of_rows(starts_ptr, prefixes, rows, KEPT)
-    if begin >= end:
-        return
     row = begin + tl.arange(0, KEPT)
     inside = row < end
     q = _load(_row_pointers(query, row, queries, R, COLUMNS), inside, E)
@@ -162,13 +162,13 @@ def forward_kernel(
     total = tl.zeros([KEPT], accumulator)
     attended = tl.zeros([KEPT, COLUMNS], accumulator)
 
-    length = tl.load(lengths_ptr + prefix)
+    length = tl.where(begin < end, tl.load(lengths_ptr + prefix), 0)
     for start in range(0, length, PASSED):
         k, v, visible = _prefix_tile(key, value, prefix, start, length, E, COLUMNS, PASSED)
         highest, total, attended = _attend(q, k, v, visible, highest, total, attended, SCALE)
 
     low, high = _own_sight(first_ptr, row, inside, own_keys, queries, R)
-    own_end = ((tl.minimum(begin + KEPT, end) - 1) // rows + 1) * own_keys
+    own_end = tl.cdiv(tl.minimum(begin + KEPT, end), rows) * own_keys
     for start in range(begin // rows * own_keys, own_end, PASSED):
         k, v, visible = _own_tile(
             own_key, own_value, start, own_end, low, high, own_keys, E, COLUMNS, PASSED
@@ -218,8 +218,6 @@ def query_backward_kernel(
 ):
     rows = R * queries
     prefix, begin, end = _tile_of_rows(starts_ptr, prefixes, rows, KEPT)
-    if begin >= end:
-        return
     row = begin + tl.arange(0, KEPT)
     inside = row < end
     q = _load(_row_pointers(query, row, queries, R, COLUMNS), inside, E)
@@ -233,14 +231,14 @@ def query_backward_kernel(
     delta = delta[:, None]
     d_q = tl.zeros([KEPT, COLUMNS], accumulator)
 
-    length = tl.load(lengths_ptr + prefix)
+    length = tl.where(begin < end, tl.load(lengths_ptr + prefix), 0)
     for start in range(0, length, PASSED):
         k, v, visible = _prefix_tile(key, value, prefix, start, length, E, COLUMNS, PASSED)
         _, d_scores = _weights(q, k, d_o, v, normaliser, delta, visible, SCALE)
         d_q += tl.dot(d_scores.to(k.dtype), k, input_precision="ieee")
 
     low, high = _own_sight(first_ptr, row, inside, own_keys, queries, R)
-    own_end = ((tl.minimum(begin + KEPT, end) - 1) // rows + 1) * own_keys
+    own_end = tl.cdiv(tl.minimum(begin + KEPT, end), rows) * own_keys
     for start in range(begin // rows * own_keys, own_end, PASSED):
         k, v, visible = _own_tile(
             own_key, own_value, start, own_end, low, high, own_keys, E, COLUMNS, PASSED
@@ -251,26 +249,112 @@ def query_backward_kernel(
     _store(_row_pointers(d_query, row, queries, R, COLUMNS), d_q * E**-0.5, inside, E)
 
 
+@jit
+def _key_gradients(
+    k,
+    v,
+    d_k,
+    d_v,
+    low,
+    high,
+    token,
+    row,
+    inside,
+    query,
+    normaliser_ptr,
+    d_output,
+    delta_ptr,
+    suffixes,
+    queries,
+    SCALE: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """d_k and d_v with what one more tile of rows adds. Row i sees tokens low[i] .. high[i] - 1.
+    A row that is not inside has a query and a d_output of 0, and adds nothing."""
+    q = _load(_row_pointers(query, row, queries, R, COLUMNS), inside, E)
+    d_o = _load(_row_pointers(d_output, row, queries, R, COLUMNS), inside, E)
+    in_group = tl.program_id(1).to(tl.int64) * suffixes * (R * queries) + row
+    normaliser = tl.load(normaliser_ptr + in_group, mask=inside, other=0.0)[None, :]
+    delta = tl.load(delta_ptr + in_group, mask=inside, other=0.0)[None, :]
+    visible = (low <= token[:, None]) & (token[:, None] < high)
+    p, d_scores = _weights(k, q, v, d_o, normaliser, delta, visible, SCALE)
+    d_v += tl.dot(p.to(d_o.dtype), d_o, input_precision="ieee")
+    d_k += tl.dot(d_scores.to(q.dtype), q, input_precision="ieee")
+    return d_k, d_v
+
+
 @jit(do_not_specialize=_COUNTS)
-def key_backward_kernel(
+def prefix_key_backward_kernel(
     query,  # [U, H, Q, E]
     key,  # [D, G, P, E]
     value,  # [D, G, P, E]
     lengths_ptr,  # [D]
     starts_ptr,  # [D + 1]
+    normaliser_ptr,  # [G, U R Q]
+    d_output,  # [U, H, Q, E]
+    delta_ptr,  # [G, U R Q]
+    d_key,  # [D, G, P, E]
+    d_value,  # [D, G, P, E]
+    suffixes,
+    keys,
+    queries,
+    SCALE: tl.constexpr,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEPT: tl.constexpr,
+    PASSED: tl.constexpr,
+):
+    tiles = tl.cdiv(keys, KEPT)
+    prefix = tl.program_id(0) // tiles
+    token = tl.program_id(0) % tiles * KEPT + tl.arange(0, KEPT)
+    length = tl.load(lengths_ptr + prefix)
+    k = _load(_key_pointers(key, prefix, token, COLUMNS), token < length, E)
+    v = _load(_key_pointers(value, prefix, token, COLUMNS), token < length, E)
+    d_k = tl.zeros([KEPT, COLUMNS], delta_ptr.dtype.element_ty)
+    d_v = tl.zeros([KEPT, COLUMNS], delta_ptr.dtype.element_ty)
+    end = tl.load(starts_ptr + prefix + 1) * (R * queries)
+    for begin in range(tl.load(starts_ptr + prefix) * (R * queries), end, PASSED):
+        row = begin + tl.arange(0, PASSED)
+        d_k, d_v = _key_gradients(
+            k,
+            v,
+            d_k,
+            d_v,
+            0,
+            length,
+            token,
+            row,
+            row < end,
+            query,
+            normaliser_ptr,
+            d_output,
+            delta_ptr,
+            suffixes,
+            queries,
+            SCALE,
+            R,
+            E,
+            COLUMNS,
+        )
+    _store(_key_pointers(d_key, prefix, token, COLUMNS), d_k * E**-0.5, token < keys, E)
+    _store(_key_pointers(d_value, prefix, token, COLUMNS), d_v, token < keys, E)
+
+
+@jit(do_not_specialize=_COUNTS)
+def own_key_backward_kernel(
+    query,  # [U, H, Q, E]
     own_key,  # [U, G, S, E]
     own_value,  # [U, G, S, E]
     first_ptr,  # [U]
     normaliser_ptr,  # [G, U R Q]
     d_output,  # [U, H, Q, E]
     delta_ptr,  # [G, U R Q]
-    d_key,  # [D, G, P, E]
-    d_value,  # [D, G, P, E]
     d_own_key,  # [U, G, S, E]
     d_own_value,  # [U, G, S, E]
-    prefixes,
     suffixes,
-    keys,
     own_keys,
     queries,
     SCALE: tl.constexpr,
@@ -280,53 +364,40 @@ def key_backward_kernel(
     KEPT: tl.constexpr,
     PASSED: tl.constexpr,
 ):
-    rows = R * queries
-    tiles = tl.cdiv(keys, KEPT)
-    own_tile = tl.program_id(0) - prefixes * tiles
-    own = own_tile >= 0
-    if own:
-        token = own_tile * KEPT + tl.arange(0, KEPT)
-        inside = token < suffixes * own_keys
-        owner, place = token // own_keys, token % own_keys
-        k = _load(_key_pointers(own_key, owner, place, COLUMNS), inside, E)
-        v = _load(_key_pointers(own_value, owner, place, COLUMNS), inside, E)
-        length = 0
-        last = tl.minimum(own_tile * KEPT + KEPT, suffixes * own_keys) - 1
-        start = own_tile * KEPT // own_keys * rows
-        end = (last // own_keys + 1) * rows
-    else:
-        prefix = tl.program_id(0) // tiles
-        token = tl.program_id(0) % tiles * KEPT + tl.arange(0, KEPT)
-        length = tl.load(lengths_ptr + prefix)
-        k = _load(_key_pointers(key, prefix, token, COLUMNS), token < length, E)
-        v = _load(_key_pointers(value, prefix, token, COLUMNS), token < length, E)
-        start = tl.load(starts_ptr + prefix) * rows
-        end = tl.load(starts_ptr + prefix + 1) * rows
+    token = tl.program_id(0) * KEPT + tl.arange(0, KEPT)
+    there = token < suffixes * own_keys
+    owner, place = token // own_keys, token % own_keys
+    k = _load(_key_pointers(own_key, owner, place, COLUMNS), there, E)
+    v = _load(_key_pointers(own_value, owner, place, COLUMNS), there, E)
     d_k = tl.zeros([KEPT, COLUMNS], delta_ptr.dtype.element_ty)
     d_v = tl.zeros([KEPT, COLUMNS], delta_ptr.dtype.element_ty)
-
-    for begin in range(start, end, PASSED):
+    # The rows of the suffixes that the tile's tokens are of, in whole or in part.
+    first = tl.program_id(0) * KEPT // own_keys
+    last = tl.minimum(tl.program_id(0) * KEPT + KEPT, suffixes * own_keys)
+    end = tl.cdiv(last, own_keys) * (R * queries)
+    for begin in range(first * (R * queries), end, PASSED):
         row = begin + tl.arange(0, PASSED)
-        inside = row < end
-        q = _load(_row_pointers(query, row, queries, R, COLUMNS), inside, E)
-        d_o = _load(_row_pointers(d_output, row, queries, R, COLUMNS), inside, E)
-        in_group = tl.program_id(1).to(tl.int64) * suffixes * rows + row
-        normaliser = tl.load(normaliser_ptr + in_group, mask=inside, other=0.0)[None, :]
-        delta = tl.load(delta_ptr + in_group, mask=inside, other=0.0)[None, :]
-        low, high = _own_sight(first_ptr, row, inside & own, own_keys, queries, R)
-        low, high = tl.where(own, low, 0), tl.where(own, high, length)
-        visible = (low[None, :] <= token[:, None]) & (token[:, None] < high[None, :])
-        p, d_scores = _weights(k, q, v, d_o, normaliser, delta, visible, SCALE)
-        d_v += tl.dot(p.to(d_o.dtype), d_o, input_precision="ieee")
-        d_k += tl.dot(d_scores.to(q.dtype), q, input_precision="ieee")
-
-    d_k *= E**-0.5
-    if own:
-        inside = token < suffixes * own_keys
-        owner, place = token // own_keys, token % own_keys
-        _store(_key_pointers(d_own_key, owner, place, COLUMNS), d_k, inside, E)
-        _store(_key_pointers(d_own_value, owner, place, COLUMNS), d_v, inside, E)
-    else:
-        prefix = tl.program_id(0) // tiles
-        _store(_key_pointers(d_key, prefix, token, COLUMNS), d_k, token < keys, E)
-        _store(_key_pointers(d_value, prefix, token, COLUMNS), d_v, token < keys, E)
+        low, high = _own_sight(first_ptr, row, row < end, own_keys, queries, R)
+        d_k, d_v = _key_gradients(
+            k,
+            v,
+            d_k,
+            d_v,
+            low[None, :],
+            high[None, :],
+            token,
+            row,
+            row < end,
+            query,
+            normaliser_ptr,
+            d_output,
+            delta_ptr,
+            suffixes,
+            queries,
+            SCALE,
+            R,
+            E,
+            COLUMNS,
+        )
+    _store(_key_pointers(d_own_key, owner, place, COLUMNS), d_k * E**-0.5, there, E)
+    _store(_key_pointers(d_own_value, owner, place, COLUMNS), d_v, there, E)

@@ -15,6 +15,7 @@ nine operators forward, and most of their intermediate results are fp32.
 import torch
 from torch import Tensor
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import cdiv, check_shapes, jit, next_power_of_2, tl
 
 
@@ -151,10 +152,10 @@ add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The same in PyTorch: in fp32, rounded once."""
-    wide = x.float()
+    """The same in PyTorch: in fp32, rounded once; in fp64 where x and the weight are."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-    return (normed * weight.float()).to(weight.dtype)
+    return (normed * weight.to(torch.promote_types(weight.dtype, torch.float32))).to(weight.dtype)
 
 
 def add_rms_norm_reference(
@@ -174,15 +175,16 @@ def _launch(kernel, x: Tensor, *tensors: Tensor | None, epsilon: float) -> None:
     columns = x.shape[-1]
     rows, block = x.numel() // columns, next_power_of_2(columns)
     rows_each = max(_ELEMENTS // block, 1)
-    kernel[(cdiv(rows, rows_each),)](
-        *(tensor if tensor is None else tensor.contiguous() for tensor in (x, *tensors)),
-        rows,
-        columns,
-        epsilon,
-        ROWS=rows_each,
-        BLOCK=block,
-        num_warps=min(rows_each * block // 512, 16),
-    )
+    with launching(x):
+        kernel[(cdiv(rows, rows_each),)](
+            *(tensor if tensor is None else tensor.contiguous() for tensor in (x, *tensors)),
+            rows,
+            columns,
+            epsilon,
+            ROWS=rows_each,
+            BLOCK=block,
+            num_warps=min(rows_each * block // 512, 16),
+        )
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

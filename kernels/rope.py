@@ -10,6 +10,7 @@ gradient is the incoming one rotated back, the same kernel with -sin.
 import torch
 from torch import Tensor
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import jit, next_power_of_2, tl
 
 
@@ -156,22 +157,23 @@ def _launch(
     """One program a token, for all heads of one tensor or two. `targets` are laid out like them."""
     (rows, heads, tokens, size), groups = sources[0].shape, sources[-1].shape[1]
     block, half = next_power_of_2(heads), next_power_of_2(size // 2)
-    _rotate_kernel[(rows * tokens,)](
-        *(*sources, None)[:2],
-        *(*targets, None)[:2],
-        cos.contiguous(),
-        sin.contiguous(),
-        sources[0].stride()[:3],
-        sources[-1].stride()[:3],
-        tokens,
-        cos.shape[0] * tokens,
-        heads,
-        groups,
-        size // 2,
-        DIRECTION=direction,
-        HEADS=block,
-        GROUPS=next_power_of_2(groups),
-        HALF=half,
-        # Each thread has 16 bytes of either half of the queries.
-        num_warps=min(max(block * half // 256, 1), 8),
-    )
+    with launching(cos):
+        _rotate_kernel[(rows * tokens,)](
+            *(*sources, None)[:2],
+            *(*targets, None)[:2],
+            cos.contiguous(),
+            sin.contiguous(),
+            sources[0].stride()[:3],
+            sources[-1].stride()[:3],
+            tokens,
+            cos.shape[0] * tokens,
+            heads,
+            groups,
+            size // 2,
+            DIRECTION=direction,
+            HEADS=block,
+            GROUPS=next_power_of_2(groups),
+            HALF=half,
+            # Each thread has 16 bytes of either half of the queries.
+            num_warps=min(max(block * half // 256, 1), 8),
+        )

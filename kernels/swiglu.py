@@ -10,6 +10,7 @@ PyTorch writes silu(gate) and its gradient to memory and reads them back.
 import torch
 from torch import Tensor
 
+from fastflag.kernels.compiler import launching
 from fastflag.kernels.language import cdiv, check_alike, jit, tl
 from fastflag.kernels.tiles import recorded
 
@@ -126,10 +127,11 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 def _launch(kernel, gate: Tensor, up: Tensor, *tensors: Tensor) -> None:
     gate, up = _rows(gate), _rows(up)
     rows, columns = gate.shape
-    tile = recorded(_TILES)
-    kernel[(rows, cdiv(columns, tile["BLOCK"]))](
-        gate, up, *tensors, gate.stride(0), up.stride(0), columns, **tile
-    )
+    tile = recorded(_TILES, gate.device)
+    with launching(gate):
+        kernel[(rows, cdiv(columns, tile["BLOCK"]))](
+            gate, up, *tensors, gate.stride(0), up.stride(0), columns, **tile
+        )
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -6,7 +6,12 @@ reached.
 """
 
 from collections.abc import Mapping
+from functools import cache
+from typing import TypeVar
 
+import torch
+
+Choice = TypeVar("Choice")
 Tile = Mapping[str, int]
 
 
@@ -17,15 +22,22 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def architecture() -> int:
-    """The current GPU's compute capability, such as 90 for sm_90; 0 in Triton's interpreter."""
-    import triton
+@cache
+def architecture(device: torch.device) -> int:
+    """A device's compute capability, such as 90 for sm_90; 0 in Triton's interpreter. A device is
+    asked once, not at every launch."""
+    if interpreted():
+        return 0
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    import triton  # which is told of a GPU where there is none (bench.compile)
 
-    return 0 if interpreted() else triton.runtime.driver.active.get_current_target().arch
+    return triton.runtime.driver.active.get_current_target().arch
 
 
-def recorded(tiles: Mapping[int, Tile]) -> Tile:
-    """The tile of the newest architecture that the GPU has reached. Older GPUs and the interpreter
-    take the oldest one's."""
-    reached = [known for known in tiles if known <= architecture()]
+def recorded(tiles: Mapping[int, Choice], device: torch.device) -> Choice:
+    """The choice for the newest architecture that the device has reached. Older ones and the
+    interpreter take the oldest one's."""
+    reached = [known for known in tiles if known <= architecture(device)]
     return tiles[max(reached, default=min(tiles))]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastflag.model import attention, llama, products
 from fastflag.model.ops import OPS, frozen_linear, prefix_attention
@@ -20,6 +21,12 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 # Of the largest exact number: 16 roundings in fp32, a quarter of one in 16 bits.
 _EPSILON = {torch.float32: 2e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
+
+
+_WAITING = {
+    getattr(torch.ops.aten, name)
+    for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2")
+}
 
 
 @contextmanager
@@ -40,6 +47,34 @@ def poisoned() -> Iterator[None]:
         yield
 
 
+class _NoReading(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        counted = func._overloadpacket is torch.ops.aten.index and any(
+            some is not None and some.dtype == torch.bool for some in args[1]
+        )
+        if counted or func._overloadpacket in _WAITING:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """Inside, nothing may be asked of a tensor that a GPU would have to be waited for: numbers,
+    whether a condition holds, how many elements fulfil one."""
+    refused = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
+
+    def refuse(name):
+        def refused(*_, **__):
+            raise AssertionError(f"{name} waits for the device")
+
+        return refused
+
+    with pytest.MonkeyPatch.context() as patch, _NoReading():
+        for name in refused:
+            patch.setattr(torch.Tensor, name, refuse(name))
+        yield
+
+
 def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on PyTorch's operators are those of a GPU, and activations are in the dtype of the
     configuration."""
@@ -52,7 +87,7 @@ def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(llama, "activations_dtype", lambda device, dtype: dtype)
     monkeypatch.setattr(products, "product", linear)
-    for op, form in ((prefix_attention, attention.padded), (frozen_linear, multiply)):
+    for op, form in ((prefix_attention, attention.on_cuda), (frozen_linear, multiply)):
         monkeypatch.setattr(op, "_torchs", form)
         monkeypatch.setattr(op, "_chosen", {})
 

@@ -37,6 +37,23 @@ def test_it_is_the_sum_over_each_episode(data, shape, gamma, gae_lambda):
     )
 
 
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 9))
+def test_it_has_the_bits_of_numpys_sums(seed, environments, steps):
+    """Runs resume, and repeat, to the bit; also of arrays that are stored otherwise."""
+    random = np.random.default_rng(seed)
+    reward, value, next_value = random.normal(size=(3, environments, steps))
+    ends = random.random((2, steps, environments)).transpose(0, 2, 1) < 0.2
+    gamma, gae_lambda = random.random(2)
+    delta = reward + gamma * next_value * ~ends[0] - value
+    decay = gamma * gae_lambda * ~(ends[0] | ends[1])
+    expected, following = np.zeros_like(delta), np.zeros(environments)
+    for step in reversed(range(steps)):
+        following = delta[:, step] + decay[:, step] * following
+        expected[:, step] = following
+    ours = generalised_advantage(reward, value, next_value, *ends, gamma, gae_lambda)
+    assert np.array_equal(ours, expected)
+
+
 def test_a_termination_has_no_value_after_it_and_a_truncation_has():
     one = np.ones((1, 1))
     yes, no = np.ones((1, 1), bool), np.zeros((1, 1), bool)

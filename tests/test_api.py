@@ -5,10 +5,12 @@ import html
 import inspect
 import json
 import logging
+import pickle
 import re
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from commands import ROOT, unchanged
@@ -16,7 +18,7 @@ from small import DATES, TRAIN_DAYS, small_market
 
 import fastflag as ff
 from fastflag import api, cli
-from fastflag.config import DataConfig, PolicyConfig, TrainConfig, to_dict
+from fastflag.config import DataConfig, PolicyConfig, TrainConfig, to_dict, with_settings
 from fastflag.evaluate.chart import svg
 from fastflag.evaluate.figures import Figure
 
@@ -242,3 +244,70 @@ def test_a_config_of_a_run_is_what_was_trained(run, config):
     stored = ff.open(run).config
     assert isinstance(stored, TrainConfig) and stored.rollout == config.rollout
     assert ff.open(run, device="cpu", model="elsewhere").config.policy.model == "elsewhere"
+
+
+@pytest.mark.parametrize("position", ["LONG", "banana", "", None, 1])
+def test_a_position_is_flat_long_or_short(run, position):
+    with pytest.raises(ff.InputError, match="a position is flat, long or short, not"):
+        ff.open(run).decide(DATES[30], position, entry=100.0, since=DATES[28])
+
+
+def test_dates_are_what_pandas_numpy_and_python_have(run):
+    opened = ff.open(run)
+    told = opened.decide(DATES[30])
+    day = np.datetime64(DATES[30])
+    for same in (day, pd.Timestamp(day), day.item()):
+        assert opened.decide(same) == told
+    assert ff.metrics(opened.market, day) == ff.metrics(opened.market, DATES[30])
+
+
+def test_a_run_that_went_on_is_read_anew(config, tmp_path, caplog):
+    """Its policy is that of the folder's last checkpoint, and an older backtest says that it is."""
+    run = ff.train(tmp_path / "run", config)
+    before, tested = run.decide(DATES[30]), run.tested
+    longer = ff.train(run.folder, resume=True, total_timesteps=2 * config.total_timesteps)
+    assert run.decide(DATES[30]) == longer.decide(DATES[30]) != before
+    updates = tested.document["updates"]
+    assert longer.tested.document["updates"] == 2 * updates == 2 * config.steps
+    assert caplog.records == []
+    (run.folder / "backtest.json").write_text(json.dumps(tested.document))
+    assert run.tested == tested
+    (record,) = caplog.records
+    assert f"after {updates} updates, now there are {2 * updates}" in record.getMessage()
+
+
+def test_a_run_is_the_same_from_any_folder_and_in_another_process(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    opened = ff.open(run.name)
+    told = opened.decide(DATES[30])
+    monkeypatch.chdir(tmp_path)
+    assert opened.folder == run and pickle.loads(pickle.dumps(opened)) == opened
+    assert pickle.loads(pickle.dumps(opened)).decide(DATES[30]) == told
+
+
+def test_what_python_hands_over_is_checked_before_anything_is_written(config, run, tmp_path):
+    wrong = dataclasses.replace(config.algorithm, algorithm="a2c")
+    unknown = dataclasses.replace(config, algorithm=wrong)
+    refusals = {
+        "'algorithm.algorithm' must be one of": {"config": unknown},
+        "a configuration is a TrainConfig": {"config": {"num_envs": 4}},
+        "the preset 'paper' beside a config": {"config": config, "preset": "paper"},
+    }
+    for told, arguments in refusals.items():
+        with pytest.raises(ff.InputError, match=told):
+            ff.train(tmp_path / "new", **arguments)
+    for path in (None, 5, "a\0b"):
+        with pytest.raises(ff.InputError, match="a run's folder is a path"):
+            ff.open(path)
+    for where in ({"device": "tpu"}, {"symbol": 5}, {"data": None}):
+        with pytest.raises(ff.InputError, match="config key"):
+            ff.open(run, **where)
+    with pytest.raises(ff.InputError, match="a folder of its own"):
+        ff.train("/", config)
+    with pytest.raises(ff.InputError, match="unknown convention 'Standard'"):
+        ff.open(run).tested.metrics("Standard")
+    assert not (tmp_path / "new").exists()
+    values = {"num_envs": np.int64(4), "learning_rate": np.float32(0.5), "model": ROOT}
+    told = with_settings(config, values)
+    assert (told.rollout.num_envs, told.algorithm.learning_rate) == (4, 0.5)
+    assert told.policy.model == str(ROOT)

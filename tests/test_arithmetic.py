@@ -10,6 +10,7 @@ from small import small_config, small_market, write_csv
 
 from fastflag import cli
 from fastflag.config import PolicyConfig, to_dict
+from fastflag.files import InputError
 from fastflag.model import arithmetic
 from fastflag.model.arithmetic import DTYPES, Speeds, measured, resolved
 from fastflag.model.weights import open_weights
@@ -110,3 +111,45 @@ def test_doctor_shows_both_times(capsys, fast_in):
         "fp32": "1e+03 ms, 0 GFLOP/s",
         "--dtype auto": "fp32",
     }
+
+
+# torch.cuda.get_arch_list() of three wheels, as pytorch/pytorch#182250 has them, and of a build
+# for one GPU.
+CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+CU128 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "capability", "runs"),
+    [
+        (CU126, (7, 0), True),
+        (CU128, (7, 0), False),
+        (CU128, (8, 9), True),  # sm_86's code
+        (CU128, (12, 1), True),  # sm_120's
+        (CU126, (12, 0), False),
+        ([*CU126, "compute_90"], (12, 0), True),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a"], (10, 3), False),
+        (["sm_100f"], (10, 3), True),
+        (["sm_86"], (8, 0), False),
+        ([], (7, 0), True),  # what says nothing is believed
+    ],
+)
+def test_a_gpu_that_pytorch_has_no_code_for_is_told(monkeypatch, capsys, codes, capability, runs):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: codes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla")
+    assert arithmetic.device_of("cpu") == CPU
+    if runs:
+        assert arithmetic.device_of("auto") == torch.device("cuda")
+        return
+    architecture = f"sm_{capability[0]}{capability[1]}"
+    for name in ("auto", "cuda"):
+        with pytest.raises(InputError, match=f"no code for this GPU, {architecture}, but for .*sm"):
+            arithmetic.device_of(name)
+    cli.main(["doctor", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["machine"]["device"].startswith("Tesla, CUDA")
+    assert f"no code for this GPU, {architecture}" in told["machine"]["device"]
+    assert told["arithmetic"]["product"] == "256 x 576 with 576 x 1536"  # a CPU's

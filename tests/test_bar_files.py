@@ -539,3 +539,14 @@ def test_missing_bars_of_yahoo_are_those_without_a_price(cases):
     missing = np.isnan(found.close[:, 0])
     assert [str(date) for date in found.dates[missing]] == ["2019-01-29", "2019-04-18"]
     np.testing.assert_array_equal(found.close[~missing], base.close[~missing])
+
+
+def test_pandas_row_numbers_are_no_symbols(tmp_path):
+    """A frame that was filtered keeps its row numbers, which Parquet stores as a column."""
+    frame = pd.DataFrame(
+        {"date": pd.bdate_range("2024-01-01", periods=9), "open": 1.0, "close": 1.0}
+    )
+    frame = frame.assign(high=1.0, low=1.0).drop(index=[4])
+    frame.to_parquet(tmp_path / "bars.parquet")
+    market = load(DataConfig(data=f"parquet:{tmp_path / 'bars.parquet'}"))
+    assert market.symbols == ("BARS",) and len(market.dates) == 8

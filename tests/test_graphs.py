@@ -124,6 +124,49 @@ def test_what_does_not_fit_any_more_gives_its_memory_back(policies):
     assert not staged.graphs._captured and not staged._staged
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore"),
+        torch.AcceleratorError("stream capture was invalidated"),
+        ValueError(""),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_capture_that_fails_is_launched_instead_and_told_once(policies, error, caplog):
+    plain, staged = policies
+    staged.graphs._capture = lambda *_, **__: exec("raise error", {"error": error})
+    right, slopes = graded(plain, random_prompts(0))
+    for _ in range(4):
+        table, gradients = graded(staged, random_prompts(0))
+        assert relative(table.value, right.value) < 1e-5
+        for gradient, slope in zip(gradients, slopes, strict=True):
+            assert (gradient - slope).norm() <= 1e-4 * max(slope.norm(), 1e-3)
+    (told,) = (record.message for record in caplog.records)
+    problem = str(error).splitlines()[0] if str(error) else "ValueError"
+    assert told == f"CUDA graphs are off, every kernel is launched: {problem}"
+    assert not staged.graphs._captured
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_stale_streams_are_joined_for_the_capture_alone(policies, monkeypatch, fails):
+    staged, told = policies[1], []
+    monkeypatch.setattr(graphs, "_JOIN_STALE", told.append)
+    recorder = staged.graphs._capture
+
+    def capture(*arguments, **options):
+        assert told == [True]
+        if fails:
+            raise RuntimeError("no")
+        return recorder(*arguments, **options)
+
+    staged.graphs._capture = capture
+    for _ in range(3):
+        staged.evaluate(random_prompts(0))
+    assert told == [True, False]
+
+
 def test_what_a_replay_returned_outlives_the_next(policies):
     staged = policies[1]
     for _ in range(2):
@@ -202,24 +245,24 @@ def test_a_budget_counts_padded_blocks(policies, fits):
     (days, prefix, _), (rows, suffix, _) = stage.prefixes.shape, stage.suffixes.shape
     assert Stage.shape_of(prompts) == (days, prefix, rows, suffix)
     planned = plan.prefix_bytes(*shape, days, prefix, True)
-    planned += plan.suffix_bytes(*shape, rows, suffix, days, prefix, staged._fused_suffixes())
+    planned += plan.suffix_bytes(*shape, rows, suffix, days, prefix, staged._flash())
     staged.recompute = Recompute(2 * planned - (0 if fits else 2))  # half of it is kept
     staged.evaluate(prompts)
     assert (staged._staged is not None) == fits
 
 
-def test_a_budget_counts_what_composite_attention_keeps(policies, monkeypatch):
-    """PyTorch's attention is fused with a mask only where each query head has keys of its own."""
+def test_a_budget_counts_copies_where_flash_attention_takes_none(policies, monkeypatch):
     staged = policies[1]
-    assert (staged.model.heads, staged.model.kv_heads) == (4, 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(staged, "device", torch.device("cuda"))
-    assert not staged._fused_suffixes()
-    monkeypatch.setattr(staged, "model", replace(staged.model, kv_heads=4))
-    assert staged._fused_suffixes()
-    monkeypatch.setattr(staged, "model", replace(staged.model, kv_heads=2))
+    assert staged.dtype == torch.float32 and not staged._flash()
+    monkeypatch.setattr(staged, "dtype", torch.bfloat16)
+    assert staged._flash()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not staged._flash()
     monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
-    assert staged._fused_suffixes()
+    assert staged._flash()
 
 
 def test_graphs_are_for_gpus_and_asked_for_by_known_names(monkeypatch):

@@ -100,10 +100,10 @@ def test_any_shape(shape, rank):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has the tiles of its own architecture alone")
-@pytest.mark.parametrize("architecture", [89, 90, 100])
+@pytest.mark.parametrize("architecture", [89, 90, 100, 121])
 @pytest.mark.parametrize("rows", [60, 150])
 def test_every_architectures_tiles(rows, architecture, monkeypatch):
-    monkeypatch.setattr(tiles, "architecture", lambda: architecture)
+    monkeypatch.setattr(tiles, "architecture", lambda device: architecture)
     x, weight, a, b, dy = make((rows, 300, 128), 16, torch.float16)
     assert_right(x, weight, None, weight, a, b, dy)
     assert_right_in_nf4((rows, 300, 128), torch.float16)

@@ -9,14 +9,15 @@ from small import make_opinionated, small_config, small_market, small_world
 
 import fastflag.learn.rollout as rollout_module
 from fastflag.config import AlgorithmConfig
-from fastflag.learn.batch import Branches, start_accounts
-from fastflag.learn.lesson import _of_every_action, advantages, estimate
+from fastflag.learn.batch import Batch, Branches, start_accounts
+from fastflag.learn.lesson import _samples, advantages, estimate
 from fastflag.learn.objective import loss_of
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
 from fastflag.learn.samples import Before, Samples
 from fastflag.market.accounts import Accounts
 from fastflag.market.schedule import schedule
+from fastflag.market.task import Steps
 from fastflag.policy.heads import masked_log_softmax
 from fastflag.policy.table import Table
 
@@ -57,7 +58,7 @@ def learnt(logits, table, points, config):
     chosen = table.log_probabilities[samples.row], table.value[samples.row]
     loss, statistics = loss_of(*chosen, samples, config)
     gradients = torch.autograd.grad(loss, (logits, table.value), retain_graph=True)
-    return [loss, *gradients], statistics
+    return [loss, *gradients], {name: scalar.item() for name, scalar in statistics.items()}
 
 
 @pytest.mark.parametrize("norm_adv", [True, False])
@@ -232,10 +233,81 @@ def test_minibatches_of_all_actions_teach_on_average_what_the_whole_does():
 def test_after_an_action_that_ruins_there_is_no_value():
     table = Table(torch.zeros(2, 3).log_softmax(-1), torch.tensor([0.5, 2.0]), None)
     branches = Branches(
-        next_row=np.array([[[0, 1, 1]]]),
+        next_row=np.array([[[0, 1, 1]]], np.int32),
         reward=np.array([[[0.1, 0.2, -1.0]]]),
         terminated=np.array([[[False, False, True]]]),
     )
-    advantage = _of_every_action(table, np.array([[0]]), branches, AlgorithmConfig(gamma=0.9))
+    steps = Steps.empty(1, 1)
+    steps.valid[:] = True
+    batch = Batch(None, torch.zeros(2, 3), steps, np.zeros((1, 1)), np.zeros((1, 1)), branches)
+    samples = _samples(table, batch, np.zeros((1, 1)), AlgorithmConfig(gamma=0.9))
     expected = [0.1 + 0.9 * 0.5 - 0.5, 0.2 + 0.9 * 2.0 - 0.5, -1.0 - 0.5]
-    np.testing.assert_allclose(advantage[0, 0], expected, rtol=1e-12)
+    np.testing.assert_allclose(samples.advantage, expected, rtol=1e-12)
+
+
+# What is compiled, against NumPy, bit for bit: runs resume, and repeat, to the bit.
+
+
+@given(seed=st.integers(0, 2**31), environments=st.integers(1, 7), steps=st.integers(1, 5))
+def test_every_action_is_in_the_order_and_bits_of_numpy(seed, environments, steps):
+    random, shape = np.random.default_rng(seed), (environments, steps)
+    table = table_of(random)[1]
+    batch = Batch(
+        None,
+        torch.zeros(ROWS, ACTIONS),
+        Steps(
+            random.integers(0, ROWS, shape, np.int32),
+            random.integers(0, ROWS, shape, np.int32),
+            random.integers(0, ACTIONS, shape, np.int8),
+            random.normal(size=shape),
+            random.random(shape) < 0.2,
+            random.random(shape) < 0.7,
+        ),
+        np.zeros(shape),
+        np.zeros(shape, bool),
+        Branches(
+            random.integers(0, ROWS, (*shape, ACTIONS), np.int32),
+            random.normal(size=(*shape, ACTIONS)),
+            random.random((*shape, ACTIONS)) < 0.2,
+        ),
+    )
+    advantage, gamma = random.normal(size=shape), random.random()
+    samples = _samples(table, batch, advantage, AlgorithmConfig(gamma=gamma))
+    value, branches, flat = table.values, batch.branches, batch.steps.valid.T
+    following = gamma * value[branches.next_row] * ~branches.terminated
+    ways = branches.reward + following - value[batch.steps.row][..., None]
+    row = batch.steps.row.T[flat]
+    probability = table.probabilities[row]
+    possible = probability.astype(np.float32) > 0
+    step, action = np.nonzero(possible)
+    expected = {
+        "row": row[step],
+        "action": action,
+        "weight": probability[possible],
+        "advantage": ways.swapaxes(0, 1)[flat][possible],
+        "target": (advantage.T[flat] + value[row])[step],
+        "old_log_probability": table.detached[row[step], action],
+    }
+    for name, column in expected.items():
+        assert np.array_equal(samples.columns()[name], column), name
+
+
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 200))
+def test_sums_are_numpys_bincounts_to_the_bit(seed, count):
+    random = np.random.default_rng(seed)
+    points = points_of(random, table_of(random)[1], count)
+    spread = random.random((2, count))
+    points = dataclasses.replace(points, advantage_spread=spread[0], target_spread=spread[1])
+    added = points.added_up()
+    key = points.row * ACTIONS + points.action
+    weight = np.bincount(key, points.weight)
+    kept = np.flatnonzero(weight)
+    assert np.array_equal(added.row * ACTIONS + added.action, kept)
+    assert np.array_equal(added.weight, weight[kept])
+    for name in ("advantage", "target"):
+        numbers, before = points.columns()[name], points.columns()[f"{name}_spread"]
+        mean = np.bincount(key, points.weight * numbers) / np.where(weight > 0, weight, 1)
+        square = points.weight * (numbers - mean[key]) ** 2
+        assert np.array_equal(added.columns()[name], mean[kept])
+        of_all = np.bincount(key, before + square)[kept]
+        assert np.array_equal(added.columns()[f"{name}_spread"], of_all)

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fastflag.config import PolicyConfig, PromptConfig, SimulatorConfig
 from fastflag.market.compiled.constants import CODES
 from fastflag.market.planted import planted_market
-from fastflag.model import attention
+from fastflag.model import attention, packed_attention
 from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.llama import rotary_tables
 from fastflag.model.model_config import ModelConfig
@@ -393,10 +393,10 @@ def assert_close(ours, theirs):
 )
 @pytest.mark.parametrize("made_of", ["days", "block"])
 @pytest.mark.parametrize("queries", ["all", "last"])
-def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
+def test_all_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
     queries, made_of, counts
 ):
-    """Values and gradients, token by token in fp64; the CUDA form too gives them on a CPU."""
+    """Values and gradients, token by token in fp64; the CUDA forms too give them on a CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -416,7 +416,7 @@ def test_both_forms_of_prefix_attention_are_a_softmax_over_prefix_and_suffix(
     leaves = [query, *own, *(tensor for pair in prefixes for tensor in pair)]
     weight = torch.randn(query.shape, generator=generator, dtype=torch.float64)
     made = []
-    for attend in (attention.by_tiles, attention.padded):
+    for attend in (attention.by_tiles, attention.padded, packed_attention.packed):
         shared = Prefixes([tuple(side[None] for side in pair) for pair in prefixes], lengths)
         if made_of == "block":  # longer than any prefix, as a stage's
             longer = (functional.pad(side, (0, 0, 0, 11), value=9.0) for side in shared.whole)

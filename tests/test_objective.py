@@ -142,7 +142,7 @@ def test_losses_are_the_formulas(config, seed):
     assert loss.item() == pytest.approx(expected, rel=1e-10)
     assert 0 < parts["clip_fraction"] < 1
     for name, part in parts.items():
-        assert statistics[name] == pytest.approx(part, rel=1e-6, abs=1e-12), name
+        assert statistics[name].item() == pytest.approx(part, rel=1e-6, abs=1e-12), name
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastflag.files import InputError
+from fastflag.kernels import compiler
 from fastflag.model import ops
 from fastflag.model.ops import Op
 from fastflag.policy import graphs
@@ -40,12 +41,37 @@ def test_the_environment_decides_against_the_evidence(hopper, monkeypatch):
     assert ops.rms_norm.choice(GPU).implementation == "triton"
     assert ops.rms_norm.choice(GPU).evidence == "none"
     monkeypatch.setenv("FASTFLAG_KERNELS", "fast")
-    with pytest.raises(InputError, match="not auto, triton or torch"):
+    with pytest.raises(InputError, match="fast is not auto, triton"):
         ops.rms_norm.choice(GPU)
 
 
+def test_the_environment_names_ops(hopper, monkeypatch):
+    monkeypatch.setitem(ops._PROVEN, "rotate", {90: "1.4 x, H100"})
+    monkeypatch.setenv("FASTFLAG_KERNELS", "triton:rms_norm,swiglu")
+    taken = {op.name for op in ops.OPS if op.choice(GPU).implementation == "triton"}
+    assert taken == {"rms_norm", "swiglu"}
+    assert ops.rotate.choice(GPU).reason == "FASTFLAG_KERNELS=triton:rms_norm,swiglu"
+    for words in ("triton:", "triton:rms_norm,norm", "torch:rms_norm", "auto:rms_norm"):
+        monkeypatch.setenv("FASTFLAG_KERNELS", words)
+        with pytest.raises(InputError, match="FASTFLAG_KERNELS"):
+            ops.rms_norm.choice(GPU)
+
+
+def test_older_gpus_take_no_kernel_with_a_matrix_product(hopper, monkeypatch):
+    monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
+    for capability, refused in (
+        ((7, 5), {"nf4_linear", "lora_linear", "prefix_attention"}),
+        ((8, 0), set()),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        choices = {op.name: op.choice(GPU) for op in ops.OPS if op._triton}
+        told = {name: c.reason for name, c in choices.items() if c.implementation != "triton"}
+        assert {*told} == refused
+        assert all("sm_75, only from sm_80 on" in reason for reason in told.values())
+
+
 def test_without_triton_there_is_pytorch(hopper, monkeypatch):
-    monkeypatch.setattr(ops, "HAS_TRITON", False)
+    monkeypatch.setattr(ops, "unusable", lambda device: "Triton is not installed")
     choice = ops.rms_norm.choice(GPU)
     assert (choice.implementation, choice.reason) == ("torch", "Triton is not installed")
     monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
@@ -55,10 +81,13 @@ def test_without_triton_there_is_pytorch(hopper, monkeypatch):
 
 def test_kernels_are_not_asked_for_in_vain(monkeypatch):
     monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
-    monkeypatch.setattr(ops, "interpreted", lambda: False)
-    with pytest.raises(InputError, match="there is no GPU"):
+    monkeypatch.setattr(compiler, "interpreted", lambda: False)
+    compiler.unusable.cache_clear()
+    with pytest.raises(InputError, match=r"there is no GPU.*TRITON_INTERPRET=1"):
         ops.rms_norm.choice(CPU)
-    monkeypatch.setattr(ops, "interpreted", lambda: True)
+    monkeypatch.undo()
+    compiler.unusable.cache_clear()
+    monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
     assert ops.rms_norm.choice(CPU).implementation == "triton"
 
 

@@ -50,6 +50,7 @@ def test_what_is_left_out_has_its_default():
     ("text", "told"),
     [
         ("day=3", "unknown 'day' (known: days, seed, shuffled, drift, symbols), planted:day=3"),
+        ("days=5,days=6", "days is there twice, planted:days=5,days=6"),
         ("days=x", "days can't be 'x', planted:days=x"),
         ("days=", "days can't be ''"),
         ("days=-5", "days can't be '-5'"),

@@ -74,7 +74,10 @@ def test_its_commands_are_commands(tmp_path, monkeypatch):
     assert len(lines) >= 5
     for line in lines:
         assert command_of(line.split()) is not None
-    for source in {*re.findall(r"planted:[\w=,.]*", README)}:
+    written = README + "".join(
+        (ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "RESULTS.md")
+    )
+    for source in {*re.findall(r"planted:[\w=,.]*", written)}:
         assert len(load(DataConfig(data=source)).dates) >= 2
 
 
@@ -90,3 +93,13 @@ def test_the_rooms_are_there():
         for name in re.findall(r"`([\w/]+\.py)`", examples):
             places = [ROOT / room / name, ROOT / "fastflag/market" / name, ROOT / "fastflag" / name]
             assert any(place.is_file() for place in places), name
+
+
+def test_every_file_is_in_the_tree():
+    """CONTRIBUTING names each module where it lists the files."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("## The house")[2].partition("`market` and `prompt` import")[0]
+    named = {*re.findall(r"\w+", tree)}
+    for folder in ("fastflag", "bench/measure", "bench/rivals"):
+        stems = {path.stem for path in (ROOT / folder).rglob("*.py")}
+        assert {stem for stem in stems if not stem.startswith("__")} <= named

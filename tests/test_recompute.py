@@ -175,6 +175,31 @@ def test_it_goes_on_while_any_pass_can_be_cut():
     assert sizes[-2:] == [2, 1] and sizes[:2] == [8, 1]
 
 
+def test_memory_of_others_is_given_back_before_anything_is_cut(caplog):
+    """Also where nothing can be cut, and once what was given back is all there was."""
+    free, asked = [5 * 2**20, 2**20], []
+    recompute = Recompute(0, lambda: free.pop(0) if free else 0)
+
+    def attempt(divisible):
+        asked.append(recompute._budget)
+        recompute.restart()
+        if divisible:
+            recompute.run(lambda part: None, 4, lambda rows: rows)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for divisible, attempts in ((False, 3), (True, 1)):
+        with pytest.raises(torch.OutOfMemoryError), torch.enable_grad():
+            recompute.attempt(lambda: attempt(divisible))  # noqa: B023
+        assert asked[:attempts] == [torch.inf] * attempts and not free
+        del asked[:attempts]
+    told = [record.message for record in caplog.records]
+    assert told[:2] == [
+        f"out of memory: {megabytes} MB of frozen activations are given back"
+        for megabytes in (5, 1)
+    ]
+    assert told[2].startswith("out of memory: going on with --memory-budget")
+
+
 def test_what_is_committed_is_not_done_again():
     recompute, log = Recompute(0), []
 

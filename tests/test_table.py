@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from models import EXACT, last_states, prompt_set, relative, texts, tiny
+from precision import compute_as_on_a_gpu
 from small import make_opinionated
 from torch.nn.utils import rnn
 
@@ -150,7 +151,7 @@ def wide(tmp_path_factory):
 def test_trunk_activations_have_the_same_bits_whatever_they_are_batched_with(
     wide, dtype, monkeypatch
 ):
-    monkeypatch.setattr(trunk_module, "_PROMPTS", 32)
+    monkeypatch.setattr(trunk_module, "_TOKENS", 32 * 16)
     policy = made(wide, dtype=dtype, trunk_weights="nf4", trunk_cache_mb=0, trunk_disk_mb=0)
     prefixes = texts((1, 153, 7, 158, 155, 170), 2)
     suffixes = texts([*range(1, 25), 33, 40, *[14] * 30], 3)
@@ -170,6 +171,21 @@ def test_trunk_activations_have_the_same_bits_whatever_they_are_batched_with(
             if day > 0:
                 old = {1: 2, 2: 1}[int(day)] * len(suffixes) + texts_of[text]
                 assert torch.equal(some_states[row], states[old]), (count, row)
+
+
+def test_a_gpus_passes_are_larger_and_keep_views(wide, monkeypatch):
+    """In a GPU's parts, and with views of them in the cache, the activations are the same."""
+    compute_as_on_a_gpu(monkeypatch)
+    prompts = prompt_set(texts((7, 20, 31, 40), 2), texts([3, 8, *range(11, 25), 40, 46], 3))
+    plain = captured(made(wide, trunk_disk_mb=0), prompts)
+    monkeypatch.setattr(trunk_module, "_TOKENS", 64)
+    policy = made(wide, trunk_disk_mb=0)
+    policy.trunk._on_gpu, policy.trunk._tokens = True, 10**6
+    for _ in range(2):  # from the cache too
+        for ours, theirs in zip(captured(policy, prompts), plain, strict=True):
+            assert len(ours) == len(theirs) > 0
+            for one, other in zip(ours, theirs, strict=True):
+                assert relative(one, other) < 1e-5
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -65,6 +65,19 @@ def test_without_a_budget_nothing_is_kept():
     assert cache.get(b"a") is None and cache.used_bytes == 0
 
 
+def test_a_cache_that_is_shrunk_keeps_a_quarter_and_stays_small(monkeypatch):
+    monkeypatch.setattr(trunk_cache, "_LEAST_SHRUNK", 2048)
+    cache = TrunkCache(10**6)
+    for value in range(8):
+        cache.put(b"key%d" % value, kilobyte(value))
+    assert cache.shrink() == 6 * 1024
+    assert [value for value in range(8) if cache.get(b"key%d" % value)] == [6, 7]
+    cache.put(b"new", kilobyte(9))
+    assert cache.get(b"key6") is None and cache.used_bytes == cache.budget_bytes == 2048
+    assert cache.shrink() == 2048  # nothing fits into 512 bytes
+    assert cache.shrink() == 0
+
+
 # In files
 
 CPU = torch.device("cpu")

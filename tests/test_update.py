@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from precision import compute_as_on_a_gpu, never_waiting
 from small import make_opinionated, small_config, small_market, small_world
 
 from fastflag.files import InputError
@@ -16,10 +17,12 @@ from fastflag.learn.update import (
     STATISTICS,
     _gather,
     _minibatches,
+    _steps,
     make_optimizer,
     set_learning_rates,
     update,
 )
+from fastflag.policy import graphs
 from fastflag.policy.heads import Reference, Statistics
 from fastflag.policy.table import Table
 from fastflag.prompt.prompts import PromptSet
@@ -381,6 +384,87 @@ def test_a_gradient_that_is_not_finite_is_refused_before_the_step(tiny_model):
         run.update()
     for parameter, old in zip(run.policy.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
+
+
+def fused(optimizer):
+    """The optimiser of a GPU in the place of a CPU's."""
+    groups = [group | {"fused": True} for group in optimizer.param_groups]
+    return torch.optim.AdamW(groups, eps=1e-5, fused=True)
+
+
+def test_a_fused_step_is_refused_on_the_device(tiny_model):
+    """A GPU is told not to step, and the update says so once all is read."""
+    run = Run(tiny_model)
+    run.optimizer = fused(run.optimizer)
+    run.update()
+    run.collect(1)
+    before = [p.detach().clone() for p in run.policy.parameters()]
+    run.lesson.samples.advantage[0] = np.inf
+    with pytest.raises(InputError, match="not finite"):
+        run.update()
+    for parameter, old in zip(run.policy.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
+@pytest.mark.parametrize("head", ["linear", "lm"])
+@pytest.mark.parametrize("minibatch", [0, 7])
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+def test_gradient_steps_never_wait_for_the_device(
+    tiny_model, monkeypatch, head, minibatch, algorithm
+):
+    """From the table to the last of several steps, by a GPU's operators and optimiser."""
+    compute_as_on_a_gpu(monkeypatch)
+    run = Run(
+        tiny_model,
+        batches=0,
+        policy__head=head,
+        algorithm__algorithm=algorithm,
+        algorithm__minibatch_size=minibatch,
+        algorithm__update_epochs=2 if algorithm == "ppo" else 1,
+    )
+    run.optimizer = fused(run.optimizer)
+    run.policy.graphs = graphs.Graphs(run.policy._evaluate_stage, run.policy.top, None)
+    monkeypatch.setattr("fastflag.learn.rollout._speculates", lambda *_: False)
+    run.collect(0)
+    rows = run.lesson.samples.row
+    with never_waiting():
+        assert run.policy.lies_ready(run.lesson.prompts)
+        taken = run.policy, run.optimizer, run.table, run.lesson, rows, run.algorithm, 1
+        _, history = _steps(*taken)
+    assert len(history) == run.algorithm.update_epochs * (
+        -(-len(run.lesson.samples) // minibatch) if minibatch else 1
+    )
+    assert torch.stack(history).isfinite().all()
+
+
+def test_gradients_are_never_added_up_over_backward_passes(tiny_model, monkeypatch):
+    """A replayed backward pass hands out buffers that the next one writes over."""
+    run, backward, passes = Run(tiny_model, algorithm__update_epochs=3), torch.Tensor.backward, []
+
+    def watched(loss):
+        assert all(parameter.grad is None for parameter in run.policy.parameters())
+        passes.append(backward(loss))
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    run.update()
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: x.item(),
+        lambda x: x.tolist(),
+        lambda x: x if x > 0 else -x,
+        lambda x: float(x),
+        lambda x: x.repeat(2)[x.repeat(2) > 0],
+        lambda x: x.cpu(),
+        lambda x: torch.full((1,), x),
+    ],
+)
+def test_what_waits_for_the_device_is_told(ask):
+    with pytest.raises(AssertionError, match="waits"), never_waiting():
+        ask(torch.ones(()))
 
 
 def quantised(values, codes):

@@ -50,6 +50,8 @@ class Memory:
 
     device: str
     random: bool = True
+    whole: bool = False
+    """Random whole numbers, whose products and sums are whole and small: exact in any order."""
     rows: int = DAYS * SUFFIXES * SUFFIX
     """Tokens of a batch."""
 
@@ -58,12 +60,25 @@ class Memory:
     ) -> Tensor:
         if not self.random:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        return torch.randn(shape, device=self.device).mul_(scale).to(dtype)
+        numbers = torch.randn(shape, device=self.device)
+        if self.whole and scale < 1:  # a matrix': a few of each row are -1 or 1
+            kept = torch.rand(shape, device=self.device) < (4 * scale) ** 2
+            return numbers.sign_().mul_(kept).to(dtype)
+        numbers.mul_(scale)
+        return (numbers.round_() if self.whole else numbers).to(dtype)
 
     def below(self, limit: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Whole numbers from 0."""
         high = limit if self.random else 1
         return torch.randint(high, shape, device=self.device).to(dtype)
+
+    def packed(self, count: int) -> Tensor:
+        """Bytes of two NF4 numbers each, the whole ones alone, which are -1, 0 and 1, if asked."""
+        if not self.whole:
+            return self.below(256, count, dtype=torch.uint8)
+        of_whole = torch.tensor([0, 7, 15], dtype=torch.uint8, device=self.device)
+        high, low = (of_whole[self.below(3, count)] for _ in range(2))
+        return 16 * high + low
 
 
 Inputs = dict[str, Any]
@@ -153,7 +168,7 @@ def _nf4(model: Model, memory: Memory) -> Inputs:
     """The MLP's gate, which is the largest kind of matrix."""
     numbers = model.inner * model.width
     return {
-        "packed": memory.below(256, numbers // 2, dtype=torch.uint8),
+        "packed": memory.packed(numbers // 2),
         "absmax": memory.normal(numbers // 64, dtype=torch.float32).abs(),
     }
 
@@ -217,7 +232,7 @@ def _prefix_attention(
     first = torch.tensor(places, dtype=torch.int32, device=memory.device).repeat(prompts)
     starts = torch.linspace(0, suffixes, days + 1, device=memory.device).int()
     lengths = torch.full((days,), PREFIX, dtype=torch.int32, device=memory.device)
-    return {
+    inputs = {
         "query": heads(suffixes, model.heads, queries),
         **dict(zip(("key", "value"), shared, strict=True)),
         "lengths": lengths,
@@ -225,6 +240,26 @@ def _prefix_attention(
         **dict(zip(("own_key", "own_value"), own, strict=True)),
         "first": first,
     }
+    if memory.whole:
+        _point(inputs)
+    return inputs
+
+
+def _point(inputs: Inputs) -> None:
+    """Makes each query 1,024 times one of the keys that it sees, which are -1, 0 and 1: that key's
+    score is far above all others, and its value comes out to the bit."""
+    for name in ("key", "own_key"):
+        inputs[name] = inputs[name].sign()
+    query, key = inputs["query"], inputs["key"]
+    device, (count, heads, queries, _) = query.device, query.shape
+    suffix = torch.arange(count, device=device)[:, None, None]
+    group = torch.arange(heads, device=device)[:, None] // (heads // key.shape[1])
+    day = torch.searchsorted(inputs["starts"][1:], suffix.int(), right=True)
+    place = torch.randint(key.shape[2], (count, heads, queries), device=device)
+    itself = inputs["first"].long()[:, None, None] + torch.arange(queries, device=device)
+    shared, own = key[day, group, place], inputs["own_key"][suffix, group, itself]
+    chosen = torch.rand(count, heads, queries, 1, device=device) < 0.5
+    query.copy_(1024 * torch.where(chosen, shared, own))
 
 
 def _action_terms(memory: Memory) -> Inputs:

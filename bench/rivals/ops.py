@@ -34,11 +34,13 @@ class Provider:
     """None where the provider has nothing for such inputs; raises Absent."""
     note: str = ""
     differentiable: bool = True
+    to_the_bit: bool = False
+    """Whether sums of small whole numbers must come out exact, which they are in any order."""
 
 
 def providers(case: Case, launch: bool) -> list[Provider]:
     """All that there can be for a case; kernels only with `launch`."""
-    kernel = [Provider("triton", lambda case, inputs: case.op)]
+    kernel = [Provider("triton", lambda case, inputs: case.op, to_the_bit=True)]
     return [*(kernel if launch else []), *_EVERYWHERE, *_OTHERS[case.name]]
 
 

@@ -29,8 +29,8 @@ def from_run(
 ) -> TrainConfig:
     """The settings in a run's config.json, as `from_dict` reads them, without what else it says.
 
-    A run writes all its settings: one that it lacks is younger than the run, which did what was
-    done before there was a choice.
+    A run writes all its settings. One that is not there came after the run, which behaved as with
+    dividends=cash.
     """
     values = {key: value for key, value in document.items() if key not in ("fastflag", "market")}
     simulator = dataclasses.replace(base.simulator, dividends="cash")
@@ -49,8 +49,15 @@ def with_settings(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     nested: dict[str, Any] = {}
     for name, value in settings.items():
         place = nested.setdefault(sections[name], {}) if name in sections else nested
-        place[name] = value
+        place[name] = _plain(value)
     return from_dict(nested, "settings", base)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and words, and paths, as JSON has them."""
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def base_of(run: Path, preset: str, resume: bool) -> TrainConfig:

@@ -139,7 +139,8 @@ class AlgorithmConfig(Checked):
     algorithm: Literal["ppo", "reinforce"] = "ppo"
     """Policy gradient: PPO, or REINFORCE with a value baseline."""
     estimator: Literal["sampled", "all-actions"] = "sampled"
-    """Advantages of the actions that were drawn, or of all, by one step of each and the value."""
+    """sampled: GAE's advantages of the actions drawn. all-actions: r + gamma V(s') - V(s) of every
+    allowed action, each stepped once in the simulator, without the noise of drawing one."""
     learning_rate: NotNegative = 5e-4
     """Learning rate of the heads."""
     layer_learning_rate: NotNegative = 5e-5

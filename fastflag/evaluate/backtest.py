@@ -13,9 +13,12 @@ import numpy as np
 
 from fastflag.config import TrainConfig
 from fastflag.evaluate.episodes import Chooser, Episodes, greedy, run_episodes, sampler
+from fastflag.evaluate.pooled import pooled
 from fastflag.files import InputError, write_atomic
-from fastflag.market.bars import Market, days_of, split_days
+from fastflag.learn.run import learnt_symbols
+from fastflag.market.bars import Market
 from fastflag.market.metrics import CONVENTIONS, metrics
+from fastflag.market.periods import days_of, split_days
 from fastflag.market.tasks.baselines import fixed_action_equity, random_equities
 from fastflag.market.tasks.single import BUY
 from fastflag.policy.table import Policy
@@ -26,8 +29,8 @@ RANDOM_EPISODES = 1000
 _SAMPLED = 0x5A3B_1E00_0000
 
 
-def period_days(market: Market, config: TrainConfig, split: str) -> range:
-    """The days of a split: train, test, or START..END.
+def period_of(market: Market, config: TrainConfig, split: str) -> str:
+    """The dates START..END of a split: train, test, or START..END.
 
     Raises InputError for another word, and for dates outside the data.
     """
@@ -40,7 +43,7 @@ def period_days(market: Market, config: TrainConfig, split: str) -> range:
         raise InputError(f"{split!r} is neither train, test nor START..END, --split")
     if len(days) < 2:
         raise InputError(f"a backtest needs two days, --split {split}")
-    return days
+    return f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
 
 
 def _first_greedy(others: Chooser) -> Chooser:
@@ -54,21 +57,42 @@ def _first_greedy(others: Chooser) -> Chooser:
 def backtest(
     policy: Policy,
     world: World,
-    market: Market,
     config: TrainConfig,
     split: str,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Any]:
-    """The document that RUN/backtest.json holds. Raises InputError as `period_days` does."""
-    days = period_days(market, config, split)
+    """The document that RUN/backtest.json holds: of one symbol, or of several as `pooled` has them,
+    on training days without those that are held out whole. Raises InputError as `period_of` and
+    `World.within` do."""
+    spans = world.within(period_of(world.market, config, split), "--split")
+    learnt = learnt_symbols(config, world.market)
+    some = world.market.symbols if split != "train" else learnt
+    documents = [
+        _of_symbol(policy, world, symbol, span, config, split, track)
+        for symbol, span in zip(world.market.symbols, spans, strict=True)
+        if symbol in some
+    ]
+    return documents[0] if len(documents) == 1 else pooled(documents, learnt, world.market.calendar)
+
+
+def _of_symbol(
+    policy: Policy,
+    world: World,
+    symbol: str,
+    days: range,
+    config: TrainConfig,
+    split: str,
+    track: Callable[[Iterable[int]], Iterable[int]],
+) -> dict[str, Any]:
+    """One symbol's, alone with the policy at its moments `days`."""
     episodes = config.backtest_episodes
     chooser = _first_greedy(sampler(world.seed ^ _SAMPLED, episodes))
     both = run_episodes(policy, world, days, 1 + episodes, chooser, track)
     best, sampled = both.part(slice(0, 1)), both.part(slice(1, None))
     random = random_equities(world.task, days, RANDOM_EPISODES, world.seed)
     held = fixed_action_equity(world.task, days, BUY)
-    dates = market.dates[days.start : days.stop]
-    calendar = market.calendar
+    dates = world.dates(days)
+    calendar = world.market.each[world.market.column(symbol)].calendar
 
     def all_metrics(equity: np.ndarray) -> dict[str, dict[str, Any]]:
         return {name: _finite(metrics(equity, name, calendar)) for name in CONVENTIONS}
@@ -78,7 +102,7 @@ def backtest(
     sharpes = np.array([_sharpe(metrics(equity, "standard", calendar)) for equity in random])
     sampled_sharpes = [_sharpe(entry["standard"]) for entry in sampled_metrics]
     return {
-        "symbol": world.prompter.symbol,
+        "symbol": symbol,
         "action_names": list(world.task.actions),
         "split": split,
         "start": str(dates[0]),
@@ -92,8 +116,8 @@ def backtest(
         "dates": [str(date) for date in dates],
         "close": [_number(price) for price in world.task.bars.close[days.start : days.stop]],
         "news": {
-            str(market.dates[day]): list(headlines)
-            for day in days
+            str(date): list(headlines)
+            for day, date in zip(days, dates, strict=True)
             if (headlines := sum(world.prompter.headlines(day), ()))
         },
         "policies": {

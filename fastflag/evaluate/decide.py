@@ -31,6 +31,8 @@ def decide(
     are accounted for. Raises InputError for a day that is not in the data, and for a position that
     is not told whole or can't be held.
     """
+    if position not in ("flat", "long", "short"):
+        raise InputError(f"a position is flat, long or short, not {position!r}, --position")
     day = _day(market, date, "--date")
     if entry and not LEAST <= entry <= MOST:
         raise InputError(f"not a price ({LEAST:g} to {MOST:g}), --entry {entry}")

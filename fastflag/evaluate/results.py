@@ -5,7 +5,9 @@ pandas is imported by what makes a table.
 
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from fastflag.files import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,6 +27,9 @@ class Backtest:
         volatility and drawdown in percent; how each is defined by a convention is in the README."""
         import pandas
 
+        if convention not in get_args(Convention):
+            known = ", ".join(get_args(Convention))
+            raise InputError(f"unknown convention {convention!r}, one of {known} is expected")
         policies = self.document["policies"]
         rows = {name: policy["metrics"][convention] for name, policy in policies.items()}
         sampled = self.document["sampled"]["metrics"][convention]
@@ -139,7 +144,7 @@ class MemoryPlan:
     model: str
     parts: dict[str, int]
     total: int
-    total_without_fused_attention: int
+    total_without_flash_attention: int
 
     def to_frame(self) -> "DataFrame":
         """A row a part, then the totals."""
@@ -147,7 +152,7 @@ class MemoryPlan:
 
         totals = {
             "total": self.total,
-            "total_without_fused_attention": self.total_without_fused_attention,
+            "total_without_flash_attention": self.total_without_flash_attention,
         }
         return pandas.DataFrame({"bytes": {**self.parts, **totals}}).rename_axis("part")
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from fastflag.learn.sums import advantages_nb
+
 
 def generalised_advantage(
     reward: np.ndarray,
@@ -18,14 +20,12 @@ def generalised_advantage(
     `next_value` is the value of the state a step led to, before any restart. A termination has no
     value after it; a truncation keeps it and ends the sum, as the end of the batch does.
     """
-    delta = reward + gamma * next_value * ~terminated - value
-    decay = gamma * gae_lambda * ~(terminated | truncated)
-    advantage = np.zeros_like(delta)
-    following = np.zeros(delta.shape[0])
-    for step in reversed(range(delta.shape[1])):
-        following = delta[:, step] + decay[:, step] * following
-        advantage[:, step] = following
-    return advantage
+    # Step by step, as a rollout stores them.
+    columns = [np.ascontiguousarray(some.T) for some in (reward, value, next_value)]
+    ends = [np.ascontiguousarray(some.T) for some in (terminated, truncated)]
+    advantage = np.empty(columns[0].shape)
+    advantages_nb(*columns, *ends, float(gamma), float(gamma * gae_lambda), advantage)
+    return advantage.T
 
 
 def explained_variance(

@@ -67,6 +67,11 @@ def write_checkpoint(
             old.unlink()
 
 
+def read_step(run: Path) -> int:
+    """How many updates a run's checkpoint has. Raises InputError where there is none."""
+    return int(read_json(run / "checkpoint" / "state.json")["step"])
+
+
 def read_checkpoint(run: Path) -> Checkpoint:
     """Raises InputError for a checkpoint that is missing, truncated, damaged or malformed."""
     state_file = run / "checkpoint" / "state.json"

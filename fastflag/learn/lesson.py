@@ -19,6 +19,7 @@ from fastflag.config import AlgorithmConfig
 from fastflag.learn.advantage import generalised_advantage
 from fastflag.learn.batch import Batch, Branches, Phase
 from fastflag.learn.samples import Before, Samples
+from fastflag.learn.sums import every_action_nb
 from fastflag.policy.table import Table
 from fastflag.prompt.prompts import PromptSet
 
@@ -52,7 +53,7 @@ def estimate(
 
 def advantages(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarray:
     """The batch's advantages by GAE, [B, H]; values are the table's."""
-    value, steps = _values(table), batch.steps
+    value, steps = table.values, batch.steps
     return generalised_advantage(
         steps.reward,
         value[steps.row],
@@ -64,10 +65,6 @@ def advantages(table: Table, batch: Batch, config: AlgorithmConfig) -> np.ndarra
     )
 
 
-def _values(table: Table) -> np.ndarray:
-    return table.value.detach().double().cpu().numpy()
-
-
 def _samples(
     table: Table, batch: Batch, advantage: np.ndarray, config: AlgorithmConfig
 ) -> Samples[np.ndarray]:
@@ -75,30 +72,37 @@ def _samples(
     steps, valid = batch.steps, batch.steps.valid.T
 
     def flat(values: np.ndarray) -> np.ndarray:
-        return values.swapaxes(0, 1)[valid]
+        return values.T[valid]
 
-    row, action, log_probability = flat(steps.row), flat(steps.action), flat(batch.log_probability)
-    weight, advantage = np.ones(len(row)), flat(advantage)
-    target = advantage + _values(table)[row]
+    before = Before(table.value.detach(), batch.initial)
     if batch.branches is not None:
-        # [steps, A]; the value's target stays that of the step that was taken.
-        probability, advantage = (
-            table.probabilities[row],
-            flat(_of_every_action(table, batch.steps.row, batch.branches, config)),
-        )
-        possible = probability.astype(np.float32) > 0
-        (step, action), weight = np.nonzero(possible), probability[possible]
-        row, advantage, target = row[step], advantage[possible], target[step]
+        row, action, numbers = _of_every_action(table, batch, batch.branches, advantage, config)
+        weight, advantage, target = numbers
         log_probability = table.detached[row, action]
-    none, before = np.zeros(len(row)), Before(table.value.detach(), batch.initial)
+    else:
+        row, action = flat(steps.row), flat(steps.action)
+        weight, advantage = np.ones(len(row)), flat(advantage)
+        target = advantage + table.values[row]
+        log_probability = flat(batch.log_probability)
+    none = np.zeros(len(row))
     return Samples(row, action, weight, advantage, none, target, none, log_probability, before)
 
 
 def _of_every_action(
-    table: Table, row: np.ndarray, branches: Branches, config: AlgorithmConfig
-) -> np.ndarray:
-    """r + gamma V(s') - V(s) of every action [B, H, A] in the states `row` [B, H]: of one that was
-    not taken, nothing more is known of what comes after than the value."""
-    value = _values(table)
-    following = config.gamma * value[branches.next_row] * ~branches.terminated
-    return branches.reward + following - value[row][..., None]
+    table: Table, batch: Batch, branches: Branches, advantage: np.ndarray, config: AlgorithmConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, actions and numbers [3, N] of samples: weights, r + gamma V(s') - V(s), and targets,
+    which stay those of the step that was taken. Of an action that was not, nothing more is known of
+    what comes after than the value."""
+    steps, value, probability = batch.steps, table.values, table.probabilities
+    most = int(steps.valid.sum()) * probability.shape[1]
+    rows, actions, numbers = np.empty(most, np.int64), np.empty(most, np.int64), np.empty((3, most))
+    in_order = (
+        np.ascontiguousarray(some.T)
+        for some in (steps.row, steps.valid, advantage + value[steps.row])
+    )
+    ways = branches.next_row, branches.reward, branches.terminated
+    found = every_action_nb(
+        *in_order, ways, value, probability, float(config.gamma), rows, actions, numbers
+    )
+    return rows[:found], actions[:found], numbers[:, :found]

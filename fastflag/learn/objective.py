@@ -1,6 +1,6 @@
 """Losses: tensors in, (loss, statistics) out; pure. N samples, A actions.
 
-Every mean is over samples by their weight.
+Every mean is over samples by their weight. Nothing here waits for the device.
 """
 
 import torch
@@ -13,10 +13,11 @@ from fastflag.model import ops
 
 def loss_of(
     log_probabilities: Tensor, value: Tensor, samples: Samples[Tensor], config: AlgorithmConfig
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The whole loss: policy + vf_coef value - ent_coef entropy + kl_coef KL(policy || initial).
 
-    log_probabilities [N, A], -inf where not allowed; value [N]; both with gradient.
+    log_probabilities [N, A], -inf where not allowed; value [N]; both with gradient. The
+    statistics are scalars without one.
     """
     chosen, entropy, ratio, surrogate, divergence = ops.action_terms(
         log_probabilities,
@@ -50,9 +51,7 @@ def loss_of(
             "ratio_min": ratio.min(),
             "ratio_max": ratio.max(),
         }
-        # Together, because a GPU is waited for at each transfer.
-        numbers = torch.stack([*statistics.values()]).tolist()
-    return loss, dict(zip(statistics, numbers, strict=True))
+    return loss, {name: scalar.detach() for name, scalar in statistics.items()}
 
 
 def squared_error(value: Tensor, target: Tensor, old_value: Tensor, clip: float | None) -> Tensor:
@@ -69,8 +68,7 @@ def whitened(samples: Samples[Tensor]) -> Tensor:
     """The advantages with mean 0 and standard deviation 1 (ddof 1), as CleanRL has it; one sample
     has no deviation and stays as it is. -> [N]"""
     total = samples.weight.sum()
-    if total < 2:
-        return samples.advantage
     centred = samples.advantage - (samples.weight * samples.advantage).sum() / total
     squares = samples.weight * centred.pow(2) + samples.advantage_spread
-    return centred / ((squares.sum() / (total - 1)).sqrt() + 1e-8)
+    whitened = centred / ((squares.sum() / (total - 1)).sqrt() + 1e-8)
+    return torch.where(total < 2, samples.advantage, whitened)

@@ -15,8 +15,10 @@ import fastflag
 from fastflag.config import TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, write_atomic
 from fastflag.learn.checkpoint import read_checkpoint, restore_policy
-from fastflag.market.bars import Market, days_of, split_days
+from fastflag.market.bars import Market
 from fastflag.market.fingerprint import fingerprint
+from fastflag.market.periods import days_of, days_within, split_days
+from fastflag.market.sources import names_in
 from fastflag.model.arithmetic import resolved
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.weights import Weights, open_weights
@@ -58,7 +60,7 @@ def check_claim(run: Path, config: TrainConfig, resume: bool) -> None:
     if not resume:
         raise InputError(f"holds a run already: go on with --resume or name another, {run}")
     stored, asked = to_dict(read_config(run)), to_dict(config)
-    # It bears on rounding alone, and what was out of memory may need another one to go on.
+    # It changes rounding alone, so a run that was out of memory may go on with another.
     stored["policy"]["memory_budget"] = asked["policy"]["memory_budget"]
     stored["total_timesteps"] = max(stored["total_timesteps"], asked["total_timesteps"])
     difference = _first_difference(stored, asked)
@@ -78,11 +80,13 @@ def _refuse_no_folder(run: Path) -> None:
 
 
 @contextmanager
-def claim(run: Path, config: TrainConfig, resume: bool, market: str = "") -> Iterator[bool]:
+def claim(
+    run: Path, config: TrainConfig, resume: bool, prints: dict[str, str] | None = None
+) -> Iterator[bool]:
     """Makes RUN/ this configuration's for as long as the context lasts; True where it has a
-    checkpoint to go on from. `market` is the fingerprint of what is trained on. Raises InputError
-    as `check_claim` does, where that is not what the run was trained on, and where another
-    training holds the folder."""
+    checkpoint to go on from. `prints` are the `fingerprints` of what is trained on. Raises
+    InputError as `check_claim` does, where that is not what the run was trained on, and where
+    another training holds the folder."""
     _refuse_no_folder(run)
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
@@ -90,10 +94,12 @@ def claim(run: Path, config: TrainConfig, resume: bool, market: str = "") -> Ite
         check_claim(run, config, resume)
         resumes = _has_checkpoint(run)
         if not resumes:
-            document = to_dict(config) | {"fastflag": fastflag.__version__, "market": market}
+            kept = prints or {}
+            stored = kept if len(kept) > 1 else "".join(kept.values())
+            document = to_dict(config) | {"fastflag": fastflag.__version__, "market": stored}
             write_atomic(run / "config.json", json.dumps(document, indent=1))
         else:
-            if not _is_of(run, market):
+            if not _is_of(run, prints or {}):
                 raise InputError(f"{OTHER_MARKET}, {config.data.data}")
             _extend(run, config.total_timesteps)
         yield resumes
@@ -112,9 +118,9 @@ def fingerprints(config: TrainConfig, market: Market) -> dict[str, str]:
     InputError as `learnt_symbols` does, and where a symbol has too few bars on training days."""
     learnt = learnt_symbols(config, market)
     return {
-        each.symbols[0]: fingerprint(each, days_within(each, config.data.train, "--train"))
-        for each in market.each
-        if each.symbols[0] in learnt
+        symbol: fingerprint(each, symbol, days_within(each, config.data.train, "--train"))
+        for symbol, each in zip(market.symbols, market.each, strict=True)
+        if symbol in learnt
     }
 
 
@@ -128,8 +134,17 @@ def learnt_symbols(config: TrainConfig, market: Market) -> tuple[str, ...]:
         market.column(name)
     learnt = tuple(name for name in market.symbols if name not in held_out)
     if not learnt:
-        raise InputError(f"no symbol is left to learn from, --split-by-symbol {', '.join(held_out)}")
+        given = config.data.split_by_symbol
+        raise InputError(f"no symbol is left to learn from, --split-by-symbol {given}")
     return learnt
+
+
+def training_spans(world: World, config: TrainConfig) -> list[range]:
+    """The moments that are learnt from, of each symbol that is. Raises InputError as `fingerprints`
+    does."""
+    learnt = learnt_symbols(config, world.market)
+    spans = world.within(config.data.train, "--train")
+    return [span for name, span in zip(world.market.symbols, spans, strict=True) if name in learnt]
 
 
 def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
@@ -140,8 +155,8 @@ def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
 
 
 def _is_of(run: Path, prints: dict[str, str]) -> bool:
-    """A run that does not say, of an earlier version, counts as one. That of one symbol says its
-    print alone, for a file may be given another name."""
+    """True of an earlier version's run too, which recorded no fingerprint. One symbol's stands
+    alone, without its name: a file may be given another one. Of several some may be asked for."""
     stored = read_json(run / "config.json").get("market") or prints
     if isinstance(stored, str):
         return [*prints.values()] == [stored]
@@ -162,15 +177,18 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def with_periods(config: TrainConfig, market: Market) -> TrainConfig:
+def settled(config: TrainConfig, market: Market) -> TrainConfig:
     """The configuration with its periods as dates, so that another version of the data file can't
-    move them. Raises InputError where they don't fit the market."""
+    move them, and as many start groups as there are symbols to learn from, where it names no
+    number. Raises InputError where periods don't fit the market, and as `learnt_symbols` does."""
     periods = [
         f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
         for days in split_days(market, config.data.train, config.data.test, ("--train", "--test"))
     ]
     data = dataclasses.replace(config.data, train=periods[0], test=periods[1])
-    return dataclasses.replace(config, data=data)
+    groups = config.rollout.start_groups or len(learnt_symbols(config, market))
+    rollout = dataclasses.replace(config.rollout, start_groups=groups)
+    return dataclasses.replace(config, data=data, rollout=rollout)
 
 
 def with_dtype(config: TrainConfig, model: ModelConfig, run: Path, resume: bool) -> TrainConfig:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastflag.learn.sums import add_up_nb
+
 Column = TypeVar("Column", np.ndarray, Tensor)
 
 
@@ -81,27 +83,27 @@ class Samples(Generic[Column]):
         actions = int(self.action.max()) + 1
         key = self.row.astype(np.int64) * actions + self.action
 
-        def total(values: np.ndarray) -> np.ndarray:
-            return np.bincount(key, values)
-
-        weight = total(self.weight)
-        (present,) = np.nonzero(weight)
-
-        def mean_and_spread(
-            values: np.ndarray, spread: np.ndarray
-        ) -> tuple[np.ndarray, np.ndarray]:
-            mean = total(self.weight * values) / np.where(weight > 0, weight, 1)
-            spread = total(spread + self.weight * (values - mean[key]) ** 2)
-            return mean[present], spread[present]
-
-        old_log_probability = np.zeros(len(weight), self.old_log_probability.dtype)
+        sums = np.zeros((int(key.max()) + 1, 5))
+        columns = (
+            self.weight,
+            self.advantage,
+            self.advantage_spread,
+            self.target,
+            self.target_spread,
+        )
+        add_up_nb(key, *columns, sums)
+        (present,) = np.nonzero(sums[:, 0])
+        weight, advantage, advantage_spread, target, target_spread = sums[present].T.copy()
+        old_log_probability = np.zeros(len(sums), self.old_log_probability.dtype)
         old_log_probability[key] = self.old_log_probability  # equal ones
         return Samples(
             present // actions,
             present % actions,
-            weight[present],
-            *mean_and_spread(self.advantage, self.advantage_spread),
-            *mean_and_spread(self.target, self.target_spread),
+            weight,
+            advantage,
+            advantage_spread,
+            target,
+            target_spread,
             old_log_probability[present],
             self.before,
         )

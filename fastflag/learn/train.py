@@ -5,15 +5,19 @@
 2. One forward pass of the trained layers over those prompts is a table: prompt -> probabilities of
    the actions, and a value. The frozen layers' part of it is computed once and kept.
 3. Every environment steps through that table, a look-up a step; no model is called.
-4. Advantages are GAE's over the sampled actions, or r + gamma V(s') - V(s) of every action.
-5. Samples of equal prompt and action are added up with their weights. The loss (PPO's clipped one,
-   or REINFORCE's, with value, entropy and KL terms) gathers their rows from the table of step 2.
+4. Advantages are GAE's over the sampled actions, or r + gamma V(s') - V(s) of every action
+   (advantage.py, lesson.py).
+5. Samples of equal prompt and action are added up with their weights (lesson.py). The loss (PPO's
+   clipped one, or REINFORCE's, with value, entropy and KL terms) gathers their rows from the table
+   of step 2 (objective.py).
 6. Its backward pass is the gradient that one forward pass for each environment step would give,
-   added up: the first ratio is exactly 1. AdamW steps; further epochs evaluate their prompts anew.
+   added up: the first ratio is exactly 1. AdamW steps; further epochs evaluate their prompts anew
+   (update.py).
 """
 
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +37,18 @@ from fastflag.learn.checkpoint import (
 from fastflag.learn.lesson import Lesson, estimate
 from fastflag.learn.progress import Log, PhaseTimer
 from fastflag.learn.rollout import rollout
-from fastflag.learn.run import build, check_claim, claim, with_dtype, with_periods
+from fastflag.learn.run import (
+    build,
+    check_claim,
+    claim,
+    fingerprints,
+    settled,
+    training_spans,
+    with_dtype,
+)
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market.accounts import Accounts
-from fastflag.market.bars import Market, split_days
-from fastflag.market.fingerprint import fingerprint
+from fastflag.market.bars import Market
 from fastflag.market.metrics import annual_days
 from fastflag.model.weights import Weights
 from fastflag.policy.table import Policy
@@ -57,17 +68,16 @@ def train(
             f"total_timesteps {config.total_timesteps} is less than one update of "
             f"{config.rollout.num_envs} x {config.rollout.num_steps}, config"
         )
-    config = with_dtype(with_periods(config, market), weights.config, run, resume)
+    config = with_dtype(settled(config, market), weights.config, run, resume)
     check_claim(run, config, resume)
-    days, test_days = split_days(market, config.data.train, config.data.test)
     world, policy = build(config, market, weights)
-    policy.check_length(world.prompter.longest([*days, *test_days]))
+    spans, test_spans = training_spans(world, config), world.within(config.data.test, "--test")
+    policy.check_length(world.prompter.longest([*chain(*spans, *test_spans)]))
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
     annual = annual_days(market.calendar)
     phase = PhaseTimer()
-    market_print = fingerprint(market, config.data.symbol, days)
-    with claim(run, config, resume, market_print) as resumes:
+    with claim(run, config, resume, fingerprints(config, market)) as resumes:
         start = 0
         if resumes:
             checkpoint = read_checkpoint(run)
@@ -75,13 +85,13 @@ def train(
             restore_optimizer(checkpoint, optimizer, run)
             accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
             start = checkpoint.step
-        print(f"news: {world.prompter.training_news(days)}", flush=True)
+        print(f"news: {world.prompter.training_news(spans)}", flush=True)
         with Log(run, start, config.steps) as log:
             for step in range(start, config.steps):
                 began = time.perf_counter()
                 factor = set_learning_rates(optimizer, config.algorithm, step, config.steps)
                 work = partial(
-                    _one_update, policy, optimizer, world, days, accounts, config, step, phase
+                    _one_update, policy, optimizer, world, spans, accounts, config, step, phase
                 )
                 accounts, lesson, statistics = policy.recompute.attempt(work)
                 statistics["learning_rate"] = config.algorithm.learning_rate * factor
@@ -98,7 +108,7 @@ def _one_update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     world: World,
-    days: range,
+    spans: list[range],
     accounts: list[Accounts],
     config: TrainConfig,
     step: int,
@@ -109,7 +119,7 @@ def _one_update(
     `accounts` stay as they are: where memory runs out before the first step, it is made again.
     """
     accounts = [group.take(np.arange(len(group))) for group in accounts]
-    table, batches = rollout(policy, world, [days], accounts, config, step, phase)
+    table, batches = rollout(policy, world, spans, accounts, config, step, phase)
     lesson = estimate(table, batches, config.algorithm, phase)
     with phase("update"):
         statistics = update(policy, optimizer, table, lesson, config.algorithm, _seed(config, step))

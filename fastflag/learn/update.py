@@ -1,4 +1,7 @@
-"""Epochs, minibatches, clipping, optimiser: one lesson in, a better policy out."""
+"""Epochs, minibatches, clipping, optimiser: one lesson in, a better policy out.
+
+No gradient step waits for the device: what it measured is read when all are launched.
+"""
 
 import math
 from collections.abc import Iterator
@@ -80,28 +83,53 @@ def update(
     samples = lesson.samples
     if not len(samples):
         return dict.fromkeys(STATISTICS, 0.0)
+    # Read here, where nothing is under way on a GPU.
+    rows = samples.row.cpu()
+    names, history = _steps(policy, optimizer, table, lesson, rows, config, seed)
+    columns = dict(zip(names, zip(*torch.stack(history).tolist(), strict=True), strict=True))
+    for norm in columns["grad_norm"]:
+        _check_finite(norm)
+    policy.running.track(table.statistics)
+    means = {name: float(np.mean(column)) for name, column in columns.items()}
+    first, last = columns["ratio_min"][0], columns["ratio_max"][0]
+    means["first_ratio_error"] = max(1 - first, last - 1)
+    means["explained_variance"] = _explained(samples)
+    return means
+
+
+def _steps(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    table: Table,
+    lesson: Lesson,
+    rows: Tensor,
+    config: AlgorithmConfig,
+    seed: int,
+) -> tuple[list[str], list[Tensor]]:
+    """Names of statistics, and their values [9] in each gradient step, on the device; `rows` are
+    the samples', on the host. With a target of the divergence each epoch waits for its own."""
+    samples, names = lesson.samples, []
     size = config.minibatch_size or len(samples)
     generator = torch.Generator().manual_seed(seed)
-    history: list[dict[str, float]] = []
+    history: list[Tensor] = []
     for _ in range(config.update_epochs):
         for index in _minibatches(len(samples), size, generator):
-            some = samples.take(index.to(samples.row.device))  # once, not for each column
+            whole = size >= len(samples)
+            # The index is moved once, not for each column.
+            some = samples if whole else samples.take(index.to(samples.row.device))
             learn = partial(_differentiate, optimizer, some, config)
             if history:
-                again = partial(_evaluated, policy, lesson.prompts, some.row)
+                again = partial(_evaluated, policy, lesson.prompts, some.row, rows[index])
                 statistics = policy.recompute.attempt(lambda: learn(*again()))  # noqa: B023
             else:
                 statistics = learn(*_gather(table, some.row))
             policy.recompute.commit()
             statistics["grad_norm"] = _step(policy, optimizer, config.max_grad_norm)
-            history.append(statistics)
-        if config.target_kl and history[-1]["kl"] > config.target_kl:
+            names = [*statistics]
+            history.append(torch.stack([*statistics.values()]))
+        if config.target_kl and history[-1][names.index("kl")].item() > config.target_kl:
             break
-    policy.running.track(table.statistics)
-    means = {key: float(np.mean([entry[key] for entry in history])) for key in history[0]}
-    means["first_ratio_error"] = max(1 - history[0]["ratio_min"], history[0]["ratio_max"] - 1)
-    means["explained_variance"] = _explained(samples)
-    return means
+    return names, history
 
 
 def _explained(samples: Samples[Tensor]) -> float:
@@ -109,12 +137,15 @@ def _explained(samples: Samples[Tensor]) -> float:
     return explained_variance(*torch.stack([c.double() for c in columns]).cpu().numpy())
 
 
-def _evaluated(policy: Policy, prompts: PromptSet, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _evaluated(
+    policy: Policy, prompts: PromptSet, rows: Tensor, on_host: Tensor
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient: their prompts, each
-    once, and the reference are evaluated anew; or all, where their blocks lie ready on a GPU."""
+    once, and the reference are evaluated anew; or all, where their blocks lie ready on a GPU.
+    `on_host` are the rows too."""
     if policy.lies_ready(prompts):
         return _gather(policy.evaluate(prompts), rows)
-    distinct, place = np.unique(rows.cpu().numpy(), return_inverse=True)
+    distinct, place = np.unique(on_host.numpy(), return_inverse=True)
     visited, places = prompts.subset(distinct)
     return _gather(policy.evaluate(visited), torch.from_numpy(places[place]).to(rows.device))
 
@@ -141,7 +172,7 @@ def _differentiate(
     config: AlgorithmConfig,
     log_probabilities: Tensor,
     value: Tensor,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Leaves the gradient of the loss with the parameters; returns the loss' statistics."""
     optimizer.zero_grad(set_to_none=True)
     loss, statistics = loss_of(log_probabilities, value, samples, config)
@@ -149,11 +180,17 @@ def _differentiate(
     return statistics
 
 
-def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
-    """One step of the optimiser; returns the gradient's norm before clipping."""
-    norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf).item()
-    if not math.isfinite(norm):
-        raise InputError("the gradient is not finite: lower the learning rates, training")
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+    """One step of the optimiser; returns the gradient's norm before clipping. Where that is not
+    finite no step is taken: a fused optimiser reads it on the device, for others it is read here.
+    """
+    norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf)
+    if optimizer.param_groups[0].get("fused"):
+        # As torch.amp.GradScaler tells it.
+        # pyrefly: ignore[missing-attribute] (an optimiser looks for it when it steps)
+        optimizer.found_inf = norm.isfinite().logical_not().float()
+    else:
+        _check_finite(norm.item())
     try:
         optimizer.step()
     except RuntimeError as error:
@@ -161,3 +198,8 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float
             raise
         raise InputError("a step overflows fp32: lower the learning rates, training") from None
     return norm
+
+
+def _check_finite(norm: float) -> None:
+    if not math.isfinite(norm):
+        raise InputError("the gradient is not finite: lower the learning rates, training")

@@ -24,8 +24,6 @@ class Visited:
             raise ValueError("a prompt is named twice")
         self.probabilities = self._tables[0].probabilities
         """[U, A] of the rows so far, as in `Table`."""
-        self.log_probabilities = self._tables[0].detached
-        """[U, A] fp32, likewise."""
 
     def rows(self, prompts: PromptSet) -> np.ndarray:
         """The rows [U] of `prompts`, which are distinct, in the table to come; those not met before
@@ -39,7 +37,6 @@ class Visited:
             self._tables.append(table)
             self._row_of |= {keys[number]: len(self._row_of) + n for n, number in enumerate(new)}
             self.probabilities = np.concatenate([self.probabilities, table.probabilities])
-            self.log_probabilities = np.concatenate([self.log_probabilities, table.detached])
         return np.array([self._row_of[key] for key in keys])
 
     def table(self) -> tuple[Table, PromptSet]:

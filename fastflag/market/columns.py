@@ -44,8 +44,9 @@ NAMES: dict[str, str] = {
     "adj_volume": "adjvolume adjustedvolume volumeadj volumeadjusted adjvol",
 }
 # Where there is no column of the names above.
+_INDEX = ("indexlevel0", "indexlevel1")
 _SECOND: dict[str, tuple[str, ...]] = {
-    "date": ("day", "dt", "ts", "t", "", "index", "unnamed0", "indexlevel0", "indexlevel1"),
+    "date": ("day", "dt", "ts", "t", "", "index", "unnamed0", *_INDEX),
     "open": ("o",),
     "high": ("h",),
     "low": ("l",),
@@ -53,7 +54,7 @@ _SECOND: dict[str, tuple[str, ...]] = {
     "close": ("c", "price", "last", "lastprice", "settle", "settlement"),
     "symbol": (
         *("name", "code", "instrument", "stock", "asset", "pair", "security"),
-        *("indexlevel0", "indexlevel1"),
+        *_INDEX,
     ),
 }
 # Raw prices beside adjusted ones: nothing that is needed.
@@ -121,6 +122,8 @@ def _found(frame: pd.DataFrame, where: str) -> dict[str, int]:
         if not at:
             at = [i for i, each in enumerate(keys) if each in _SECOND.get(name, ())]
             at = [i for i in at if i not in found.values()]
+        if name == "symbol":  # pandas' row numbers are nobody's name
+            at = [i for i in at if not (keys[i] in _INDEX and _are_numbers(frame.iloc[:, i]))]
         if name in ("date", "symbol") and len(at) > 1:
             at = [i for i in at if not _is_counter(frame.iloc[:, i])]
         if name == "date" and at and not keys[at[0]] and _is_counter(frame.iloc[:, at[0]]):
@@ -139,6 +142,10 @@ def _found(frame: pd.DataFrame, where: str) -> dict[str, int]:
     if "date" not in found:
         raise InputError(f"no column date{_it_has(names)}, {where}")
     return found
+
+
+def _are_numbers(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column.dtype)
 
 
 def _is_counter(column: pd.Series) -> bool:
@@ -228,12 +235,12 @@ def _is_empty(column: pd.Series) -> bool:
     return bool((cells.isin(MISSING) | cells.str.fullmatch(r"0+(\.0*)?")).all())
 
 
-def refuse_mixed_decimals(frame: pd.DataFrame, names: Sequence[str], where: str) -> pd.DataFrame:
+def with_decimal_points(frame: pd.DataFrame, names: Sequence[str], where: str) -> pd.DataFrame:
     """`frame` with decimal commas as points in the columns of numbers, `names`.
 
-    A comma is decimal where cells are separated by something else; then a point would be a
-    separator of thousands, and is refused. So are commas that are followed by three digits each,
-    beside numbers of up to three digits without one: those are thousands.
+    A comma is decimal where cells are separated by something else. Raises InputError for a point
+    among them, which would separate thousands, and for commas that three digits follow each beside
+    numbers of up to three digits without one: thousands, as likely.
     """
     if not frame.attrs.get("decimal_comma"):
         return frame

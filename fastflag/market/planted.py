@@ -52,7 +52,7 @@ def planted_market(
         _one(name, days, np.random.default_rng(of_one), shuffled, drift)
         for name, of_one in zip(names, seeds, strict=True)
     ]
-    joined = {
+    joined: dict[str, Any] = {
         column: np.concatenate([getattr(market, column) for market in each], axis=1)
         for column in ("open", "high", "low", "close", "volume", "split", "dividend")
     }
@@ -107,6 +107,8 @@ def read_planted(text: str) -> Market:
     chosen: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
+        if name in chosen:
+            raise InputError(f"{name} is there twice, planted:{text}")
         if name not in defaults:
             raise InputError(f"unknown {name!r} (known: {', '.join(defaults)}), planted:{text}")
         try:

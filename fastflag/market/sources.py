@@ -16,7 +16,7 @@ from fastflag.config import DataConfig
 from fastflag.files import InputError
 from fastflag.market import cells
 from fastflag.market.bars import Market, News
-from fastflag.market.columns import PRICES, bar_columns, refuse_mixed_decimals
+from fastflag.market.columns import PRICES, bar_columns, with_decimal_points
 from fastflag.market.events import Rows, events
 from fastflag.market.frames import named, path_of, read_json, read_table, stem_of
 from fastflag.market.mend import mended
@@ -192,7 +192,7 @@ def _market(
     R rows. Those of a symbol follow one another in time, or all of them go back in it.
     """
     frame = bar_columns(long_rows(frame, where), where)
-    frame = refuse_mixed_decimals(frame, (*_NUMBERS, "split"), where)
+    frame = with_decimal_points(frame, (*_NUMBERS, "split"), where)
     dates = bar_dates(frame["date"], where, zone)
     numbers = {name: cells.numbers(frame[name], where) for name in _NUMBERS if name in frame}
     if "split" in frame:

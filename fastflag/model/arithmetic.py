@@ -23,6 +23,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ROUNDS = 5
 # With bf16 units bf16 is 1.5 to 4 times as fast on a CPU; without them oneDNN computes both alike.
 _CLEARLY = 1.25
+# Of a product of tiny matrices chance decides: in 8 processes 4 took bf16, 4 fp32 (widths 64, 128).
+_MEASURABLE = 1e-4  # seconds
 # From malloc.h of glibc, and a size that no activation has.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _NEVER = -3, -1, 2**31 - 1
 # A product as large as an update's on a GPU, and on a CPU as large as a tenth of a second allows.
@@ -38,8 +40,10 @@ class Speeds:
 
     @property
     def best(self) -> Literal["bf16", "fp32"]:
-        """fp32, which is the more exact, unless bf16 is clearly faster: where they are close, the
-        runs of a study must not be dealt different ones by chance."""
+        """fp32, which is the more exact, unless bf16 is clearly faster: where they are close, or
+        over too soon to tell, the runs of a study must not be dealt different ones by chance."""
+        if self.seconds["fp32"] < _MEASURABLE:
+            return "fp32"
         return "bf16" if _CLEARLY * self.seconds["bf16"] < self.seconds["fp32"] else "fp32"
 
     def gigaflops(self, dtype: str) -> float:
@@ -49,11 +53,43 @@ class Speeds:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of a configuration's name. Raises InputError where there is no such device."""
+    """The device of a configuration's name. Raises InputError where there is no such device, and
+    where there is a GPU that this PyTorch has no code for."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("no CUDA GPU is available, --device cuda")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    device = torch.device("cuda" if available and name != "cpu" else "cpu")
+    if why := without_code(device):
+        raise InputError(f"{why}; --device cpu does without it, --device {name}")
+    return device
+
+
+def without_code(device: torch.device) -> str:
+    """Why this PyTorch computes nothing on a device, though it sees it; empty where it does. Wheels
+    leave older GPUs out, and their first operation fails: "no kernel image"."""
+    if device.type != "cuda":
+        return ""
+    capability, codes = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not codes or any(_runs(code, *capability) for code in codes):
+        return ""
+    architecture = "sm_{}{}".format(*capability)
+    return (
+        f"PyTorch {torch.__version__} has no code for this GPU, {architecture}, but for "
+        f"{', '.join(codes)}: install a build that has"
+    )
+
+
+def _runs(code: str, major: int, minor: int) -> bool:
+    """Whether code such as sm_86, sm_90a or compute_90 runs on a GPU of capability major.minor.
+    Binary code does within its major version, from its minor version on, sm_90a on its own alone;
+    compute_90 is compiled on the spot for whatever is newer (CUDA C++ Programming Guide)."""
+    kind, _, version = code.partition("_")
+    of_major, of_minor = divmod(int(version.rstrip("af")), 10)
+    if version.endswith("a"):
+        return (of_major, of_minor) == (major, minor)
+    if kind == "compute":
+        return (of_major, of_minor) <= (major, minor)
+    return of_major == major and of_minor <= minor
 
 
 def name_of(device: torch.device) -> Literal["cpu", "cuda"]:

@@ -3,10 +3,13 @@
 | op of model/ops.py | on a CPU | on CUDA | with Triton (kernels/)          |
 |--------------------|----------|---------|---------------------------------|
 | causal_attention   | causal   | causal  | none: PyTorch's has a kernel    |
-| prefix_attention   | by_tiles | padded  | prefix_attention.py, and a twin |
+| prefix_attention   | by_tiles | on_cuda | prefix_attention.py, and a twin |
+
+On CUDA that is packed_attention.py, where PyTorch's flash attention takes the tensors (16 bits,
+sm_80 and newer), else `padded`.
 
 The truth for all of prefix attention is a softmax token by token in fp64, values and gradients: in
-tests/test_llama.py for PyTorch's two forms, in tests/test_kernels_prefix_attention.py for the
+tests/test_llama.py for PyTorch's forms, in tests/test_kernels_prefix_attention.py for the
 kernel, whose error may be no larger than its twin's. Whole forwards, causal attention in them, are
 compared with transformers' of each prompt (tests/test_llama.py).
 
@@ -16,15 +19,20 @@ suffixes of S tokens, Q queries a suffix. All forms of prefix attention give the
 of its prefix and its own keys up to first[u] + i, in one softmax. -> [U, H, Q, E]
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastflag.model import packed_attention
 from fastflag.model.shared_prefix import KEY_MULTIPLE, Prefixes, SuffixLayout, padded_up
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Each token attends to itself and those before it. query [N,H,T,E]; key, value [N,G,T,E]."""
+    if not packed_attention.takes(query.device, query.dtype, query.shape[-1]):
+        key, value = _copied(query, key), _copied(query, value)
     return functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -83,6 +91,12 @@ def _tiled(
     return attended.view(each.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
+def on_cuda(query: Tensor, *arguments: Any) -> Tensor:
+    """By the form that PyTorch has a fast kernel for."""
+    taken = packed_attention.takes(query.device, query.dtype, query.shape[-1])
+    return (packed_attention.packed if taken else padded)(query, *arguments)
+
+
 def padded(
     query: Tensor,
     own_key: Tensor,
@@ -100,13 +114,16 @@ def padded(
     shared = places < layout.prefix_lengths.index_select(0, of_prefix)[:, None]
     own = _visible(first, queries, own_key.shape[2])
     mask = torch.cat((shared[:, None].expand(-1, queries, -1), own), dim=-1)
-    return functional.scaled_dot_product_attention(
-        query,
-        torch.cat((keys, own_key), dim=2),
-        torch.cat((values, own_value), dim=2),
-        attn_mask=mask[:, None],
-        enable_gqa=query.shape[1] != own_key.shape[1],
-    )
+    sides = (torch.cat(parts, dim=2) for parts in ((keys, own_key), (values, own_value)))
+    key, value = (_copied(query, side) for side in sides)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
+
+
+def _copied(query: Tensor, side: Tensor) -> Tensor:
+    """Keys or values [N, G, K, E] for each query head, [N, H, K, E]. The kernel of PyTorch's that
+    takes fp32 and masks takes no shared heads; what is left of them computes score by score."""
+    shared = query.shape[1] // side.shape[1]
+    return side if shared == 1 else side.repeat_interleave(shared, 1)
 
 
 def _visible(first: Tensor, queries: int, tokens: int) -> Tensor:

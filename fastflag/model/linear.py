@@ -115,5 +115,36 @@ class LoRALinear(nn.Module):
         )
         self.lora_b = nn.Parameter(torch.zeros(outputs, rank))
 
+        self._ready: tuple[Tensor, Tensor] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._ready is not None:
+            return self.base.adapted(x, *self._ready, 1.0)
         return self.base.adapted(x, self.lora_a, self.lora_b, self.scale)
+
+
+@contextmanager
+def adapters_cast(layers: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, A and scaled B of every adapter of `layers` lie ready in `dtype`, with gradient: all
+    of them cast in two launches each way, not one by one in every product."""
+    adapters = [module for module in layers.modules() if isinstance(module, LoRALinear)]
+    if not adapters:
+        yield
+        return
+    sides = [adapter.lora_a for adapter in adapters], [adapter.lora_b for adapter in adapters]
+    scale = adapters[0].scale
+    if any(adapter.scale != scale for adapter in adapters):
+        raise ValueError("adapters of several scales")
+    made = []
+    for side, by in zip(sides, (1.0, scale), strict=True):
+        flat = torch.cat([matrix.flatten() for matrix in side])
+        flat = (flat if by == 1.0 else by * flat).to(dtype)
+        parts = flat.split([matrix.numel() for matrix in side])
+        made.append([part.view_as(matrix) for part, matrix in zip(parts, side, strict=True)])
+    try:
+        for adapter, a, b in zip(adapters, *made, strict=True):
+            adapter._ready = a, b
+        yield
+    finally:
+        for adapter in adapters:
+            adapter._ready = None

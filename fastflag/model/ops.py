@@ -1,7 +1,8 @@
 """Every op a layer needs, by one name. Triton or PyTorch is chosen here, once, with the reason.
 
 A Triton kernel is taken on GPUs where bench.gpu has shown it right and not slower than PyTorch's
-(`_PROVEN`). FASTFLAG_KERNELS=triton takes every kernel all the same, in Triton's interpreter too;
+(`_PROVEN`). FASTFLAG_KERNELS=triton takes every kernel that the GPU can run all the same, in
+Triton's interpreter too, and FASTFLAG_KERNELS=triton:rms_norm,swiglu those of these ops alone;
 FASTFLAG_KERNELS=torch takes none.
 """
 
@@ -19,16 +20,17 @@ from fastflag.files import InputError
 from fastflag.kernels import action_head, lora, nf4, rmsnorm, rope
 from fastflag.kernels import prefix_attention as kernel_attention
 from fastflag.kernels import swiglu as swiglu_file
-from fastflag.kernels.language import HAS_TRITON
-from fastflag.kernels.tiles import interpreted
+from fastflag.kernels.compiler import PRODUCTS_FROM, Assembler, assembler, unusable
 from fastflag.model import attention, bnb, products
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
 __all__ = [
     "OPS",
+    "Assembler",
     "Choice",
     "action_terms",
     "add_rms_norm",
+    "assembler",
     "causal_attention",
     "frozen_linear",
     "linear",
@@ -66,8 +68,10 @@ class Op:
         torchs: Callable[..., Any],
         triton: Callable[..., Any] | None = None,
         by: str = "torch",
+        products: bool = False,
     ):
-        self.name = name
+        """`products` where its kernel has matrix products, for which older GPUs have no code."""
+        self.name, self.products = name, products
         self._torchs, self._triton, self._by = torchs, triton, by
         self._chosen: dict[torch.device, Callable[..., Any]] = {}
 
@@ -82,31 +86,34 @@ class Op:
         """Raises InputError where FASTFLAG_KERNELS asks for what there is not."""
         if self._triton is None:
             return Choice(self._by, "PyTorch's is the one there is")
-        return _choice(self.name, self._by, device)
+        return _choice(self.name, self._by, self.products, device)
 
 
-def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
-    asked = os.environ.get(_VARIABLE, "auto")
-    if asked not in ("auto", "triton", "torch"):
-        raise InputError(f"{_VARIABLE} is {asked!r}, not auto, triton or torch, environment")
-    if asked == "torch":
-        return Choice(otherwise, f"{_VARIABLE}=torch")
-    if asked == "triton" and not HAS_TRITON:
-        raise InputError(f"Triton is not installed, {_VARIABLE}=triton")
-    if not HAS_TRITON:
-        return Choice(otherwise, "Triton is not installed")
+def _choice(name: str, otherwise: str, products: bool, device: torch.device) -> Choice:
+    said = f"{_VARIABLE}={os.environ.get(_VARIABLE, 'auto')}"
+    asked, named = _asked(said)
+    if asked == "torch" or (named and name not in named):
+        return Choice(otherwise, said)
+    why = unusable(device)
+    if why and asked == "triton":
+        hint = "; TRITON_INTERPRET=1 interprets them" if device.type == "cpu" else ""
+        raise InputError(f"{why}{hint}, {said}")
+    if why:
+        return Choice(otherwise, why)
     if device.type != "cuda" and asked == "triton":
-        if not interpreted():
-            raise InputError(
-                f"there is no GPU; TRITON_INTERPRET=1 interprets kernels, {_VARIABLE}=triton"
-            )
-        return Choice("triton", f"{_VARIABLE}=triton, in the interpreter")
+        return Choice("triton", f"{said}, in the interpreter")
     if device.type != "cuda":
-        return Choice(otherwise, "Triton's kernels are for GPUs")
+        return Choice(otherwise, "there is no GPU for Triton's kernels")
     major, minor = torch.cuda.get_device_capability(device)
+    if products and 10 * major + minor < PRODUCTS_FROM:
+        return Choice(
+            otherwise,
+            f"Triton has no matrix instructions for sm_{major}{minor}, only from "
+            f"sm_{PRODUCTS_FROM} on: its products would crawl",
+        )
     evidence = _PROVEN.get(name, {}).get(10 * major + minor)
     if asked == "triton":
-        return Choice("triton", f"{_VARIABLE}=triton", evidence or "none")
+        return Choice("triton", said, evidence or "none")
     if evidence is None:
         return Choice(
             otherwise,
@@ -116,8 +123,22 @@ def _choice(name: str, otherwise: str, device: torch.device) -> Choice:
     return Choice("triton", f"right and not slower on sm_{major}{minor}", evidence)
 
 
+def _asked(said: str) -> tuple[str, set[str]]:
+    """Of the environment's words: auto, triton or torch, and the ops that they are for, none where
+    for all. Raises InputError for other words."""
+    asked, colon, names = said.partition("=")[2].partition(":")
+    if asked not in ("auto", "triton", "torch") or (colon and asked != "triton"):
+        raise InputError(f"{said} is not auto, triton, triton:OP,OP or torch, environment")
+    named = {*names.split(",")} if colon else set()
+    known = {op.name for op in OPS}
+    if named - known:
+        unknown = ", ".join(sorted(named - known))
+        raise InputError(f"no op is called {unknown!r}, but {', '.join(sorted(known))}, {said}")
+    return asked, named
+
+
 # PyTorch's form on each kind of device; the table in model/attention.py has all of them.
-_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.padded}
+_PREFIX_ATTENTION = {"cpu": attention.by_tiles, "cuda": attention.on_cuda}
 
 
 def _prefix_attention(query: Tensor, *arguments: Any) -> Tensor:
@@ -163,11 +184,18 @@ def _lora_linear(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    # A GPU's product has two dimensions, so that the adapter's is added in place: in one launch,
+    # and one pass over what nothing has kept.
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    rows = x if on_cpu else x.flatten(0, -2)
     if absmax is None:
-        product = _linear(x, weight, None, dtype)
+        product = _linear(rows, weight, None, dtype)
     else:
-        product = _nf4_linear(x, weight, absmax, len(b), dtype)
-    return product + _linear(_linear(x, a, None, dtype), scale * b, None, dtype)
+        product = _nf4_linear(rows, weight, absmax, len(b), dtype)
+    low, b = _linear(rows, a, None, dtype), b if scale == 1.0 else scale * b
+    if on_cpu:
+        return product + _linear(low, b, None, dtype)
+    return product.addmm_(low, b.to(x.dtype).T).unflatten(0, x.shape[:-1])
 
 
 def _lora_linear_triton(x: Tensor, *arguments: Any) -> Tensor:
@@ -198,8 +226,20 @@ def _nf4_linear_triton(x: Tensor, *arguments: Any) -> Tensor:
 
 
 nf4_dequantise = Op("nf4_dequantise", bnb.dequantise_nf4, nf4.nf4_dequantise, by="bitsandbytes")
-nf4_linear = Op("nf4_linear", _nf4_linear, _nf4_linear_triton, by="nf4_dequantise, torch's product")
-lora_linear = Op("lora_linear", _lora_linear, _lora_linear_triton, by="torch, product by product")
+nf4_linear = Op(
+    "nf4_linear",
+    _nf4_linear,
+    _nf4_linear_triton,
+    by="nf4_dequantise, torch's product",
+    products=True,
+)
+lora_linear = Op(
+    "lora_linear",
+    _lora_linear,
+    _lora_linear_triton,
+    by="torch, product by product",
+    products=True,
+)
 rms_norm = Op("rms_norm", rmsnorm.rms_norm_reference, rmsnorm.rms_norm)
 add_rms_norm = Op("add_rms_norm", rmsnorm.add_rms_norm_reference, rmsnorm.add_rms_norm)
 rotate = Op("rotate", rope.rotate_reference, rope.rotate_)
@@ -212,7 +252,8 @@ prefix_attention = Op(
     "prefix_attention",
     _prefix_attention,
     _prefix_attention_triton,
-    by="torch scaled_dot_product_attention, on a CPU by tiles",
+    by="torch's flash attention and products, on a CPU scaled_dot_product_attention by tiles",
+    products=True,
 )
 
 OPS = (

@@ -21,15 +21,16 @@ _LOG = logging.getLogger(__name__)
 class Recompute:
     """A budget of bytes, half for what autograd keeps and half for the part that is recomputed.
 
-    On out-of-memory, `attempt` halves the budget and retries, unless the work can't be split
-    further or the optimiser has stepped (`commit`). Attempts may lie in one another: of an update
-    that has stepped, the next step's forward and backward pass are retried by themselves. The
-    command line refuses in one line what no retry mends (`ran_out`).
+    On out-of-memory, `attempt` retries, unless the optimiser has stepped (`commit`): with what
+    `spare` gives back, then, while the work can be split further, with half the budget. Attempts
+    may lie in one another: of an update that has stepped, the next step's forward and backward pass
+    are retried by themselves. The command line refuses in one line what no retry mends (`ran_out`).
     """
 
-    def __init__(self, budget: int):
-        """`budget`: 0 for none."""
+    def __init__(self, budget: int, spare: Callable[[], int] = lambda: 0):
+        """`budget`: 0 for none. `spare` gives memory of others' back and returns the bytes."""
         self._budget: float = budget or math.inf
+        self._spare = spare
         self._kept = self._asked = 0
         self._divisible = self._committed = False
 
@@ -68,10 +69,13 @@ class Recompute:
                 try:
                     return work()
                 except (RuntimeError, MemoryError) as error:
-                    if not ran_out(error) or self._committed or not self._divisible:
+                    if not ran_out(error) or self._committed:
+                        raise
+                    freed = self._spare()
+                    if not freed and not self._divisible:
                         raise
                 # Not in the handler, where the error holds on to every tensor of the attempt.
-                self._halve()
+                self._make_room(freed)
         finally:
             self._committed = before
 
@@ -79,10 +83,14 @@ class Recompute:
         """From here on the attempt can't be retried: the optimiser steps."""
         self._committed = True
 
-    def _halve(self) -> None:
-        self._budget = min(self._budget, self._asked) / 2
-        megabytes = max(round(self._budget / 2**20), 1)
-        _LOG.warning("out of memory: going on with --memory-budget %d", megabytes)
+    def _make_room(self, freed: int) -> None:
+        if freed:
+            told = "out of memory: %d MB of frozen activations are given back"
+            _LOG.warning(told, max(round(freed / 2**20), 1))
+        else:
+            self._budget = min(self._budget, self._asked) / 2
+            megabytes = max(round(self._budget / 2**20), 1)
+            _LOG.warning("out of memory: going on with --memory-budget %d", megabytes)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

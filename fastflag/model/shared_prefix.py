@@ -4,8 +4,8 @@ Shapes: D prefixes of up to P tokens, U suffixes of S tokens, G key/value heads,
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -118,6 +118,7 @@ class SuffixLayout:
     prefix_lengths: Tensor  # [D] int32
     last: Tensor  # [U] int64, place of the last token in the suffix
     positions: Tensor  # [U, S] int64
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def build(
@@ -136,6 +137,12 @@ class SuffixLayout:
             last=suffix_lengths - 1,
             positions=first_positions[:, None] + torch.arange(size, device=device),
         )
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made when first asked for: every layer reads the same."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @cached_property
     def tiles(self) -> list["Tiles"]:

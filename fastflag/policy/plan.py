@@ -27,14 +27,13 @@ def parts(
     optimizer: Optimizer,
     batch: PlanConfig,
     actions: int,
-    fused: bool = True,
+    flash: bool = True,
 ) -> dict[str, int]:
     """Bytes of each part, where `policy` has no more top layers than the model has layers;
     `actions` is how many the task has.
 
-    Without `fused`, a GPU's attention is products and a softmax, operator by operator, as where no
-    kernel takes both a mask and query heads that share keys: of PyTorch 2.13's, its documentation
-    has shared keys in flash attention alone, which takes no mask. A CPU's is always fused.
+    Without `flash`, a GPU's attention has copies of keys and values: of each prefix for each of its
+    suffixes, and for each query head (model/attention.py).
     """
     dtype, trunk = _BYTES[policy.dtype], model.layers - policy.top_layers
     between = _between(policy)
@@ -66,7 +65,7 @@ def parts(
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
         "trunk_cache": min(_cacheable(model, trunk, batch, between), kept),
-        "activations": int(min(_evaluation(model, policy, batch, actions, fused), budget)),
+        "activations": int(min(_evaluation(model, policy, batch, actions, flash), budget)),
     }
 
 
@@ -120,10 +119,10 @@ def _cacheable(model: ModelConfig, trunk: int, batch: PlanConfig, dtype: int) ->
 
 
 def prefix_bytes(
-    model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, fused: bool
+    model: ModelConfig, policy: PolicyConfig, rows: int, tokens: int, flash: bool
 ) -> int:
     """What autograd keeps of the top layers' pass over `rows` prefixes of `tokens`."""
-    return _Kept(model, policy, fused).passed(_Texts(rows, padded_length(tokens)))
+    return _Kept(model, policy, flash).passed(_Texts(rows, padded_length(tokens)))
 
 
 def suffix_bytes(
@@ -133,27 +132,27 @@ def suffix_bytes(
     tokens: int,
     prefixes: int,
     prefix: int,
-    fused: bool,
+    flash: bool,
 ) -> int:
     """What it keeps of `rows` suffixes of `tokens`, after up to `prefixes` prefixes of `prefix`
     tokens; at most, as the suffixes of each are not counted."""
     tokens, prefix = map(padded_length, (tokens, prefix))
     width = tile_width(tokens)
     tiles = (rows + (width - 1) * min(prefixes, rows)) // width
-    return _Kept(model, policy, fused).passed(_Texts(rows, tokens, prefix, tiles))
+    return _Kept(model, policy, flash).passed(_Texts(rows, tokens, prefix, prefixes, tiles))
 
 
 def _evaluation(
-    model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, actions: int, fused: bool
+    model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, actions: int, flash: bool
 ) -> int:
     """Of tokens as they are padded (model/shared_prefix.py)."""
     prompts, reference = batch.days * batch.texts, batch.days * min(batch.texts, SIDES)
     prefix, suffix = map(padded_length, (batch.prefix_tokens, batch.suffix_tokens))
     tiles = batch.days * -(-batch.texts // tile_width(suffix))
-    kept = _Kept(model, policy, fused)
+    kept = _Kept(model, policy, flash)
     return (
         kept.passed(_Texts(batch.days, prefix))
-        + kept.passed(_Texts(prompts, suffix, prefix, tiles))
+        + kept.passed(_Texts(prompts, suffix, prefix, batch.days, tiles))
         + kept.read_out(prompts, reference, actions)
     )
 
@@ -165,6 +164,7 @@ class _Texts:
     rows: int
     tokens: int
     prefix: int = 0
+    prefixes: int = 0
     tiles: int = 0  # in which a CPU's attention takes suffixes (model/attention.py)
 
 
@@ -174,7 +174,7 @@ class _Kept:
 
     model: ModelConfig
     policy: PolicyConfig
-    fused: bool
+    flash: bool
 
     def passed(self, texts: _Texts) -> int:
         """Of texts through the top layers. The last layer is asked for what suffixes attend to, and
@@ -184,15 +184,16 @@ class _Kept:
         places = texts.rows * (texts.tokens + 1) if texts.prefix else texts.tokens
         total = places * self.model.head_dim * self._dtype
         for index in range(self.policy.top_layers):
-            queries = texts.tokens if index < self.policy.top_layers - 1 else asked
-            total += self._layer(texts, queries, through=index > 0)
+            last = index == self.policy.top_layers - 1
+            queries = asked if last else texts.tokens
+            total += self._layer(texts, queries, through=index > 0, last=last)
         return total
 
     @property
     def _dtype(self) -> int:
         return _between(self.policy)
 
-    def _layer(self, texts: _Texts, queries: int, through: bool) -> int:
+    def _layer(self, texts: _Texts, queries: int, through: bool, last: bool) -> int:
         """A layer over texts, which asks for queries, output and MLP of the last `queries` tokens.
         A gradient goes through to its input unless it is the first one trained."""
         model, width, mlp = self.model, self.model.width, self.model.mlp_width
@@ -205,7 +206,7 @@ class _Kept:
             total += self._norm(read * model.kv_heads + asked * model.heads, model.head_dim)
         if not queries:
             return total
-        total += self._attention(texts, queries)
+        total += self._attention(texts, queries, last)
         # gate and up have one input; silu keeps gate, the product silu(gate) and up, down its own.
         total += self._norm(asked, width) + asked * (width + 4 * mlp) * self._dtype
         total += self._linears(asked, ("q",), through)
@@ -229,35 +230,39 @@ class _Kept:
                 numbers += self.policy.lora_rank * (tokens + inputs * cast + outputs)
         return numbers * self._dtype
 
-    def _attention(self, texts: _Texts, queries: int) -> int:
-        """N texts of H query heads and G key/value heads of E numbers, Q queries and K keys a text;
-        on a GPU each suffix has a copy of its prefix's keys. A CPU's prefixes are as if fused, its
-        suffixes in B tiles of n (`_tiled`). What linear layers read of it, "side by side", is
-        [N, Q, H E] in all forms.
+    def _attention(self, texts: _Texts, queries: int, last: bool) -> int:
+        """N texts of H query heads and G key/value heads of E numbers, Q queries and K keys a text.
+        A CPU's prefixes are as with flash attention, its suffixes in B tiles of n (`_tiled`). D
+        prefixes of P tokens are there for suffixes of S; what prefixes keep themselves is not
+        counted again: their values, but for the last layer's.
 
-        | tensor                  | fused               | not fused       |
-        |-------------------------|---------------------|-----------------|
-        | query                   | [N, H, Q, E]        | the same, fp32  |
-        | key, value              | [N, G, K, E] each   | [N, H, K, E] each, fp32 |
-        | mask of suffixes        | [N, Q, K]           |                 |
-        | a sum, or the weights   | [N, H, Q] fp32      | [N, H, Q, K] fp32 |
-        | attended                | [N, H, Q, E]        |                 |
-        | side by side            | where Q > 1, else `attended` is it | [N, Q, H E] |
+        | tensor             | flash: prefixes   | flash: suffixes   | copies               |
+        |--------------------|-------------------|-------------------|----------------------|
+        | query, attended    | [N, H, Q, E] each | the same          | the same             |
+        | key, value         | [N, G, K, E] each | [N, G, S, E] each | [N, H, K, E] each    |
+        | prefixes' of these |                   | [D, G, P, E] each |                      |
+        | mask               |                   | [N, Q, S] bool    | of suffixes [N, Q, K] |
+        | a sum              | [N, H, Q] fp32    | the same          | the same             |
+        | side by side       | [N, Q, H E]       |                   | [N, Q, H E]          |
 
+        Side by side is what is attended where Q is 1, and with flash attention of suffixes.
         dtype: the activations', where none is given.
         """
-        if texts.tiles and self.policy.device == "cpu":
+        if texts.prefix and self.policy.device == "cpu":
             return self._tiled(texts, queries)
-        rows, keys = texts.rows, texts.prefix + texts.tokens
-        heads, head = self.model.heads, self.model.head_dim
+        rows, heads, head = texts.rows, self.model.heads, self.model.head_dim
+        groups, flash = self.model.kv_heads, self.flash or self.policy.device == "cpu"
         asked = rows * heads * queries
-        if not self.fused and self.policy.device != "cpu":
-            wide = asked * (head + keys) + rows * heads * 2 * keys * head
-            return asked * head * self._dtype + _FP32 * wide
-        copies = 3 if queries > 1 else 2
-        shared = rows * 2 * self.model.kv_heads * keys * head
-        mask = rows * queries * keys if texts.prefix else 0
-        return (copies * asked * head + shared + mask) * self._dtype + asked * _FP32
+        total = asked * _FP32 + 2 * asked * head * self._dtype
+        if flash and texts.prefix:
+            shared = (2 if last else 1) * texts.prefixes * texts.prefix
+            keys = 2 * rows * texts.tokens + shared
+            return total + groups * keys * head * self._dtype + rows * queries * texts.tokens
+        keys = texts.prefix + texts.tokens
+        numbers = 2 * rows * (groups if flash else heads) * keys * head
+        numbers += asked * head if queries > 1 else 0
+        numbers += rows * queries * keys if texts.prefix else 0
+        return total + numbers * self._dtype
 
     def _tiled(self, texts: _Texts, queries: int) -> int:
         """A CPU's attention of suffixes, in tiles: all fp32, K the places of a tile's keys.

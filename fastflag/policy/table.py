@@ -4,6 +4,7 @@ Shapes: D prefixes (days), S distinct suffixes, U prompts, C width, A actions.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
-from fastflag.model import ops
+from fastflag.model import ops, packed_attention
 from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory, name_of
+from fastflag.model.linear import adapters_cast
 from fastflag.model.llama import prefix_pass, suffix_pass
 from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import (
@@ -62,6 +64,11 @@ class Table:
     def detached(self) -> np.ndarray:
         """The log-probabilities, [U, A] fp32, without gradient."""
         return self.log_probabilities.detach().cpu().numpy()
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """The values, [U] float64, without gradient."""
+        return self.value.detach().double().cpu().numpy()
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -119,18 +126,23 @@ class Policy(nn.Module):
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
-        self.recompute = Recompute(config.memory_budget * 2**20)
+        on_gpu = self.device.type == "cuda"  # elsewhere the cache lies in another memory
+        spare = self.trunk.cache.shrink if on_gpu else lambda: 0
+        self.recompute = Recompute(config.memory_budget * 2**20, spare)
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
-        self.graphs = self._graphs() if self.device.type == "cuda" else None
+        self.graphs = self._graphs() if on_gpu else None
         self._staged: tuple[bytes, Stage] | None = None
 
     def _evaluate_stage(self, stage: Stage) -> tuple[Tensor, ...]:
         """`evaluate` on blocks, for each row of the stage: log-probabilities and value, and the
         statistics' mean and deviation. Never waits for the device."""
-        days, tokens, _ = stage.prefixes.shape
-        _, prefixes = prefix_pass(self.top, stage.prefixes, [tokens] * days, keys_values_only=True)
-        last = suffix_pass(self.top, stage.suffixes, prefixes, stage.layout, last_only=True)
+        lengths = [stage.prefixes.shape[1]] * len(stage.prefixes)
+        # A kernel casts as it reads.
+        by_kernel = ops.lora_linear.choice(self.device).implementation == "triton"
+        with nullcontext() if by_kernel else adapters_cast(self.top, self.dtype):
+            _, prefixes = prefix_pass(self.top, stage.prefixes, lengths, keys_values_only=True)
+            last = suffix_pass(self.top, stage.suffixes, prefixes, stage.layout, last_only=True)
         features = self._normed(last).index_select(0, stage.place)
         statistics = Statistics.of(features, stage.reference)
         table = self._read_out(features, stage.side, stage.allowed, statistics)
@@ -164,8 +176,7 @@ class Policy(nn.Module):
             return prefix_pass(self.top, _padded(states[part]), lengths, keys_values_only=True)[1]
 
         def cost(rows: int) -> int:
-            fused = self.device.type == "cuda"
-            return plan.prefix_bytes(self.model, self.config, rows, size, fused)
+            return plan.prefix_bytes(self.model, self.config, rows, size, self._flash())
 
         return self.recompute.run(some, len(states), cost)
 
@@ -232,17 +243,15 @@ class Policy(nn.Module):
         """Whether autograd may keep all of an evaluation's work, by blocks of a stage."""
         days, prefix, rows, suffix = Stage.shape_of(prompts)
         self.recompute.restart()
-        of_prefixes = plan.prefix_bytes(self.model, self.config, days, prefix, True)
-        fused = self._fused_suffixes()
-        of_suffixes = plan.suffix_bytes(self.model, self.config, rows, suffix, days, prefix, fused)
+        shape, flash = (self.model, self.config), self._flash()
+        of_prefixes = plan.prefix_bytes(*shape, days, prefix, flash)
+        of_suffixes = plan.suffix_bytes(*shape, rows, suffix, days, prefix, flash)
         return self.recompute.keeps(rows, of_prefixes + of_suffixes)
 
-    def _fused_suffixes(self) -> bool:
-        """Whether one kernel computes the suffixes' attention. PyTorch has none with a mask for
-        query heads that share keys."""
+    def _flash(self) -> bool:
+        """Whether a GPU's attention needs no copies of keys."""
         kernel = ops.prefix_attention.choice(self.device).implementation == "triton"
-        alike = self.model.heads == self.model.kv_heads
-        return self.device.type == "cuda" and (kernel or alike)
+        return kernel or packed_attention.takes(self.device, self.dtype, self.model.head_dim)
 
     def lies_ready(self, prompts: PromptSet) -> bool:
         """Whether these are the prompts whose blocks are on the device."""
@@ -278,7 +287,7 @@ class Policy(nn.Module):
         longest = max(lengths)  # a GPU pads all to it
         states = self.trunk.suffix_states(prompts)
         size = np.array([padded_length(len(state)) for state in states])
-        fused = self._fused_suffixes()
+        flash = self._flash()
 
         def some(rows: np.ndarray) -> Tensor:
             """Of rows of one size, sorted by day."""
@@ -297,7 +306,7 @@ class Policy(nn.Module):
 
             def cost(count: int) -> int:
                 return plan.suffix_bytes(
-                    self.model, self.config, count, tokens, of_days, longest, fused
+                    self.model, self.config, count, tokens, of_days, longest, flash
                 )
 
             return self.recompute.run(lambda part: some(rows[part]), len(rows), cost)

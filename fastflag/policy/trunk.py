@@ -2,9 +2,8 @@
 
 Account texts of a day begin alike ("Account: long 20 days, ..."), and attention is causal. So a
 text of up to 16 tokens goes through in pieces of 8, and texts of a day that are equal up to a
-piece's end have that piece in common: a tree under each day's prefix. In the demo's backtest it has
-an eighth fewer pieces than the texts have. A longer text, of an exact account, has little in common
-with others: it is one piece.
+piece's end have that piece in common: a tree under each day's prefix, in the demo's backtest of an
+eighth fewer pieces. A longer text, of an exact account, has little in common: it is one piece.
 
 Shapes: P prefix tokens, S suffix tokens, N pieces of T tokens, C width, U prompts.
 """
@@ -46,11 +45,11 @@ _ARITHMETIC = 8
 # Days that go through together. Keys and values of 64 days of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _DAYS = 64
-# Prompts of one pass, of 1 or 2 pieces where they are stepped: 256 of 14 tokens over prefixes of
-# 150 keep the attention's keys and values near 100 MB a layer on SmolLM2-135M.
-_PROMPTS = 256
-# Tokens of one pass over prefixes or long texts: as many as 256 suffixes of 16 have.
+# Tokens of one pass, over prefixes or texts. On a CPU 256 prompts of 14 tokens over prefixes of 150
+# keep the attention's keys and values near 100 MB a layer on SmolLM2-135M. A GPU takes as many as
+# have an MLP's numbers in so many bytes: each pass is a hundred launches a layer.
 _TOKENS = 4096
+_GPU_BYTES = 2**28
 _PIECE = TOKEN_MULTIPLE
 # Pieces that a text in pieces has at most. Stepped texts have 1 or 2, and attend in one go.
 _PIECES = 2
@@ -85,6 +84,12 @@ class _TextWork:
     pieces: Pieces
     hidden: Tensor  # [N, T, C]
 
+    def whole(self) -> Tensor:
+        """The texts, each of as many pieces as the longest: [rows, tokens, C]."""
+        most = max(map(len, self.paths))
+        paths = torch.tensor([path + path[-1:] * (most - len(path)) for path in self.paths])
+        return self.hidden[paths.to(self.hidden.device)].flatten(1, 2)
+
 
 class _Piece(NamedTuple):
     tokens: np.ndarray
@@ -107,6 +112,8 @@ class Trunk:
         files = _files(weights, config, len(blocks), self._device)
         self.cache = TrunkCache(config.trunk_cache_mb * 2**20, files)
         self._resident: ExitStack | None = None
+        self._on_gpu = self._device.type == "cuda"
+        self._tokens = max(self._on_gpu * _GPU_BYTES // (2 * weights.config.mlp_width), _TOKENS)
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
@@ -150,15 +157,15 @@ class Trunk:
         for some in _chunks(list(missing), _DAYS):
             days = {day: self._day(prompts.prefixes[day]) for day in some}
             rows = [row for day in some for row in missing[day]]
-            texts = [self._texts(prompts, *part, days) for part in _parts(prompts, rows)]
+            texts = [self._texts(prompts, *part, days) for part in self._parts(prompts, rows)]
             self._run(list(days.values()), texts)
             for day in days.values():
                 if day.hidden is not None:
                     self._keep(day)
             for done in texts:
-                for row, path in zip(done.rows, done.paths, strict=True):
+                for row, whole in zip(done.rows, done.whole(), strict=True):
                     length = len(prompts.suffixes[prompts.pairs[row, 1]])
-                    states[row] = (done.hidden[path].flatten(0, 1)[:length].clone(),)
+                    states[row] = (whole[:length].clone(),)
                     self.cache.put(keys[row], *states[row])
         return [state for (state,) in states]
 
@@ -182,12 +189,23 @@ class Trunk:
             if day.layers is None:
                 day.layers = []
                 by_size.setdefault(padded_length(len(day.tokens)), []).append(day)
-        parts = (
-            some
+        return [
+            _PrefixWork(some, self._embed([day.tokens for day in some]))
             for size, alike in by_size.items()
-            for some in _chunks(alike, max(_TOKENS // size, 1))
-        )
-        return [_PrefixWork(some, self._embed([day.tokens for day in some])) for some in parts]
+            for some in _chunks(alike, max(self._tokens // size, 1))
+        ]
+
+    def _parts(self, prompts: PromptSet, rows: list[int]) -> Iterator[tuple[list[int], int]]:
+        """`rows` whose suffixes go through together, and the tokens of their pieces: long suffixes
+        of one padded length, each one piece."""
+        by_size: dict[int, list[int]] = {}
+        for row in rows:
+            length = padded_length(len(prompts.suffixes[prompts.pairs[row, 1]]))
+            size = length if length > _PIECES * _PIECE else _PIECE
+            by_size.setdefault(size, []).append(row)
+        for size, alike in by_size.items():
+            tokens = _PIECES * _PIECE if size == _PIECE else size
+            yield from ((some, size) for some in _chunks(alike, max(self._tokens // tokens, 1)))
 
     def _texts(
         self, prompts: PromptSet, rows: list[int], size: int, days: dict[int, _Day]
@@ -221,7 +239,9 @@ class Trunk:
                     lengths = [len(day.tokens) for day in some.days]
                     some.hidden, [layer] = prefix_pass([block], some.hidden, lengths)
                     for row, day in enumerate(some.days):
-                        day.layers.append(tuple(side[row].clone() for side in layer.blocks[0]))
+                        of_day = (side[row] for side in layer.blocks[0])
+                        # On a GPU views, whose memory goes with the last day's.
+                        day.layers.append(tuple(s if self._on_gpu else s.clone() for s in of_day))
                 for some in texts:
                     prefixes = _read(some.days, number)
                     some.hidden = piece_pass(block, some.hidden, prefixes, some.pieces)
@@ -254,19 +274,6 @@ def _read(days: list[_Day], layer: int) -> Prefixes:
     """What texts attend to of `days`."""
     blocks = [tuple(side[None] for side in day.layers[layer]) for day in days]
     return Prefixes(blocks, [len(day.tokens) for day in days])
-
-
-def _parts(prompts: PromptSet, rows: list[int]) -> Iterator[tuple[list[int], int]]:
-    """`rows` whose suffixes go through together, and the tokens of their pieces: long suffixes of
-    one padded length, each one piece."""
-    by_size: dict[int, list[int]] = {}
-    for row in rows:
-        length = padded_length(len(prompts.suffixes[prompts.pairs[row, 1]]))
-        size = length if length > _PIECES * _PIECE else _PIECE
-        by_size.setdefault(size, []).append(row)
-    for size, alike in by_size.items():
-        count = _PROMPTS if size == _PIECE else max(_TOKENS // size, 1)
-        yield from ((some, size) for some in _chunks(alike, count))
 
 
 def _tree(
@@ -308,10 +315,16 @@ def _files(
         config.trunk_weights,
         config.dtype,
         torch.__version__,
-        torch.cuda.get_device_name() if device.type == "cuda" else _bits_of_a_cpu(config.dtype),
+        _bits_of_a_gpu() if device.type == "cuda" else _bits_of_a_cpu(config.dtype),
     )
     name = hashlib.blake2b(repr(made_by).encode(), digest_size=8).hexdigest()
     return TrunkFiles(caches.own("trunk").folder, name, config.trunk_disk_mb * 2**20, device)
+
+
+def _bits_of_a_gpu() -> tuple[object, ...]:
+    """Its kind, the libraries' version, and which kernels are taken there."""
+    taken = [op.choice(torch.device("cuda")).implementation for op in ops.OPS]
+    return torch.cuda.get_device_name(), torch.version.cuda, taken
 
 
 def _bits_of_a_cpu(dtype: str) -> tuple[str, bytes]:

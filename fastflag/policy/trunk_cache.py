@@ -21,6 +21,8 @@ from torch import Tensor
 # Entries are written together when they reach this size, or on `flush`: a demo's days and texts are
 # thousands of entries, and a dozen files.
 _FILE_BYTES = 64 * 2**20
+# A tenth of what CUDA itself takes: less is not what an update ran out by.
+_LEAST_SHRUNK = 32 * 2**20
 # A temporary file older than this was left by a process that was killed.
 _STALE_SECONDS = 3600
 
@@ -58,13 +60,27 @@ class TrunkCache:
         if self.files is not None:
             self.files.flush()
 
+    def shrink(self) -> int:
+        """Gives three quarters of what is kept in memory back, for good, and returns the bytes, or
+        nothing where they would not be worth another attempt."""
+        before = self.used_bytes
+        if before < _LEAST_SHRUNK:
+            return 0
+        self.budget_bytes = before // 4
+        self._evict(self.budget_bytes)
+        return before - self.used_bytes
+
+    def _evict(self, most: int) -> None:
+        """Until no more than `most` bytes are used."""
+        while self.used_bytes > most:
+            _, evicted = self._entries.popitem(last=False)
+            self.used_bytes -= _size(evicted)
+
     def _remember(self, key: bytes, tensors: tuple[Tensor, ...]) -> None:
         size = _size(tensors)
         if size > self.budget_bytes or key in self._entries:
             return
-        while self.used_bytes + size > self.budget_bytes:
-            _, evicted = self._entries.popitem(last=False)
-            self.used_bytes -= _size(evicted)
+        self._evict(self.budget_bytes - size)
         self._entries[key] = tensors
         self.used_bytes += size
 

@@ -61,6 +61,7 @@ class Prompter:
             line = f"none on {days:,} training days"
         others = sum(item.symbol not in ("", *symbols) for item in self._news)
         return line + (f"; {others:,} of other symbols than {', '.join(symbols)}" if others else "")
+
     def prefix_text(self, moment: int) -> str:
         days, day = self._day(moment)
         return days.prefix(day)
