@@ -34,8 +34,12 @@ def trained(checkout: Path, flags: list[str], place: Path) -> Path:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """A line for each file in which two runs are not the same."""
+    """A line for each file in which two runs are not the same; before them the dtype, where --dtype
+    auto dealt them two: nothing else is alike then."""
     told = []
+    dtypes = [_documents(run / "config.json")[0]["policy"]["dtype"] for run in (one, other)]
+    if dtypes[0] != dtypes[1]:
+        told.append(f"config.json: dtype {dtypes[0]}, {dtypes[1]} in the other: name one, --dtype")
     for tensors in sorted((one / "checkpoint").glob("*.safetensors")):
         beside = other / "checkpoint" / tensors.name
         if not beside.exists():

@@ -79,10 +79,18 @@ class Run:
     @property
     def tested(self) -> Backtest:
         """The backtest of the held-out days, as RUN/backtest.json has it."""
-        document = read_json(self.folder / "backtest.json")
-        of, now = document.get("updates"), self._updates()
-        if of not in (None, now):
-            _LOG.warning("fastflag: tested after %d updates, now there are %d: backtest", of, now)
+        from fastflag.learn.checkpoint import read_state
+
+        path = self.folder / "backtest.json"
+        document = read_json(path)
+        if not isinstance(document, dict):
+            raise InputError(f"not a backtest, {path}")
+        of = document.get("updates")
+        with suppress(InputError):  # a copy for reading needs no checkpoint
+            now, _ = read_state(self.folder)
+            if of not in (None, now):
+                told = "fastflag: tested after %s updates, now there are %d: backtest"
+                _LOG.warning(told, of, now)
         return Backtest(document)
 
     @cached_property
@@ -92,28 +100,24 @@ class Run:
     @property
     def world(self) -> "World":
         """What the policy is shown and what it may do."""
-        return self._loaded[0]
+        return self._loaded[1]
 
     @property
     def policy(self) -> "Policy":
         """As it was at the last checkpoint."""
-        return self._loaded[1]
+        return self._loaded[2]
 
     @property
-    def _loaded(self) -> tuple["World", "Policy"]:
-        """Of the last checkpoint, which a training in the same folder may have written since."""
+    def _loaded(self) -> tuple[int, "World", "Policy"]:
+        """Of the last checkpoint, which a training in the same folder may have written since, and
+        how many updates it has."""
+        from fastflag.learn.checkpoint import read_state
         from fastflag.learn.run import load_policy
 
-        step = self._updates()
-        if vars(self).get("_read", (0,))[0] != step:
-            vars(self)["_read"] = step, load_policy(self.folder, self.config, self.market)
-        return vars(self)["_read"][1]
-
-    def _updates(self) -> int:
-        """How many updates the last checkpoint has."""
-        from fastflag.learn.checkpoint import read_step
-
-        return read_step(self.folder)
+        state = read_state(self.folder)
+        if vars(self).get("_read", (None,))[0] != state:
+            vars(self)["_read"] = state, load_policy(self.folder, self.config, self.market)
+        return state[0], *vars(self)["_read"][1]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy in another process needs: the rest is in the folder."""
@@ -130,8 +134,9 @@ class Run:
                 f"{_other_market()}: name those by --data and --news, or days by --split "
                 f"START..END, {self.config.data.data}"
             )
-        tested = backtest(self.policy, self.world, self.market, self.config, split, track)
-        document = {"updates": self._updates(), **tested}
+        updates, world, policy = self._loaded
+        tested = backtest(policy, world, self.market, self.config, split, track)
+        document = {"updates": updates, **tested}
         if split == "test":
             self._keep(document)
         return Backtest(document)
@@ -147,7 +152,7 @@ class Run:
         that is held was entered at the price `entry` on the day `since`."""
         from fastflag.evaluate.decide import decide
 
-        policy, world = self.policy, self.world
+        _, world, policy = self._loaded
         with suppress(InputError):  # bars of the last months decide as well as all of them
             if not self._knows_market():
                 _LOG.warning("fastflag: %s, %s", _other_market(), self.config.data.data)
@@ -211,6 +216,7 @@ def train(
     With `resume` it goes on with the run in the folder, where there is one, by its own settings
     unless others are named.
     """
+    from fastflag.learn.checkpoint import read_state
     from fastflag.learn.run import check_claim
     from fastflag.learn.train import train
     from fastflag.model.weights import open_weights
@@ -218,16 +224,16 @@ def train(
     folder = _folder(out)
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise InputError("a run needs a folder of its own, --out")
-    if config and preset:
+    if config is not None and preset:
         raise InputError(f"the preset {preset!r} beside a config: name one of the two, train()")
-    base = _checked(config) if config else base_of(folder, preset, resume)
+    base = base_of(folder, preset, resume) if config is None else _checked(config)
     config = with_settings(base, settings)
     if not resume:
         check_claim(folder, config, resume=False)
     market = load(config.data)
     made = train(config, market, open_weights(config.policy.model), folder, resume)
     run = open(folder, device=config.policy.device)
-    vars(run).update(market=market, _read=(run._updates(), made))  # which would be read again
+    vars(run).update(market=market, _read=(read_state(folder), made))  # which would be read again
     run.backtest(track=track)
     return run
 

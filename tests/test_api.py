@@ -270,10 +270,26 @@ def test_a_run_that_went_on_is_read_anew(config, tmp_path, caplog):
     updates = tested.document["updates"]
     assert longer.tested.document["updates"] == 2 * updates == 2 * config.steps
     assert caplog.records == []
+    longer_told = longer.decide(DATES[30])
+    # Another training of as many updates is another policy.
+    shutil.rmtree(run.folder)
+    steps = 2 * config.total_timesteps
+    other = ff.train(run.folder, config, seed=config.seed + 1, total_timesteps=steps)
+    assert longer.decide(DATES[30]) == other.decide(DATES[30]) != longer_told
     (run.folder / "backtest.json").write_text(json.dumps(tested.document))
     assert run.tested == tested
     (record,) = caplog.records
     assert f"after {updates} updates, now there are {2 * updates}" in record.getMessage()
+    shutil.rmtree(run.folder / "checkpoint")
+    assert run.tested == tested  # what is there to be read needs no checkpoint
+    for wrong in ("{}", "[]", '{"step": "x", "digest": ""}'):
+        (run.folder / "checkpoint").mkdir(exist_ok=True)
+        (run.folder / "checkpoint" / "state.json").write_text(wrong)
+        with pytest.raises(ff.InputError, match="not a checkpoint"):
+            run.decide(DATES[30])
+    (run.folder / "backtest.json").write_text("[]")
+    with pytest.raises(ff.InputError, match="not a backtest"):
+        _ = run.tested
 
 
 def test_a_run_is_the_same_from_any_folder_and_in_another_process(run, tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ def run(folder, tensors=TENSORS, **changes):
     lines[1] |= changes
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "backtest.json").write_text(json.dumps({"equity": [1.0, changes.get("last", 2.0)]}))
+    policy = {"dtype": changes.get("dtype", "bf16")}
+    (folder / "config.json").write_text(json.dumps({"policy": policy}))
     return folder
 
 
@@ -34,6 +36,7 @@ def test_runs_that_differ_in_times_alone_are_the_same(tmp_path):
         ({"tensors": TENSORS | {"b": np.array([0.0, -0.0], np.float32)}}, "1 of 2 tensors, b"),
         ({"tensors": {"a": TENSORS["a"]}}, "tensors ['b']"),
         ({"return": 0.2}, "metrics.jsonl, document 2: return"),
+        ({"dtype": "fp32"}, "config.json: dtype bf16, fp32 in the other: name one, --dtype"),
         ({"last": 3.0}, "backtest.json, document 1: equity"),
     ],
 )

@@ -224,7 +224,7 @@ def test_refusals_do_not_depend_on_the_terminal(tmp_path):
 def test_a_refusal_on_the_command_line(tmp_path):
     done = command("decide", "none", "--date", "2001-01-01", "--json", cwd=tmp_path)
     told = the_refusal(done.returncode, done.stdout, done.stderr)
-    assert told == "No such file or directory, none/config.json"
+    assert told == f"No such file or directory, {tmp_path}/none/config.json"
 
 
 def test_warnings_are_told_unless_the_command_is_refused(bars, refused, tmp_path, capsys):

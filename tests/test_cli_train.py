@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import pandas as pd
@@ -302,7 +303,7 @@ def test_train_refuses_an_environment_that_asks_for_what_there_is_not(
     monkeypatch.setenv(variable, "fast")
     out = tmp_path / "run"
     told = refused("train", "--config", config_file, "--out", out)
-    assert f"{variable} is 'fast'" in told
+    assert re.search(rf"{variable}(=fast is not auto| is 'fast')", told)
     assert not out.exists()
 
 
@@ -438,7 +439,7 @@ def test_a_full_disk(limit, config_file, tmp_path):
     words = ["train", "--out", "run", "--config", config_file]
     done = command(*words, cwd=tmp_path, prepare=prepare)
     message = the_refusal(done.returncode, "", done.stderr)
-    assert message.startswith("File too large, run/"), message
+    assert message.startswith(f"File too large, {tmp_path}/run/"), message
     documents = [*tmp_path.rglob("*.json")]
     assert all(json.loads(path.read_text()) for path in documents)
     assert not list(tmp_path.rglob(".*"))

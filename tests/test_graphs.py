@@ -261,6 +261,8 @@ def test_a_budget_counts_copies_where_flash_attention_takes_none(policies, monke
     assert staged._flash()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not staged._flash()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(staged, "dtype", torch.float32)
     monkeypatch.setenv("FASTFLAG_KERNELS", "triton")
     assert staged._flash()
 

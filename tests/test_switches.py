@@ -58,7 +58,7 @@ def all_at_once(monkeypatch):
 
 
 def recomputed(monkeypatch):
-    monkeypatch.setattr(table_module, "Recompute", lambda budget: Recompute(1))
+    monkeypatch.setattr(table_module, "Recompute", lambda *_: Recompute(1))
 
 
 def by_stages(monkeypatch):

@@ -67,9 +67,15 @@ def write_checkpoint(
             old.unlink()
 
 
-def read_step(run: Path) -> int:
-    """How many updates a run's checkpoint has. Raises InputError where there is none."""
-    return int(read_json(run / "checkpoint" / "state.json")["step"])
+def read_state(run: Path) -> tuple[int, str]:
+    """How many updates a run's checkpoint has, and the digest of its tensors. Raises InputError
+    where there is none."""
+    path = run / "checkpoint" / "state.json"
+    try:
+        document = read_json(path)
+        return int(document["step"]), str(document["digest"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"not a checkpoint, {path}") from None
 
 
 def read_checkpoint(run: Path) -> Checkpoint:

@@ -5,6 +5,7 @@ supported, and one has units for it. fp16 is not tried: its range needs a scaled
 """
 
 import ctypes
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,8 +24,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _ROUNDS = 5
 # With bf16 units bf16 is 1.5 to 4 times as fast on a CPU; without them oneDNN computes both alike.
 _CLEARLY = 1.25
-# Of a product of tiny matrices chance decides: in 8 processes 4 took bf16, 4 fp32 (widths 64, 128).
-_MEASURABLE = 1e-4  # seconds
+# Multiplications of a product below which chance decides: of widths 64 and 128 (2^21) 4 of 8
+# processes took bf16; of SmolLM2-135M's (2^27) all did. Not by time: a GPU's large ones are quick.
+_TELLING = 2**24
 # From malloc.h of glibc, and a size that no activation has.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _NEVER = -3, -1, 2**31 - 1
 # A product as large as an update's on a GPU, and on a CPU as large as a tenth of a second allows.
@@ -42,7 +44,7 @@ class Speeds:
     def best(self) -> Literal["bf16", "fp32"]:
         """fp32, which is the more exact, unless bf16 is clearly faster: where they are close, or
         over too soon to tell, the runs of a study must not be dealt different ones by chance."""
-        if self.seconds["fp32"] < _MEASURABLE:
+        if math.prod(self.shape) < _TELLING:
             return "fp32"
         return "bf16" if _CLEARLY * self.seconds["bf16"] < self.seconds["fp32"] else "fp32"
 

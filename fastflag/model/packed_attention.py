@@ -13,8 +13,8 @@ weight (dout . value - dout . out) reads nothing of the other part.
 The prefix part takes all queries of a prefix as one sequence against its keys, by PyTorch's flash
 attention of packed sequences on CUDA: no mask, keys read once for all suffixes, their gradients
 added up in fp32 inside the kernel. The own part is a few tokens a suffix: products and a softmax
-in fp32. By that kernel it would need 128 places of scratch a sequence, 1 GB for 500 suffixes of an
-8B model.
+in fp32. That kernel's backward pass, as it is reported, has 128 places of scratch for a sequence
+however short, 1 GB for 500 suffixes of an 8B model.
 
 Shapes: D prefixes of P tokens, U suffixes of S tokens, Q queries a suffix, H query heads, G
 key/value heads, E head size. Packed: T = U Q queries, K = D P keys.
