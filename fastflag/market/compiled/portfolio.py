@@ -18,6 +18,7 @@ from fastflag.market.compiled.portfolio_constants import (
     GONE,
     GROWTH,
     KEEP,
+    OPEN,
     OUT,
     PAID,
     SHORT,
@@ -27,11 +28,13 @@ from fastflag.market.compiled.portfolio_constants import (
 # 64 lanes of 16 assets fit a core's L1 cache. The stride is no power of two: these collide in it.
 LANES = 64
 STRIDE = LANES + 8
-_OWN = range(0, 18 * STRIDE, STRIDE)
+_OWN = range(0, 19 * STRIDE, STRIDE)
 _START, _CASH, EQUITY, _COSTS, _COUNT, _MEAN, _M2, _SHARPE, ALIVE = _OWN[:9]
-_FREE, _LONGS, _SHORTS, _UNITS, _WEALTH, _TOP, _SLOPE, REWARD, RUINED = _OWN[9:]
-_SLOT = range(0, 6 * STRIDE, STRIDE)
-HOLDING, RATIO, PENDING, ORDER, _HELD, _SHARE = _SLOT
+_FREE, _VALUE, _SHORTS, _UNITS, _WEALTH, _TOP, _SLOPE, _BEFORE, REWARD, RUINED = _OWN[9:]
+_SLOT = range(0, 5 * STRIDE, STRIDE)
+HOLDING, RATIO, PENDING, ORDER, _HELD = _SLOT
+# Less than this part of the equity is what rounding has left of nothing, and buys nothing.
+_ROUNDING = 1e-12
 NUM_OWNS, BLOCK = len(_OWN) * STRIDE, len(_SLOT) * STRIDE
 
 
@@ -96,60 +99,94 @@ def _empty_nb(slots, at):
 
 
 @kernel()
-def order_nb(size, at, is_open, actions, owns, slots):
-    """What is done of each lane's action on one asset, and the units it orders: NaN keeps."""
-    for lane in range(size):
-        action = actions[lane]
-        none_to_leave = action == OUT and slots[at + HOLDING + lane] == 0.0
-        open_for = is_open and owns[ALIVE + lane] != 0.0
-        action = action if open_for and not none_to_leave else np.int64(KEEP)
-        actions[lane] = action
-        units = 0.0 if action == OUT else np.float64(action - KEEP)
-        units = -1.0 if action == SHORT else units
-        slots[at + ORDER + lane] = np.nan if action == KEEP else units
+def _order_of_nb(action, holding, is_open):
+    """(what is done of an action, the units that it orders: NaN keeps)."""
+    action = np.int64(KEEP) if action == OUT and holding == 0.0 else action
+    action = action if is_open else np.int64(KEEP)
+    units = 0.0 if action == OUT else np.float64(action - KEEP)
+    units = -1.0 if action == SHORT else units
+    return action, (np.nan if action == KEEP else units)
 
 
 @kernel()
-def _enter_nb(size, at, night, owns, slots):
-    """What of one asset is traded in this night, at what it is worth before; the rest is kept."""
-    filled, to_fill, paid = night[FILLED] != 0.0, night[TO_FILL], night[PAID]
+def order_nb(size, night, actions, owns, slots):
+    """What is done of `actions` [K x STRIDE], in place, and what they order; closed accounts keep."""
+    for k in range(night.shape[0]):
+        at, here, is_open = k * BLOCK, k * STRIDE, night[k, OPEN] != 0.0
+        for lane in range(size):
+            open_for = is_open and owns[ALIVE + lane] != 0.0
+            holding = slots[at + HOLDING + lane]
+            action, units = _order_of_nb(actions[here + lane], holding, open_for)
+            actions[here + lane] = action
+            slots[at + ORDER + lane] = units
+
+
+@kernel()
+def _entered_nb(holding, pending, order, is_filled, to_fill, total):
+    """(what waits, what is traded, its worth before, what it frees, worth of what is kept)."""
+    order = order if np.isnan(pending) else pending
+    traded = is_filled and not np.isnan(order)
+    waiting = np.nan if is_filled else order
+    worth = holding * total
+    if traded:
+        return waiting, order, holding * to_fill, worth, 0.0
+    return waiting, np.nan, 0.0, 0.0, worth
+
+
+@kernel()
+def _enter_nb(size, night, long_short, owns, slots):
+    """What of each asset is traded in this night, at what it is worth before; the rest is kept."""
     for lane in range(size):
-        holding, pending = slots[at + HOLDING + lane], slots[at + PENDING + lane]
-        order = slots[at + ORDER + lane] if np.isnan(pending) else pending
-        traded = filled and not np.isnan(order)
-        slots[at + PENDING + lane] = np.nan if filled else order
-        held, worth = holding * to_fill, holding * (to_fill + paid)
-        slots[at + ORDER + lane] = order if traded else np.nan
-        slots[at + _HELD + lane] = held if traded else 0.0
-        slots[at + _SHARE + lane] = order if traded else 0.0
-        owns[_FREE + lane] += worth if traded else 0.0
-        owns[_LONGS + lane] += 0.0 if traded else max(worth, 0.0)
-        owns[_SHORTS + lane] += 0.0 if traded else max(-worth, 0.0)
-        owns[_UNITS + lane] += abs(order) if traded else 0.0
+        owns[_FREE + lane] = owns[_CASH + lane]
+        owns[_VALUE + lane] = owns[_SHORTS + lane] = owns[_UNITS + lane] = 0.0
+    for k in range(night.shape[0]):
+        at, is_filled, to_fill = k * BLOCK, night[k, FILLED] != 0.0, night[k, TO_FILL]
+        total = to_fill + night[k, PAID]
+        for lane in range(size):
+            pending, order, held, freed, kept = _entered_nb(
+                slots[at + HOLDING + lane],
+                slots[at + PENDING + lane],
+                slots[at + ORDER + lane],
+                is_filled,
+                to_fill,
+                total,
+            )
+            slots[at + PENDING + lane] = pending
+            slots[at + ORDER + lane] = order
+            slots[at + _HELD + lane] = held
+            owns[_FREE + lane] += freed
+            owns[_VALUE + lane] += kept
+            owns[_UNITS + lane] += 0.0 if np.isnan(order) else abs(order)
+        if long_short:
+            for lane in range(size):
+                worth = slots[at + HOLDING + lane] * total
+                kept = np.isnan(slots[at + ORDER + lane])
+                owns[_SHORTS + lane] += max(-worth, 0.0) if kept else 0.0
 
 
 @kernel()
 def _share_nb(size, assets, owns, slots, rules):
-    """Units -> shares of what is free for those that are traded, none above the cap; and this as it
-    is before costs.
+    """Units -> shares of what is free, none above the cap, for those that are traded; and the
+    wealth that is free, as it is before costs.
 
     The cap is of equity before costs: a share of what is free is a smaller part of all after costs
     than before, so the cap holds then too.
     """
     for lane in range(size):
-        equity = owns[_FREE + lane] + owns[_LONGS + lane] - owns[_SHORTS + lane]
+        equity = owns[_FREE + lane] + owns[_VALUE + lane]
         # What a short brought in is bound while it is kept, and as much again.
-        free = max(owns[_FREE + lane] - 2.0 * owns[_SHORTS + lane], 0.0)
-        owns[_WEALTH + lane] = free
-        owns[_TOP + lane] = rules.max_weight * equity / free if free > 0.0 else 0.0
+        free = owns[_FREE + lane] - 2.0 * owns[_SHORTS + lane]
+        free = free if abs(free) > _ROUNDING * equity else 0.0
         units = owns[_UNITS + lane]
+        owns[_BEFORE + lane], owns[_WEALTH + lane] = free, max(free, 0.0)
+        owns[_TOP + lane] = rules.max_weight * equity / free if free > 0.0 else 0.0
         owns[_SLOPE + lane] = 1.0 / units if units > 0.0 else 0.0
     for k in range(assets):
         at = k * BLOCK
         for lane in range(size):
-            share = slots[at + _SHARE + lane] * owns[_SLOPE + lane]
-            most = owns[_TOP + lane]
-            slots[at + _SHARE + lane] = max(min(share, most), -most)
+            most, kept = owns[_TOP + lane], np.isnan(slots[at + ORDER + lane])
+            share = max(min(slots[at + ORDER + lane] * owns[_SLOPE + lane], most), -most)
+            slots[at + ORDER + lane] = np.nan if kept else share
 
 
 @kernel()
@@ -159,18 +196,17 @@ def _after_costs_nb(size, assets, owns, slots, rules):
     The difference of both sides rises with x and is convex and linear in pieces. Newton's method
     from above therefore falls from piece to piece to the root, which it hits exactly: as many
     rounds as there are pieces at most, mostly two. A lane that is there stays there, to the bit.
+    Where even x = 0 costs more than is free, all is left and x is 0.
     """
     cost, falling = rules.cost, True
-    for lane in range(size):
-        # Without the bound at 0 the root is the same but where all must be left.
-        owns[_UNITS + lane] = owns[_FREE + lane] - 2.0 * owns[_SHORTS + lane]
     while falling:
         for lane in range(size):
-            owns[_TOP + lane], owns[_SLOPE + lane] = owns[_UNITS + lane], 1.0
+            owns[_TOP + lane], owns[_SLOPE + lane] = owns[_BEFORE + lane], 1.0
         for k in range(assets):
             at = k * BLOCK
             for lane in range(size):
-                held, share = slots[at + _HELD + lane], slots[at + _SHARE + lane]
+                held, share = slots[at + _HELD + lane], slots[at + ORDER + lane]
+                share = 0.0 if np.isnan(share) else share
                 side = cost if share * owns[_WEALTH + lane] >= held else -cost
                 owns[_TOP + lane] += side * held
                 owns[_SLOPE + lane] += side * share
@@ -183,32 +219,46 @@ def _after_costs_nb(size, assets, owns, slots, rules):
 
 
 @kernel()
-def _trade_nb(size, at, night, owns, slots, rules):
-    """One asset to its target, or kept; then to the night's close. `ratio` is what a position is
-    worth over what was paid for it (of a short over what it brought in), dividends included."""
-    cost, growth, after = rules.cost, night[GROWTH], night[AFTER]
-    total = night[TO_FILL] + night[PAID]
+def _ratio_nb(target, held, ratio, cost):
+    """The ratio of a position that `held` at `ratio` becomes. What is bought beside it gives a mean
+    of both, what is left keeps its own."""
+    side = 1.0 if target > 0.0 else -1.0
+    stays = held if held * side > 0.0 else 0.0
+    ratio = ratio if stays != 0.0 else 1.0
+    added = target - stays
+    mean = target * ratio / (stays + added * (1.0 + side * cost) * ratio)
+    return mean if added * side > 0.0 else ratio
+
+
+@kernel()
+def _trade_nb(size, night, owns, slots, rules):
+    """Each asset to its target, or kept; then to the night's close. Leaves the cash in _FREE."""
+    cost = rules.cost
     for lane in range(size):
-        held, target = slots[at + _HELD + lane], slots[at + _SHARE + lane] * owns[_WEALTH + lane]
-        change = target - held
-        owns[_FREE + lane] -= target
-        owns[_TOP + lane] += abs(change)
-
-        holding, ratio = slots[at + HOLDING + lane], slots[at + RATIO + lane]
-        side = 1.0 if target > 0.0 else -1.0
-        stays = held if held * side > 0.0 else 0.0
-        at_fill = ratio * total if stays != 0.0 else 1.0
-        added = target - stays
-        bought = target * at_fill / (stays + added * (1.0 + side * cost) * at_fill)
-        traded_ratio = bought if added * side > 0.0 else at_fill
-
-        traded = not np.isnan(slots[at + ORDER + lane])
-        holding = target * after if traded else holding * growth
-        ratio = traded_ratio * after if traded else ratio * growth
-        slots[at + HOLDING + lane] = holding
-        slots[at + RATIO + lane] = ratio if holding != 0.0 else 1.0
-        owns[_LONGS + lane] += max(holding, 0.0)
-        owns[_SHORTS + lane] += max(-holding, 0.0)
+        owns[_VALUE + lane] = owns[_SHORTS + lane] = owns[_TOP + lane] = 0.0
+    for k in range(night.shape[0]):
+        at, growth, after = k * BLOCK, night[k, GROWTH], night[k, AFTER]
+        total = night[k, TO_FILL] + night[k, PAID]
+        for lane in range(size):
+            held, share = slots[at + _HELD + lane], slots[at + ORDER + lane]
+            holding, ratio = slots[at + HOLDING + lane], slots[at + RATIO + lane]
+            kept = np.isnan(share)
+            target = 0.0 if kept else share * owns[_WEALTH + lane]
+            traded_ratio = _ratio_nb(target, held, ratio * total, cost)
+            holding = holding * growth if kept else target * after
+            ratio = ratio * growth if kept else traded_ratio * after
+            ratio = ratio if holding != 0.0 else 1.0
+            slots[at + HOLDING + lane] = holding
+            slots[at + RATIO + lane] = ratio
+            owns[_FREE + lane] -= target
+            owns[_TOP + lane] += abs(target - held)
+            owns[_VALUE + lane] += holding
+        if rules.long_short:
+            for lane in range(size):
+                owns[_SHORTS + lane] += max(-slots[at + HOLDING + lane], 0.0)
+    for lane in range(size):
+        cash = owns[_FREE + lane] - cost * owns[_TOP + lane]
+        owns[_FREE + lane] = cash if rules.long_short else max(cash, 0.0)
 
 
 @kernel()
@@ -217,7 +267,7 @@ def _pay_out_nb(size, at, owns, slots):
     for lane in range(size):
         holding = slots[at + HOLDING + lane]
         owns[_FREE + lane] += holding
-        owns[_LONGS + lane] -= max(holding, 0.0)
+        owns[_VALUE + lane] -= holding
         owns[_SHORTS + lane] -= max(-holding, 0.0)
         _empty_nb(slots, at + lane)
 
@@ -230,7 +280,7 @@ def _settle_nb(size, assets, owns, slots, rules):
         alive = owns[ALIVE + lane] != 0.0
         borrowed = rules.borrow * owns[_SHORTS + lane]
         cash = owns[_FREE + lane] - borrowed
-        equity = cash + (owns[_LONGS + lane] - owns[_SHORTS + lane])
+        equity = cash + owns[_VALUE + lane]
         before = owns[EQUITY + lane]
         profit = equity - before
         count = owns[_COUNT + lane] + 1.0
@@ -251,7 +301,7 @@ def _settle_nb(size, assets, owns, slots, rules):
         owns[_SHARPE + lane] = sharpe if alive else owns[_SHARPE + lane]
         owns[ALIVE + lane] = 1.0 if alive and not ruined else 0.0
         owns[RUINED + lane] = 1.0 if ruined else 0.0
-        owns[_WEALTH + lane] = before
+        owns[_BEFORE + lane] = before
         ruins += np.int64(ruined)
     if ruins:
         for lane in range(size):
@@ -262,7 +312,7 @@ def _settle_nb(size, assets, owns, slots, rules):
         for lane in range(size):
             was_open = owns[ALIVE + lane] != 0.0 or owns[RUINED + lane] != 0.0
             least = rules.ruin * owns[_START + lane]
-            change = math.log(max(owns[EQUITY + lane], least) / owns[_WEALTH + lane])
+            change = math.log(max(owns[EQUITY + lane], least) / owns[_BEFORE + lane])
             owns[REWARD + lane] = change if was_open else 0.0
     return ruins
 
@@ -274,21 +324,11 @@ def night_nb(size, night, owns, slots, rules):
     `night` [K, COLUMNS].
     """
     assets = night.shape[0]
-    for lane in range(size):
-        owns[_FREE + lane] = owns[_CASH + lane]
-        owns[_LONGS + lane] = owns[_SHORTS + lane] = owns[_UNITS + lane] = 0.0
-    for k in range(assets):
-        _enter_nb(size, k * BLOCK, night[k], owns, slots)
+    _enter_nb(size, night, rules.long_short, owns, slots)
     _share_nb(size, assets, owns, slots, rules)
     if rules.cost > 0.0:
         _after_costs_nb(size, assets, owns, slots, rules)
-    for lane in range(size):
-        owns[_LONGS + lane] = owns[_SHORTS + lane] = owns[_TOP + lane] = 0.0
-    for k in range(assets):
-        _trade_nb(size, k * BLOCK, night[k], owns, slots, rules)
-    for lane in range(size):
-        cash = owns[_FREE + lane] - rules.cost * owns[_TOP + lane]
-        owns[_FREE + lane] = cash if rules.long_short else max(cash, 0.0)
+    _trade_nb(size, night, owns, slots, rules)
     for k in range(assets):
         if night[k, GONE] != 0.0:
             _pay_out_nb(size, k * BLOCK, owns, slots)

@@ -24,22 +24,23 @@ _ROUNDING = 1e-12
 
 @kernel()
 def _profit_nb(ratio, is_long):
-    """Open profit in steps, half away from zero, from 0 (the greatest loss) on."""
+    """Open profit in steps, half away from zero, from 0 (the greatest loss) on; a float."""
     change = ratio - 1.0 if is_long else 1.0 - ratio
-    steps = np.int64(min(abs(change) * PROFIT_STEPS, _MOST_PROFIT) + 0.5)
+    steps = np.floor(min(abs(change) * PROFIT_STEPS, _MOST_PROFIT) + 0.5)
     return PROFIT_LIMIT + (steps if change > 0.0 else -steps)
 
 
 @kernel()
 def _code_of_nb(is_long, weight, profit):
-    side = np.int64(0) if is_long else np.int64(WEIGHT_LIMIT)
-    return 1 + (side + weight - 1) * PROFITS + profit
+    """All that can be done in floats is: LLVM has no fast product of whole numbers."""
+    side = 0.0 if is_long else _MOST_WEIGHT
+    return np.int64(1.0 + (side + weight - 1.0) * PROFITS + profit)
 
 
 @kernel()
 def code_nb(holding, ratio, scale):
     """Of a slot: 0 where nothing is held, else side, weight in steps (one at least) and profit."""
-    weight = np.int64(max(min(abs(holding) * scale, _MOST_WEIGHT) + 0.5, 1.0))
+    weight = np.floor(max(min(abs(holding) * scale, _MOST_WEIGHT) + 0.5, 1.0))
     is_long = holding > 0.0
     code = _code_of_nb(is_long, weight, _profit_nb(ratio, is_long))
     return np.int64(0) if holding == 0.0 else code
@@ -66,8 +67,8 @@ def _mark_nb(reached, is_long, least, most, heaviest):
     one = _profit_nb(least * (1.0 - _ROUNDING), is_long)
     other = _profit_nb(most * (1.0 + _ROUNDING), is_long)
     for weight in range(1, heaviest + 1):
-        for profit in range(min(one, other), max(one, other) + 1):
-            reached[_code_of_nb(is_long, weight, profit)] = True
+        for profit in range(np.int64(min(one, other)), np.int64(max(one, other)) + 1):
+            reached[_code_of_nb(is_long, float(weight), float(profit))] = True
 
 
 @kernel()

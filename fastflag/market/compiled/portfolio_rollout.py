@@ -31,66 +31,86 @@ def step_nb(nights, rules, arrays, moments, actions, rewards, terminated):
     """Neighbours at one moment go together. `actions` [B, K] become what was executed."""
     assets = nights.shape[1]
     owns, slots = np.empty(NUM_OWNS), np.empty(assets * BLOCK)
-    drawn = np.empty(STRIDE, np.int64)
+    orders = np.empty(assets * STRIDE, np.int64)
     start = 0
     while start < moments.size:
-        size = 1
-        while (
-            size < LANES and start + size < moments.size and moments[start + size] == moments[start]
-        ):
-            size += 1
-        night = nights[moments[start]]
+        end, moment = start, moments[start]
+        while end < min(start + LANES, moments.size) and moments[end] == moment:
+            end += 1
+        size = end - start
         gather_nb(arrays, start, size, owns, slots)
         for k in range(assets):
             for lane in range(size):
-                drawn[lane] = actions[start + lane, k]
-            order_nb(size, k * BLOCK, night[k, OPEN] != 0.0, drawn, owns, slots)
-            for lane in range(size):
-                actions[start + lane, k] = drawn[lane]
-        night_nb(size, night, owns, slots, rules)
+                orders[k * STRIDE + lane] = actions[start + lane, k]
+        order_nb(size, nights[moment], orders, owns, slots)
+        night_nb(size, nights[moment], owns, slots, rules)
         scatter_nb(arrays, start, size, owns, slots)
+        for k in range(assets):
+            for lane in range(size):
+                actions[start + lane, k] = orders[k * STRIDE + lane]
         for lane in range(size):
             rewards[start + lane] = owns[REWARD + lane]
             terminated[start + lane] = owns[RUINED + lane] != 0.0
-        start += size
+        start = end
 
 
 @kernel()
-def _rows_nb(size, owns, slots, row_of, scales, codes, rows):
-    """Finds the rows [K, size] of what each lane shows; `row_of` [K, CODES]. -> (slot, code) that
-    has none, or (-1, -1)."""
-    assets = row_of.shape[0]
+def _rows_nb(size, owns, slots, row_of, scales, codes, shown):
+    """Finds the rows `shown` [K x STRIDE] of what each lane shows; `row_of` [K, CODES]. -> whether
+    all have one."""
+    assets, least = row_of.shape[0], np.int64(0)
     for lane in range(size):
         scales[lane] = scale_nb(owns[EQUITY + lane], assets)
     for k in range(assets):
-        at, row_of_code, row = k * BLOCK, row_of[k], rows[k]
+        at, here, row_of_code = k * BLOCK, k * STRIDE, row_of[k]
         for lane in range(size):
             holding, ratio = slots[at + HOLDING + lane], slots[at + RATIO + lane]
             codes[lane] = code_nb(holding, ratio, scales[lane])
         for lane in range(size):
-            row[lane] = row_of_code[np.uint64(codes[lane])]
-        missing = np.int64(-1)
+            shown[here + lane] = row_of_code[np.uint64(codes[lane])]
         for lane in range(size):
-            missing = max(missing, codes[lane] if row[lane] < 0 else np.int64(-1))
-        if missing >= 0:
-            return np.int64(k), missing
-    return np.int64(-1), np.int64(-1)
+            least = min(least, shown[here + lane])
+    return least >= 0
 
 
 @kernel()
-def _sample_nb(size, streams, counter, cdf, row, points, actions):
-    """Inverse CDF, as in lanes.py: an action of probability 0 can't be drawn."""
-    names = np.uint64(cdf.shape[1])
-    flat = cdf.ravel()
-    for lane in range(size):
-        points[lane] = uniform_nb(streams[lane], counter)
-    for lane in range(size):
-        points[lane] *= flat[np.uint64(row[lane]) * names + names - np.uint64(1)]
-        actions[lane] = 0
-    for a in range(cdf.shape[1] - 1):
+def _without_row_nb(size, owns, slots, row_of):
+    """(slot, code) of a state that has no row; one has none."""
+    assets = row_of.shape[0]
+    for k in range(assets):
         for lane in range(size):
-            bound = flat[np.uint64(row[lane]) * names + np.uint64(a)]
-            actions[lane] += np.int64(points[lane] >= bound)
+            holding, ratio = slots[k * BLOCK + HOLDING + lane], slots[k * BLOCK + RATIO + lane]
+            code = code_nb(holding, ratio, scale_nb(owns[EQUITY + lane], assets))
+            if row_of[k, code] < 0:
+                return k, code
+    return -1, -1
+
+
+@kernel()
+def _sample_nb(size, streams, first, cdf, names, shown, points, orders):
+    """Inverse CDF, as in lanes.py: an action of probability 0 can't be drawn. `cdf` [R x names].
+
+    Of four actions the fourth bound is the total, which no point reaches.
+    """
+    for k in range(shown.size // STRIDE):
+        here = k * STRIDE
+        for lane in range(size):
+            points[lane] = uniform_nb(streams[lane], first + k)
+        for lane in range(size):
+            at = shown[here + lane] * names
+            point = points[lane] * cdf[np.uint64(at + names - 1)]
+            action = np.int64(point >= cdf[np.uint64(at)])
+            action += np.int64(point >= cdf[np.uint64(at + 1)])
+            action += np.int64(point >= cdf[np.uint64(at + 2)])
+            orders[here + lane] = action + np.int64(point >= cdf[np.uint64(at + 3)])
+
+
+@kernel()
+def _copy_nb(size, numbers, rows):
+    """`numbers` [K x STRIDE] into `rows` [size, K]."""
+    for k in range(rows.shape[1]):
+        for lane in range(size):
+            rows[lane, k] = numbers[k * STRIDE + lane]
 
 
 @kernel()
@@ -111,10 +131,11 @@ def rollout_nb(
 ):
     """Accounts first to end - 1. -> (moment, slot, code) of a state without a row, or -1s."""
     rows, actions, rewards, terminated, valid, next_rows = out
-    assets = nights.shape[1]
+    assets, names, flat = nights.shape[1], cdf.shape[1], cdf.ravel()
     owns, slots = np.empty(NUM_OWNS), np.empty(assets * BLOCK)
     streams, points, scales = np.empty(LANES, np.uint64), np.empty(LANES), np.empty(LANES)
-    drawn, codes = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    orders, codes = np.empty(assets * STRIDE, np.int64), np.empty(LANES, np.int64)
+    shown = np.empty(assets * STRIDE, np.int64)
     for start in range(first, end, LANES):
         size = min(LANES, end - start)
         here = slice(start, start + size)
@@ -123,65 +144,66 @@ def rollout_nb(
             streams[lane] = stream_nb(seed, first_env + start + lane)
         for s in range(moments.size):
             moment, night = moments[s], nights[moments[s]]
-            row = rows[s, :, here]
             if restarts[s]:
                 restart_nb(size, assets, owns, slots)
             if restarts[s] or s == 0:
-                slot, code = _rows_nb(size, owns, slots, row_of[moment], scales, codes, row)
-                if slot >= 0:
-                    return moment, slot, code
-            else:
-                row[:] = next_rows[s - 1, :, here]
+                if not _rows_nb(size, owns, slots, row_of[moment], scales, codes, shown):
+                    return moment, *_without_row_nb(size, owns, slots, row_of[moment])
+            _copy_nb(size, shown, rows[s, here])
             for lane in range(size):
                 valid[s, start + lane] = owns[ALIVE + lane] != 0.0
-            for k in range(assets):
-                counter = (first_step + s) * assets + k
-                _sample_nb(size, streams, counter, cdf, row[k], points, drawn)
-                order_nb(size, k * BLOCK, night[k, OPEN] != 0.0, drawn, owns, slots)
-                action = actions[s, k, here]
-                for lane in range(size):
-                    action[lane] = drawn[lane]
+            counter = (first_step + s) * assets
+            _sample_nb(size, streams, counter, flat, names, shown, points, orders)
+            order_nb(size, night, orders, owns, slots)
+            _copy_nb(size, orders, actions[s, here])
             night_nb(size, night, owns, slots, rules)
             for lane in range(size):
                 rewards[s, start + lane] = owns[REWARD + lane]
                 terminated[s, start + lane] = owns[RUINED + lane] != 0.0
-            shown = next_rows[s, :, here]
-            slot, code = _rows_nb(size, owns, slots, row_of[moment + 1], scales, codes, shown)
-            if slot >= 0:
-                return moment + 1, slot, code
+            if not _rows_nb(size, owns, slots, row_of[moment + 1], scales, codes, shown):
+                return moment + 1, *_without_row_nb(size, owns, slots, row_of[moment + 1])
+            _copy_nb(size, shown, next_rows[s, here])
         scatter_nb(arrays, start, size, owns, slots)
     return np.int64(-1), np.int64(-1), np.int64(-1)
 
 
 @kernel()
+def _random_nb(size, night, streams, first, names, slots, orders):
+    """Draws uniformly from the actions allowed, where there are others than Keep."""
+    for k in range(night.shape[0]):
+        for lane in range(size):
+            fewer = np.int64(slots[k * BLOCK + HOLDING + lane] == 0.0)
+            point = uniform_nb(streams[lane], first + k)
+            orders[k * STRIDE + lane] = np.int64(point * (names - fewer)) + fewer
+
+
+@kernel()
 def equities_nb(nights, rules, arrays, first, seed, units, equity):
-    """Equity [B, T] at moment `first` and those after, by `units` [T, K] ordered at each (NaN
+    """Equity [B, T] at moment `first` and those after, by `units` [T - 1, K] ordered at each (NaN
     keeps); by random actions where there are none ([0, 0])."""
     assets = nights.shape[1]
     owns, slots = np.empty(NUM_OWNS), np.empty(assets * BLOCK)
-    drawn, names = np.empty(LANES, np.int64), 5 if rules.long_short else 4
+    orders, streams = np.empty(assets * STRIDE, np.int64), np.empty(LANES, np.uint64)
+    names = 5 if rules.long_short else 4
     for start in range(0, equity.shape[0], LANES):
         size = min(LANES, equity.shape[0] - start)
         gather_nb(arrays, start, size, owns, slots)
-        for place in range(equity.shape[1]):
+        for lane in range(size):
+            streams[lane] = stream_nb(seed, start + lane)
+            equity[start + lane, 0] = owns[EQUITY + lane]
+        for place in range(1, equity.shape[1]):
+            night = nights[first + place - 1]
+            if units.size:
+                for k in range(assets):
+                    unit = units[place - 1, k] if night[k, OPEN] != 0.0 else np.nan
+                    for lane in range(size):
+                        alive = owns[ALIVE + lane] != 0.0
+                        slots[k * BLOCK + ORDER + lane] = unit if alive else np.nan
+            else:
+                counter = (place - 1) * assets
+                _random_nb(size, night, streams, counter, names, slots, orders)
+                order_nb(size, night, orders, owns, slots)
+            night_nb(size, night, owns, slots, rules)
             for lane in range(size):
                 equity[start + lane, place] = owns[EQUITY + lane]
-            if place + 1 == equity.shape[1]:
-                break
-            night = nights[first + place]
-            for k in range(assets):
-                at = k * BLOCK
-                is_open = night[k, OPEN] != 0.0
-                if units.size:
-                    unit = units[place, k] if is_open else np.nan
-                    for lane in range(size):
-                        slots[at + ORDER + lane] = unit if owns[ALIVE + lane] != 0.0 else np.nan
-                    continue
-                for lane in range(size):
-                    stream = stream_nb(seed, start + lane)
-                    fewer = np.int64(slots[at + HOLDING + lane] == 0.0)
-                    u = uniform_nb(stream, place * assets + k)
-                    drawn[lane] = np.int64(u * (names - fewer)) + fewer
-                order_nb(size, at, is_open, drawn, owns, slots)
-            night_nb(size, night, owns, slots, rules)
         scatter_nb(arrays, start, size, owns, slots)
