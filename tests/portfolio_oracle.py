@@ -1,4 +1,4 @@
-"""A slow, obvious twin of the task `portfolio`, written from the rules: shares, prices, a bisection."""
+"""A slow, obvious twin of the task `portfolio`, from the rules: shares, prices, a bisection."""
 
 import math
 

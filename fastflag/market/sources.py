@@ -47,36 +47,52 @@ def load(data: DataConfig) -> Market:
 
     Raises InputError, with the file and where possible its line, for whatever is wrong in a file.
     """
+    whole = read(data)
+    market = of_symbol(whole, data.symbol, data)
+    path = news_path(data)
+    if path is None:
+        return market
+    symbols = (*whole.symbols, *(name for name, _ in whole.others))
+    own = assigned(read_news(path, data), market.symbols[0], symbols, str(path))
+    return with_news(market, [*market.news, *own])
+
+
+def read(data: DataConfig) -> Market:
+    """All symbols of a source, without the news beside it; of a file that holds `data.symbol`
+    beside others that one alone."""
     kind, colon, name = data.data.partition(":")
     if not (data.data + data.symbol).isprintable():
         raise InputError(f"a name with characters that can't be printed, {data.data!a}")
     if not colon or kind not in _READERS:
         known = ", ".join(f"{known}:" for known in _READERS)
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
-    hours, zone = hours_of(data), zone_of(data)
-    market = _READERS[kind](name, data)
-    symbols = (*market.symbols, *(name for name, _ in market.others))
+    hours_of(data), zone_of(data)
+    return _READERS[kind](name, data)
+
+
+def of_symbol(market: Market, symbol: str, data: DataConfig) -> Market:
+    """The market of one symbol of what was read, on the days on which it has a row."""
     try:
-        market = dataclasses.replace(market.of(data.symbol), hours=hours)
+        market = dataclasses.replace(market.of(symbol), hours=hours_of(data))
     except InputError as error:
         raise InputError(f"{error} {data.data}") from None
     if not np.isfinite(market.close).any():
         raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
     refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
-    path = path_of(data.news) if data.news else _news_beside(kind, name)
-    if path is None:
-        return market
-    news = news_of(named(read_table(path), path), str(path), zone)
-    own = assigned(news, market.symbols[0], symbols, str(path))
-    return with_news(market, [*market.news, *own])
+    return market
 
 
-def _news_beside(kind: str, name: str) -> Path | None:
-    """The news file beside the bars; where these are no file, none."""
-    if kind in ("sample", "planted"):
-        return None
+def news_path(data: DataConfig) -> Path | None:
+    """The news file that is named, or else the one beside the bars, where there is one."""
+    kind, _, name = data.data.partition(":")
+    if data.news or kind in ("sample", "planted"):
+        return path_of(data.news) if data.news else None
     bars = path_of(name)
     return news_beside(bars.with_name(f"{stem_of(bars)}.csv"))  # of bars.csv.gz bars.news.csv too
+
+
+def read_news(path: Path, data: DataConfig) -> list[News]:
+    return news_of(named(read_table(path), path), str(path), zone_of(data))
 
 
 # Readers: (what follows the colon, all that is asked for) -> Market

@@ -110,7 +110,7 @@ def _order_of_nb(action, holding, is_open):
 
 @kernel()
 def order_nb(size, night, actions, owns, slots):
-    """What is done of `actions` [K x STRIDE], in place, and what they order; closed accounts keep."""
+    """What is done of `actions` [K x STRIDE], in place, and ordered; closed accounts keep."""
     for k in range(night.shape[0]):
         at, here, is_open = k * BLOCK, k * STRIDE, night[k, OPEN] != 0.0
         for lane in range(size):

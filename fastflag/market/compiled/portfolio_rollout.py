@@ -146,9 +146,9 @@ def rollout_nb(
             moment, night = moments[s], nights[moments[s]]
             if restarts[s]:
                 restart_nb(size, assets, owns, slots)
-            if restarts[s] or s == 0:
-                if not _rows_nb(size, owns, slots, row_of[moment], scales, codes, shown):
-                    return moment, *_without_row_nb(size, owns, slots, row_of[moment])
+            anew = restarts[s] or s == 0
+            if anew and not _rows_nb(size, owns, slots, row_of[moment], scales, codes, shown):
+                return moment, *_without_row_nb(size, owns, slots, row_of[moment])
             _copy_nb(size, shown, rows[s, here])
             for lane in range(size):
                 valid[s, start + lane] = owns[ALIVE + lane] != 0.0
