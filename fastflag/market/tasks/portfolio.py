@@ -71,6 +71,8 @@ class Portfolio:
     rules: PortfolioConfig
     nights: np.ndarray
     """[M - 1, K, COLUMNS], as `nights_of` makes them; after the last close comes nothing."""
+    first_bars: np.ndarray
+    """[K] int64, the moment of each asset's first bar; M where it has none."""
     bars_a_year: int
     timeline: Timeline
 
@@ -79,8 +81,15 @@ class Portfolio:
         """All symbols of a market."""
         assets = [Bars.from_market(market, symbol) for symbol in market.symbols]
         timeline = Timeline((range(len(market.dates)),))
-        nights = nights_of(assets, rules)
-        return Portfolio(market.symbols, rules, nights, annual_days(market.calendar), timeline)
+        first = [np.append(np.flatnonzero(bars.tradable), len(timeline))[0] for bars in assets]
+        return Portfolio(
+            market.symbols,
+            rules,
+            nights_of(assets, rules),
+            np.array(first),
+            annual_days(market.calendar),
+            timeline,
+        )
 
     @property
     def actions(self) -> tuple[str, ...]:

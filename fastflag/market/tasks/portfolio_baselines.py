@@ -75,8 +75,8 @@ def minimum_variance_equity(task: Portfolio, moments: range, bars: int = _BARS) 
 def _weighted_equity(
     task: Portfolio, moments: range, bars: int, weights: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """`weights` of returns [bars, n] of the n assets that may be ordered and have as many returns;
-    all others keep what they have. Equal weights until there are such assets."""
+    """By `weights` of returns [bars, n] of those n assets that may be ordered and have as many; of
+    other assets that may be ordered nothing is held. Equal weights until there are n."""
     if bars < 2:
         raise ValueError(f"a deviation needs 2 returns, not {bars}")
     units = np.full((len(moments) - 1, task.slots), np.nan)
@@ -84,9 +84,9 @@ def _weighted_equity(
         open_for = task.nights[moment, :, OPEN] != 0.0
         if not open_for.any():
             continue
-        known = open_for & (moment >= bars + task.first_bars)
-        returns = task.nights[max(moment - bars, 0) : moment, :, GROWTH] - 1.0
+        known = open_for & (moment - bars >= task.first_bars)
         if known.any():
+            returns = task.nights[moment - bars : moment, :, GROWTH] - 1.0
             units[place, open_for] = 0.0
             units[place, known] = np.maximum(weights(returns[:, known]), 0.0)
         else:
