@@ -14,7 +14,7 @@ from fastflag import caches
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
 from fastflag.market.compiled import kernel
-from fastflag.market.tasks.single import Single
+from fastflag.market.tasks.single import ACTIONS
 from fastflag.model.arithmetic import measured
 from fastflag.model.ops import OPS
 from fastflag.model.weights import open_config
@@ -77,7 +77,7 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
             "--prefix-tokens or --suffix-tokens, prompts"
         )
     planned, unfused = (
-        parts(model, policy, optimizer, batch, len(Single.actions), fused)
+        parts(model, policy, optimizer, batch, len(ACTIONS), fused)
         for fused in (True, False)
     )
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,9 +63,10 @@ def aligned(markets: Sequence[Market]) -> Market:
         values[place] = getattr(market, name)[:, 0]
         return values
 
-    def side_by_side(name: str) -> np.ndarray:
-        pairs = zip(markets, places, strict=True)
-        return np.stack([column(market, place, name) for market, place in pairs], axis=1)
+    pairs = list(zip(markets, places, strict=True))
+    columns: dict[str, Any] = {
+        name: np.stack([column(*pair, name) for pair in pairs], axis=1) for name in _COLUMNS
+    }
 
     rows = np.zeros((len(dates), len(markets)), bool)
     for k, place in enumerate(places):
@@ -75,7 +77,7 @@ def aligned(markets: Sequence[Market]) -> Market:
         symbols=tuple(market.symbols[0] for market in markets),
         rows=rows,
         others=(),
-        **{name: side_by_side(name) for name in _COLUMNS},
+        **columns,
     )
     return with_news(market, dict.fromkeys(item for market in markets for item in market.news))
 

@@ -67,7 +67,6 @@ class Single:
     its span where one is needed.
     """
 
-    actions: ClassVar[tuple[str, ...]] = ACTIONS
     codes: ClassVar[int] = CODES
 
     bars: Bars
@@ -80,6 +79,14 @@ class Single:
         ends = np.cumsum([0, *map(len, symbols)]).tolist()
         spans = tuple(map(range, ends[:-1], ends[1:]))
         return Single(Bars.joined(symbols), rules, Timeline(spans))
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return ACTIONS
+
+    @property
+    def slots(self) -> int:
+        return 1
 
     def start(self, count: int) -> Accounts:
         """Accounts that hold their starting cash and nothing else."""
