@@ -66,7 +66,7 @@ def read(data: DataConfig) -> Market:
     if not colon or kind not in _READERS:
         known = ", ".join(f"{known}:" for known in _READERS)
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
-    hours_of(data), zone_of(data)
+    hours_of(data), zone_of(data)  # refused before a file is read
     return _READERS[kind](name, data)
 
 

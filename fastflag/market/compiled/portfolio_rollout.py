@@ -67,9 +67,9 @@ def _rows_nb(size, owns, slots, row_of, scales, codes, shown):
             holding, ratio = slots[at + HOLDING + lane], slots[at + RATIO + lane]
             codes[lane] = code_nb(holding, ratio, scales[lane])
         for lane in range(size):
-            shown[here + lane] = row_of_code[np.uint64(codes[lane])]
-        for lane in range(size):
-            least = min(least, shown[here + lane])
+            row = np.int64(row_of_code[np.uint64(codes[lane])])
+            shown[here + lane] = row
+            least = min(least, row)
     return least >= 0
 
 
@@ -106,11 +106,12 @@ def _sample_nb(size, streams, first, cdf, names, shown, points, orders):
 
 
 @kernel()
-def _copy_nb(size, numbers, rows):
-    """`numbers` [K x STRIDE] into `rows` [size, K]."""
-    for k in range(rows.shape[1]):
+def _copy_nb(size, numbers, columns):
+    """`numbers` [K x STRIDE] into `columns` [K, size]."""
+    for k in range(columns.shape[0]):
+        column = columns[k]
         for lane in range(size):
-            rows[lane, k] = numbers[k * STRIDE + lane]
+            column[lane] = numbers[k * STRIDE + lane]
 
 
 @kernel()
@@ -149,20 +150,20 @@ def rollout_nb(
             anew = restarts[s] or s == 0
             if anew and not _rows_nb(size, owns, slots, row_of[moment], scales, codes, shown):
                 return moment, *_without_row_nb(size, owns, slots, row_of[moment])
-            _copy_nb(size, shown, rows[s, here])
+            _copy_nb(size, shown, rows[s, :, here])
             for lane in range(size):
                 valid[s, start + lane] = owns[ALIVE + lane] != 0.0
             counter = (first_step + s) * assets
             _sample_nb(size, streams, counter, flat, names, shown, points, orders)
             order_nb(size, night, orders, owns, slots)
-            _copy_nb(size, orders, actions[s, here])
+            _copy_nb(size, orders, actions[s, :, here])
             night_nb(size, night, owns, slots, rules)
             for lane in range(size):
                 rewards[s, start + lane] = owns[REWARD + lane]
                 terminated[s, start + lane] = owns[RUINED + lane] != 0.0
             if not _rows_nb(size, owns, slots, row_of[moment + 1], scales, codes, shown):
                 return moment + 1, *_without_row_nb(size, owns, slots, row_of[moment + 1])
-            _copy_nb(size, shown, next_rows[s, here])
+            _copy_nb(size, shown, next_rows[s, :, here])
         scatter_nb(arrays, start, size, owns, slots)
     return np.int64(-1), np.int64(-1), np.int64(-1)
 

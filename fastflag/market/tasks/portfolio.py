@@ -190,12 +190,12 @@ class Portfolio:
         row_of = np.ascontiguousarray(row_of, np.int32)
         steps, count = len(moments), len(accounts)
         out = PortfolioOutputs(
-            row=np.empty((steps, count, self.slots), np.int32),
-            action=np.empty((steps, count, self.slots), np.int8),
+            row=np.empty((steps, self.slots, count), np.int32),
+            action=np.empty((steps, self.slots, count), np.int8),
             reward=np.empty((steps, count)),
             terminated=np.empty((steps, count), np.bool_),
             valid=np.empty((steps, count), np.bool_),
-            next_row=np.empty((steps, count, self.slots), np.int32),
+            next_row=np.empty((steps, self.slots, count), np.int32),
         )
         world = self.nights, self._rules(), accounts.views(), moments, restarts
         policy, random = (cdf, row_of), (seed_bits(seed), first_env, first_step)
@@ -208,7 +208,7 @@ class Portfolio:
                 name = self.symbols[slot]
                 raise RuntimeError(f"code {code} of {name} has no prompt at moment {moment}")
         arrays = out._asdict().items()
-        return Steps(**{name: array.swapaxes(0, 1) for name, array in arrays})
+        return Steps(**{name: np.moveaxis(array, -1, 0) for name, array in arrays})
 
     def equities(
         self, moments: range, episodes: int, seed: int, units: np.ndarray | None = None
