@@ -385,6 +385,28 @@ def test_the_fixed_point_of_costs_by_hand():
     assert accounts.holding[0, 0] == 0.0 and abs(accounts.cash[0]) < 1e-15
 
 
+@examples
+@given(st.integers(2, 40), st.sampled_from((1.0, 30.0, 900.0, 9_000.0)), st.integers(0, 10**6))
+def test_weights_are_of_what_costs_leave(assets, fee, seed):
+    """Both halves of the fixed point, to rounding: prices that stand still take nothing else."""
+    random = np.random.default_rng(seed)
+    ones = np.ones(8)
+    columns = [(ones, ones, ones, 0.0 * ones, np.ones(8, bool))] * assets
+    rules = PortfolioConfig(fill="same_close", fee_bps=fee, slippage_bps=0, cash=1.0, ruin=1e-12)
+    task = Portfolio.of(rules, oracle.market_of(columns))
+    accounts, units_of = task.start(5), np.array([0.0, np.nan, 1.0, 2.0])
+    for day in range(7):
+        actions = random.choice([OUT, NEUTRAL, OVER], (5, assets))
+        held, equity = accounts.holding.copy(), accounts.equity.copy()
+        task.step(accounts, day, actions)
+        units = units_of[actions]
+        weights = units / np.maximum(units.sum(1), 1.0)[:, None]
+        left = accounts.equity[:, None]
+        np.testing.assert_allclose(accounts.holding, weights * left, rtol=0, atol=1e-14)
+        traded = np.abs(weights * left - held).sum(1)
+        np.testing.assert_allclose(accounts.equity, equity - fee / 1e4 * traded, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("fill", FILLS)
 def test_holding_earns_what_the_prices_and_dividends_do(fill):
     """Splits, dividends, gaps: a position that is kept is worth its total return."""

@@ -55,8 +55,27 @@ def test_wealth_without_costs(name, rebalanced, held):
     np.testing.assert_allclose(wealth(prices, 0.0, True), relatives.prod(), rtol=1e-11)
 
 
-def test_wealth_with_costs():
-    """Rebalancing nyse_o's 36 stocks daily at 10 basis points; holding them costs nothing more."""
-    prices = closes_of("nyse_o")
-    assert round(wealth(prices, 10.0, True), 2) == 25.36
-    assert round(wealth(prices, 10.0, False), 2) == 14.50
+def wealth_by_iteration(prices: np.ndarray, cost: float) -> float:
+    """Of equal weights restored at every close but the first and the last: what is left, x, is
+    1 - cost x the sum of |x / K - weight|, iterated until it stands still."""
+    wealth = 1.0
+    for day, growth in enumerate(prices[1:] / prices[:-1], 1):
+        weight, wealth = growth / growth.sum(), wealth * growth.mean()
+        left = 1.0
+        for _ in range(8):  # each round is `cost` times nearer
+            left = 1.0 - cost * np.abs(left / len(weight) - weight).sum()
+        wealth *= left if day < len(prices) - 1 else 1.0
+    return wealth
+
+
+@pytest.mark.parametrize(
+    ("name", "rebalanced"), [("nyse_o", 25.36), ("djia", 0.81), ("msci", 0.92), ("sp500", 1.62)]
+)
+def test_wealth_with_costs(name, rebalanced):
+    """At 10 basis points; nyse_o's is published. Holding costs nothing more."""
+    prices = closes_of(name)
+    assert round(wealth(prices, 10.0, True), 2) == rebalanced
+    np.testing.assert_allclose(
+        wealth(prices, 10.0, True), wealth_by_iteration(prices, 1e-3), rtol=1e-10
+    )
+    np.testing.assert_allclose(wealth(prices, 10.0, False), prices[-1].mean(), rtol=1e-12)

@@ -77,8 +77,7 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
             "--prefix-tokens or --suffix-tokens, prompts"
         )
     planned, unfused = (
-        parts(model, policy, optimizer, batch, len(ACTIONS), fused)
-        for fused in (True, False)
+        parts(model, policy, optimizer, batch, len(ACTIONS), fused) for fused in (True, False)
     )
     return {
         "model": policy.model,

@@ -195,7 +195,7 @@ def _after_costs_nb(size, assets, owns, slots, rules):
 
     The difference of both sides rises with x and is convex and linear in pieces. Newton's method
     from above therefore falls from piece to piece to the root, which it hits exactly: as many
-    rounds as there are pieces at most, mostly two. A lane that is there stays there, to the bit.
+    rounds as there are pieces at most. A lane that is there stays there, to the bit.
     Where even x = 0 costs more than is free, all is left and x is 0.
     """
     cost, falling = rules.cost, True
