@@ -85,8 +85,7 @@ class Account:
         return count if day >= 0 else 0
 
     def allowed(self, k, day):
-        last = len(self.assets[k]) - 1
-        if not self.bar(k, day) or day == last or day % self.config.rebalance_every:
+        if not self.bar(k, day) or day % self.config.rebalance_every:
             return ["Keep"]
         names = ["Keep", "Neutral", "Over"]
         if self.shares[k]:

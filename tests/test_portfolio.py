@@ -323,9 +323,8 @@ def test_nothing_depends_on_the_future(config, how):
                 np.testing.assert_array_equal(now, then)
             assert_same(one, two)
             np.testing.assert_array_equal(task.code(one, t + 1), other.code(two, t + 1))
-        if how != "cut":  # a last close allows nothing
-            mask = task.allowed(day, np.sign(one.holding))
-            np.testing.assert_array_equal(mask, other.allowed(day, np.sign(two.holding)))
+        mask = task.allowed(day, np.sign(one.holding))
+        np.testing.assert_array_equal(mask, other.allowed(day, np.sign(two.holding)))
 
 
 # Codes ------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from fastflag.market.compiled.portfolio_constants import COLUMNS
 
 
 def nights_of(assets: Sequence[Bars], rules: PortfolioConfig) -> np.ndarray:
-    """[M - 1, K, COLUMNS] float64, of the bars of K assets on the same M days. Row t is the night
-    between the closes of days t and t + 1:
+    """[M, K, COLUMNS] float64, of the bars of K assets on the same M days. Row t is the night
+    between the closes of days t and t + 1; of the last, `open` is all that is known:
 
     open
         1 where an order may be given at the close of day t: it has a bar, and t is a multiple of
@@ -39,7 +39,7 @@ def nights_of(assets: Sequence[Bars], rules: PortfolioConfig) -> np.ndarray:
 
 def _nights(bars: Bars, rules: PortfolioConfig) -> np.ndarray:
     today, tomorrow = bars.tradable[:-1], bars.tradable[1:]
-    moments = np.arange(len(today))
+    open_for = bars.tradable & (np.arange(len(bars)) % rules.rebalance_every == 0)
     # A holding worth 1 is as many shares tomorrow. NaN before the first bar: there is none.
     shares = bars.split[1:] / bars.mark[:-1]
     held = tomorrow & np.isfinite(shares)
@@ -55,7 +55,7 @@ def _nights(bars: Bars, rules: PortfolioConfig) -> np.ndarray:
         after = np.where(tomorrow, bars.close[1:] / price, ones)
     gone = _days_without(bars.tradable)[1:] == rules.delisted_after
     nights = {
-        "open": today & (moments % rules.rebalance_every == 0),
+        "open": open_for[:-1],
         "filled": filled,
         "to_fill": to_fill,
         "paid": paid,
@@ -63,7 +63,9 @@ def _nights(bars: Bars, rules: PortfolioConfig) -> np.ndarray:
         "growth": np.where(gone, 1.0 - rules.delisting_loss, total),
         "gone": gone,
     }
-    return np.column_stack([nights[name] for name in COLUMNS]).astype(np.float64)
+    known = np.column_stack([nights[name] for name in COLUMNS]).astype(np.float64)
+    last = dict.fromkeys(COLUMNS, np.nan) | {"open": open_for[-1]}
+    return np.vstack([known, [last[name] for name in COLUMNS]])
 
 
 def _days_without(tradable: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ class Portfolio:
     """K"""
     rules: PortfolioConfig
     nights: np.ndarray
-    """[M - 1, K, COLUMNS], as `nights_of` makes them; after the last close comes nothing."""
+    """[M, K, COLUMNS], as `nights_of` makes them."""
     first_bars: np.ndarray
     """[K] int64, the moment of each asset's first bar; M where it has none."""
     bars_a_year: int
@@ -135,9 +135,7 @@ class Portfolio:
         if slot is None:
             slot, moment = np.arange(self.slots), np.asarray(moment)[..., None]
         moment, side, slot = np.broadcast_arrays(moment, side, slot)
-        # At the last close nothing is known of a night, and nothing can be ordered.
-        known = np.minimum(moment, len(self.nights) - 1)
-        is_open = (self.nights[known, slot, OPEN] != 0.0) & (moment < len(self.nights))
+        is_open = self.nights[moment, slot, OPEN] != 0.0
         mask = np.repeat(is_open[..., None], len(self.actions), axis=-1)
         mask[..., KEEP] = True
         mask[..., OUT] &= side != 0
