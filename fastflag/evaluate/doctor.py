@@ -14,7 +14,7 @@ from fastflag import caches
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.files import InputError
 from fastflag.market.compiled import kernel
-from fastflag.market.tasks.single import Single
+from fastflag.market.tasks.single import ACTIONS
 from fastflag.model.arithmetic import measured, without_code
 from fastflag.model.ops import OPS, assembler
 from fastflag.model.weights import open_config
@@ -81,8 +81,7 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
             "--prefix-tokens or --suffix-tokens, prompts"
         )
     planned, copied = (
-        parts(model, policy, optimizer, batch, len(Single.actions), flash)
-        for flash in (True, False)
+        parts(model, policy, optimizer, batch, len(ACTIONS), flash) for flash in (True, False)
     )
     return {
         "model": policy.model,

@@ -99,13 +99,17 @@ class Group:
 
 
 def start_accounts(config: RolloutConfig, cash: float) -> list[Accounts]:
-    """One Accounts a start group, the first ones by one environment larger where the environments
-    don't divide. Raises InputError where there are fewer environments than groups."""
-    groups = config.start_groups or 1
-    size, rest = divmod(config.num_envs, groups)
-    if not size:
-        raise InputError(f"fewer environments than {groups} start groups, --num-envs")
-    return [Accounts.start(size + (number < rest), cash) for number in range(groups)]
+    """One Accounts a start group.
+
+    Raises InputError where the environments do not divide into the groups.
+    """
+    size, rest = divmod(config.num_envs, config.start_groups)
+    if rest:
+        raise InputError(
+            f"num_envs {config.num_envs} must be a multiple of start_groups "
+            f"{config.start_groups}, --num-envs"
+        )
+    return [Accounts.start(size, cash) for _ in range(config.start_groups)]
 
 
 def start_groups(
@@ -113,11 +117,11 @@ def start_groups(
 ) -> list[Group]:
     """The groups of update number `step`, and the moments of `spans` that each lives."""
     first, horizon = step * num_steps, world.task.rules.horizon
-    firsts = np.cumsum([0, *map(len, accounts)]).tolist()
-    return [
-        Group(some, env, first, *schedule(spans, horizon, world.seed, number, first, num_steps))
-        for number, (some, env) in enumerate(zip(accounts, firsts, strict=False))
-    ]
+    groups = []
+    for number, some in enumerate(accounts):
+        lived = schedule(spans, horizon, world.seed, number, first, num_steps)
+        groups.append(Group(some, number * len(some), first, *lived))
+    return groups
 
 
 def episodes_of(world: World, groups: list[Group]) -> Iterator[tuple[range, Accounts]]:

@@ -115,7 +115,7 @@ def _extend(run: Path, total_timesteps: int) -> None:
 
 def fingerprints(config: TrainConfig, market: Market) -> dict[str, str]:
     """By symbol, what training reads of it; those that are held out are not there. Raises
-    InputError as `learnt_symbols` does, and where a symbol has too few bars on training days."""
+    InputError as `learnt_symbols` does."""
     learnt = learnt_symbols(config, market)
     return {
         symbol: fingerprint(each, symbol, days_within(each, config.data.train, "--train"))
@@ -140,11 +140,19 @@ def learnt_symbols(config: TrainConfig, market: Market) -> tuple[str, ...]:
 
 
 def training_spans(world: World, config: TrainConfig) -> list[range]:
-    """The moments that are learnt from, of each symbol that is. Raises InputError as `fingerprints`
-    does."""
-    learnt = learnt_symbols(config, world.market)
-    spans = world.within(config.data.train, "--train")
-    return [span for name, span in zip(world.market.symbols, spans, strict=True) if name in learnt]
+    """The moments that are learnt from, of each symbol that is. Raises InputError as
+    `learnt_symbols` does, and where one has fewer training days than an episode."""
+    learnt, names = learnt_symbols(config, world.market), world.market.symbols
+    spans = dict(zip(names, world.within(config.data.train), strict=True))
+    longest = max(len(spans[name]) for name in learnt)
+    days = min(config.simulator.horizon + 1, longest)
+    short = [name for name in learnt if len(spans[name]) < days]
+    if short:
+        raise InputError(
+            f"fewer training days than an episode's {days}: hold it out (--split-by-symbol) or "
+            f"lower --horizon, {', '.join(short)}"
+        )
+    return [spans[name] for name in learnt]
 
 
 def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
@@ -177,18 +185,15 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def settled(config: TrainConfig, market: Market) -> TrainConfig:
+def with_periods(config: TrainConfig, market: Market) -> TrainConfig:
     """The configuration with its periods as dates, so that another version of the data file can't
-    move them, and as many start groups as there are symbols to learn from, where it names no
-    number. Raises InputError where periods don't fit the market, and as `learnt_symbols` does."""
+    move them. Raises InputError where they don't fit the market."""
     periods = [
         f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
         for days in split_days(market, config.data.train, config.data.test, ("--train", "--test"))
     ]
     data = dataclasses.replace(config.data, train=periods[0], test=periods[1])
-    groups = config.rollout.start_groups or len(learnt_symbols(config, market))
-    rollout = dataclasses.replace(config.rollout, start_groups=groups)
-    return dataclasses.replace(config, data=data, rollout=rollout)
+    return dataclasses.replace(config, data=data)
 
 
 def with_dtype(config: TrainConfig, model: ModelConfig, run: Path, resume: bool) -> TrainConfig:

@@ -42,9 +42,9 @@ from fastflag.learn.run import (
     check_claim,
     claim,
     fingerprints,
-    settled,
     training_spans,
     with_dtype,
+    with_periods,
 )
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market.accounts import Accounts
@@ -68,10 +68,10 @@ def train(
             f"total_timesteps {config.total_timesteps} is less than one update of "
             f"{config.rollout.num_envs} x {config.rollout.num_steps}, config"
         )
-    config = with_dtype(settled(config, market), weights.config, run, resume)
+    config = with_dtype(with_periods(config, market), weights.config, run, resume)
     check_claim(run, config, resume)
     world, policy = build(config, market, weights)
-    spans, test_spans = training_spans(world, config), world.within(config.data.test, "--test")
+    spans, test_spans = training_spans(world, config), world.within(config.data.test)
     policy.check_length(world.prompter.longest([*chain(*spans, *test_spans)]))
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)

@@ -24,16 +24,11 @@ def days_of(market: Market, period: str, name: str = "period") -> range:
 
 
 def days_within(market: Market, period: str, name: str = "period") -> range:
-    """Those of a market that need not reach over the whole period. Raises InputError where fewer
-    than the two bars of one decision are left, and as `parse_period` does."""
+    """Those of a market that need not reach over the whole period, or into it: then none. Raises
+    InputError as `parse_period` does."""
     first, last = (date_of(date, name) for date in parse_period(period, name))
-    days = range(
-        int(np.searchsorted(market.dates, first)),
-        int(np.searchsorted(market.dates, last, side="right")),
-    )
-    if _bars_in(market, days) < 2:
-        raise InputError(f"fewer than 2 bars of {', '.join(market.symbols)}, {name} {period}")
-    return days
+    start = int(np.searchsorted(market.dates, first))
+    return range(start, int(np.searchsorted(market.dates, last, side="right")))
 
 
 def split_days(

@@ -32,8 +32,7 @@ _NOT_BEFORE = "is not before the one above it, where the newest row is first"
 
 
 def load(data: DataConfig) -> Market:
-    """The market of the symbol that `data` names, on the days on which its file has a row of it; or
-    of several, on the days on which it has a row of any.
+    """The market of the symbol that `data` names, on the days on which its file has a row of it.
 
     Bars (csv:, parquet:) have columns date, open, high, low, close and, where there are, volume,
     adj_close, split, dividend and symbol, in any order, under the names of columns.py; files are
@@ -48,62 +47,70 @@ def load(data: DataConfig) -> Market:
 
     Raises InputError, with the file and where possible its line, for whatever is wrong in a file.
     """
+    whole = read(data)
+    market = of_symbol(whole, data.symbol, data)
+    path = news_path(data)
+    if path is None:
+        return market
+    symbols = (*whole.symbols, *(name for name, _ in whole.others))
+    own = assigned(read_news(path, data), market.symbols[0], symbols, str(path))
+    return with_news(market, [*market.news, *own])
+
+
+def read(data: DataConfig) -> Market:
+    """All symbols of a source, without the news beside it; of a file that holds some of those that
+    are `asked` for, these alone."""
     kind, colon, name = data.data.partition(":")
     if not (data.data + data.symbol + data.symbols).isprintable():
         raise InputError(f"a name with characters that can't be printed, {data.data!a}")
     if not colon or kind not in _READERS:
         known = ", ".join(f"{known}:" for known in _READERS)
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
-    hours, zone = hours_of(data), zone_of(data)
-    market = _READERS[kind](name, data)
-    symbols = (*market.symbols, *(name for name, _ in market.others))
-    try:
-        market = market.several(wanted(data)) if data.symbols else market.of(data.symbol)
-    except InputError as error:
-        raise InputError(f"{error} {data.data}") from None
-    market = dataclasses.replace(market, hours=hours)
-    for each in market.each:
-        bars = np.isfinite(each.close[:, 0])
-        if not bars.any():
-            raise InputError(f"not a single bar of {each.symbols[0]}, {data.data}")
-        refuse_longer_than_days(each.dates[bars], data.data)
-    path = path_of(data.news) if data.news else _news_beside(kind, name)
-    if path is None:
-        return market
-    news = news_of(named(read_table(path), path), str(path), zone)
-    for symbol in market.symbols:
-        news = assigned(news, symbol, symbols, str(path))
-    return with_news(market, [*market.news, *news])
+    hours_of(data), zone_of(data)  # refused before a file is read
+    return _READERS[kind](name, data)
 
 
-def wanted(data: DataConfig) -> tuple[str, ...]:
+def asked(data: DataConfig) -> tuple[str, ...]:
     """The symbols that `data` names; none where it names all that there are, or the only one.
-    Raises InputError for one that is named twice or not at all, and for a --symbol beside."""
-    if data.symbols in ("", "all"):
-        names = (data.symbol,) if data.symbol else ()
-    else:
-        names = names_in(data.symbols, "--symbols")
+    Raises InputError for one that is empty or there twice, and for a --symbol beside."""
     if data.symbols and data.symbol:
-        raise InputError(
-            f"--symbol {data.symbol} beside --symbols {data.symbols}: name one of the two"
-        )
-    return names
+        raise InputError(f"both are named, --symbol {data.symbol} --symbols {data.symbols}")
+    if data.symbols in ("", "all"):
+        return (data.symbol,) if data.symbol else ()
+    return names_in(data.symbols, "--symbols")
 
 
 def names_in(text: str, flag: str) -> tuple[str, ...]:
-    """Symbols between commas. Raises InputError for an empty one and one that is there twice."""
+    """Symbols between commas. Raises InputError for one that is empty or there twice."""
     names = tuple(name.strip() for name in text.split(","))
     if "" in names or len({*names}) < len(names):
-        raise InputError(f"each symbol must be named once, {flag} {text!r}")
+        raise InputError(f"a symbol is empty or there twice, {flag} {text!r}")
     return names
 
 
-def _news_beside(kind: str, name: str) -> Path | None:
-    """The news file beside the bars; where these are no file, none."""
-    if kind in ("sample", "planted"):
-        return None
+def of_symbol(market: Market, symbol: str, data: DataConfig) -> Market:
+    """The market of one symbol of what was read, on the days on which it has a row."""
+    try:
+        market = dataclasses.replace(market.of(symbol), hours=hours_of(data))
+    except InputError as error:
+        raise InputError(f"{error} {data.data}") from None
+    if not np.isfinite(market.close).any():
+        raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
+    refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
+    return market
+
+
+def news_path(data: DataConfig) -> Path | None:
+    """The news file that is named, or else the one beside the bars, where there is one."""
+    kind, _, name = data.data.partition(":")
+    if data.news or kind in ("sample", "planted"):
+        return path_of(data.news) if data.news else None
     bars = path_of(name)
     return news_beside(bars.with_name(f"{stem_of(bars)}.csv"))  # of bars.csv.gz bars.news.csv too
+
+
+def read_news(path: Path, data: DataConfig) -> list[News]:
+    return news_of(named(read_table(path), path), str(path), zone_of(data))
 
 
 # Readers: (what follows the colon, all that is asked for) -> Market
@@ -133,7 +140,7 @@ def _parquet(name: str, data: DataConfig) -> Market:
 def _bars(kind: str, name: str, data: DataConfig) -> Market:
     path = path_of(name)
     symbol = data.symbol or stem_of(path).upper()
-    return _market(read_table(path, kind), str(path), symbol, zone_of(data), wanted(data))
+    return _market(read_table(path, kind), str(path), symbol, zone_of(data), asked(data))
 
 
 def _investorbench(name: str, data: DataConfig) -> Market:
@@ -184,10 +191,10 @@ def _market(
     where: str,
     symbol: str,
     zone: ZoneInfo | None = None,
-    asked: Sequence[str] = (),
+    wanted: Sequence[str] = (),
 ) -> Market:
     """The Market of a frame of bars; `symbol` names them where there is no symbol column. Of
-    several symbols those `asked` for alone, where they are among them.
+    several symbols those `wanted` alone, where any is among them.
 
     R rows. Those of a symbol follow one another in time, or all of them go back in it.
     """
@@ -204,16 +211,16 @@ def _market(
     owner, symbols = pd.factorize(owners)
     if "adj_close" in numbers:
         wrong = (numbers["adj_close"] <= 0) | np.isinf(numbers["adj_close"])
-        if {*asked} & {*symbols}:
-            wrong &= np.isin(owners, asked)
+        if {*wanted} & {*symbols}:
+            wrong &= np.isin(owners, wanted)
         cells.refuse(frame, wrong, "is not a finite price above 0", "adj_close", where)
     order = _in_time(frame, dates, owner, where)
     dates, owner = dates[order], owner[order]
     numbers = {name: column[order] for name, column in numbers.items()}
     others: tuple[tuple[str, np.datetime64], ...] = ()
-    if {*asked} & {*symbols} and len(symbols) > 1:
+    if {*wanted} & {*symbols} and len(symbols) > 1:
         # What is wrong with other symbols' prices is nobody's business here.
-        own = np.isin(symbols[owner], asked)
+        own = np.isin(symbols[owner], wanted)
         bars = np.isfinite(numbers["close"]) & ~own
         found, first = np.unique(owner[bars], return_index=True)
         others = tuple(zip(symbols[found].tolist(), dates[bars][first], strict=True))

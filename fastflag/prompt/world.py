@@ -46,11 +46,10 @@ class World:
         task = Single.of(rules, *(Bars.from_market(each, each.symbols[0]) for each in markets))
         return World(task, Prompter(config, task, markets, tokenizer), market, seed)
 
-    def within(self, period: str, name: str = "period") -> list[range]:
-        """N, each symbol's moments in a period "A..B". Raises InputError where one has fewer than
-        two bars there."""
+    def within(self, period: str) -> list[range]:
+        """N, each symbol's moments in a period "A..B"; none where it has no day there."""
         spans = self.task.timeline.spans
-        days = [days_within(each, period, name) for each in self.market.each]
+        days = [days_within(each, period) for each in self.market.each]
         return [span[day.start : day.stop] for span, day in zip(spans, days, strict=True)]
 
     def dates(self, span: range) -> np.ndarray:
