@@ -3,6 +3,7 @@ learns it, and what learns it when the news is shuffled looks ahead.
 """
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,14 @@ def planted_market(
         column: np.concatenate([getattr(market, column) for market in each], axis=1)
         for column in ("open", "high", "low", "close", "volume", "split", "dividend")
     }
-    news = sorted(sum((market.news for market in each), ()), key=lambda item: item.available)
+    if symbols == 1:
+        return each[0]
+    named = (
+        replace(item, symbol=name)
+        for name, market in zip(names, each, strict=True)
+        for item in market.news
+    )
+    news = sorted(named, key=lambda item: item.available)
     return Market(each[0].dates, tuple(names), **joined, news=tuple(news))
 
 
@@ -75,7 +83,7 @@ def _one(name: str, days: int, random: np.random.Generator, shuffled: bool, drif
         told = random.choice(_RISES if rises else _FALLS)
         moment = day.astype("datetime64[s]") + np.timedelta64(15 * 3600, "s")
         for text in random.permutation([told, random.choice(_NEUTRAL)]):
-            news.append(News(published=moment, available=moment, symbol=name, text=str(text)))
+            news.append(News(published=moment, available=moment, symbol="", text=str(text)))
 
     def column(values: np.ndarray) -> np.ndarray:
         return np.asarray(values, float)[:, None]
