@@ -125,7 +125,7 @@ class Run:
 
     def backtest(self, split: str = "test", track: Track = iter) -> Backtest:
         """Days of `split` (train, test or START..END) beside buy-and-hold and random policies. Only
-        test rewrites RUN/backtest.json and the report. For train and test the market must be the
+        test of all the run's symbols rewrites RUN/backtest.json and the report. For train and test the market must be the
         one that the run was trained on, up to its last training day."""
         from fastflag.evaluate.backtest import backtest
 
@@ -137,7 +137,7 @@ class Run:
         updates, world, policy = self._loaded
         tested = backtest(policy, world, self.config, split, track)
         document = {"updates": updates, **tested}
-        if split == "test":
+        if split == "test" and self._has_its_symbols():
             self._keep(document)
         return Backtest(document)
 
@@ -177,6 +177,12 @@ class Run:
         from fastflag.learn.run import trained_on
 
         return trained_on(self.folder, self.config, self.market)
+
+    def _has_its_symbols(self) -> bool:
+        """Not one of several alone."""
+        from fastflag.learn.run import read_config
+
+        return self.config.data.symbols == read_config(self.folder).data.symbols
 
     def _keep(self, document: dict[str, Any]) -> None:
         """Writes a backtest and the report of it. In a folder that is somebody else's nothing is
@@ -248,7 +254,8 @@ def open(
     device: Device = "auto",
 ) -> Run:
     """The run in a folder. `data`, `news`, `symbol` and `model` say where its bars and model are
-    now, where they are no longer where they were."""
+    now, where they are no longer where they were. Of a run of several symbols `symbol` is one of
+    them alone, or any that it never saw."""
     from fastflag.learn.run import read_config
 
     folder = _folder(run)
@@ -259,6 +266,8 @@ def open(
     }
     if "data" in changes:
         changes["news"] = news
+    if "symbol" in changes:
+        changes["symbols"] = ""
     return Run(folder, with_settings(config, {**changes, "device": device}))
 
 

@@ -64,14 +64,16 @@ def backtest(
 ) -> dict[str, Any]:
     """The document that RUN/backtest.json holds: of one symbol, or of several as `pooled` has them,
     on training days without those that are held out whole. Raises InputError as `period_of` does,
-    and where no symbol has two bars."""
+    and where no symbol is left or has two bars."""
     market, learnt = world.market, learnt_symbols(config, world.market)
     period = period_of(market, config, split)
-    spans = dict(enumerate(world.within(period)))
+    some = learnt if split == "train" else market.symbols
+    if not some:
+        names = ", ".join(market.symbols)
+        raise InputError(f"{names} is held out: it has no training days, --split train")
+    spans = {n: days for n, days in enumerate(world.within(period)) if market.symbols[n] in some}
     if len(market.symbols) == 1:
         return _of_symbol(policy, world, 0, spans[0], config, split, track)[0]
-    some = learnt if split == "train" else market.symbols
-    spans = {n: days for n, days in spans.items() if market.symbols[n] in some}
     enough = {n: days for n, days in spans.items() if world.task.bars.tradable[days].sum() > 1}
     left_out = [market.symbols[n] for n in spans if n not in enough]
     if not enough:

@@ -114,8 +114,7 @@ def _extend(run: Path, total_timesteps: int) -> None:
 
 
 def fingerprints(config: TrainConfig, market: Market) -> dict[str, str]:
-    """By symbol, what training reads of it; those that are held out are not there. Raises
-    InputError as `learnt_symbols` does."""
+    """By symbol, what training reads of it; those that are held out are not there."""
     learnt = learnt_symbols(config, market)
     return {
         symbol: fingerprint(each, symbol, days_within(each, config.data.train, "--train"))
@@ -125,24 +124,25 @@ def fingerprints(config: TrainConfig, market: Market) -> dict[str, str]:
 
 
 def learnt_symbols(config: TrainConfig, market: Market) -> tuple[str, ...]:
-    """The symbols that are learnt from. Raises InputError where one is held out that is not there,
-    or all are."""
-    if not config.data.split_by_symbol:
-        return market.symbols
-    held_out = names_in(config.data.split_by_symbol, "--split-by-symbol")
-    for name in held_out:
-        market.column(name)
-    learnt = tuple(name for name in market.symbols if name not in held_out)
-    if not learnt:
-        given = config.data.split_by_symbol
-        raise InputError(f"no symbol is left to learn from, --split-by-symbol {given}")
-    return learnt
+    """The symbols of `market` that are learnt from: those that are not held out whole."""
+    held_out = _held_out(config)
+    return tuple(name for name in market.symbols if name not in held_out)
+
+
+def _held_out(config: TrainConfig) -> tuple[str, ...]:
+    given = config.data.split_by_symbol
+    return names_in(given, "--split-by-symbol") if given else ()
 
 
 def training_spans(world: World, config: TrainConfig) -> list[range]:
-    """The moments that are learnt from, of each symbol that is. Raises InputError as
-    `learnt_symbols` does, and where one has fewer training days than an episode."""
+    """The moments that are learnt from, of each symbol that is. Raises InputError where one is held
+    out that is not there, where all are, and where one has fewer training days than an episode."""
+    for name in _held_out(config):
+        world.market.column(name)
     learnt, names = learnt_symbols(config, world.market), world.market.symbols
+    if not learnt:
+        given = config.data.split_by_symbol
+        raise InputError(f"no symbol is left to learn from, --split-by-symbol {given}")
     spans = dict(zip(names, world.within(config.data.train), strict=True))
     longest = max(len(spans[name]) for name in learnt)
     days = min(config.simulator.horizon + 1, longest)
@@ -156,9 +156,10 @@ def training_spans(world: World, config: TrainConfig) -> list[range]:
 
 
 def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
-    """Whether `market` holds the bars and news that the run was trained on. Raises InputError where
-    it does not reach over the training days, or has another symbol."""
-    days_of(market, config.data.train)
+    """Whether `market` holds the bars and news that the run was trained on, of those of its symbols
+    that were learnt from. Raises InputError where it does not reach over the training days."""
+    if learnt_symbols(config, market):
+        days_of(market, config.data.train)
     return _is_of(run, fingerprints(config, market))
 
 
