@@ -125,8 +125,8 @@ class Run:
 
     def backtest(self, split: str = "test", track: Track = iter) -> Backtest:
         """Days of `split` (train, test or START..END) beside buy-and-hold and random policies. Only
-        test of all the run's symbols rewrites RUN/backtest.json and the report. For train and test the market must be the
-        one that the run was trained on, up to its last training day."""
+        test, of all the run's symbols, rewrites RUN/backtest.json and the report. For train and
+        test the market must be the one that the run was trained on, up to its last training day."""
         from fastflag.evaluate.backtest import backtest
 
         if ".." not in split and not self._knows_market():

@@ -258,7 +258,9 @@ def test_training_news(smollm):
         "4 headlines on 3 of 4 training days, 4 in their day's prompt; 1 of other symbols than ACME"
     )
     assert told.training_news([range(3, 6)]).startswith("3 headlines on 2 of 3 training days, 3 in")
-    assert told.training_news([range(1)]) == ("none on 1 training days; 1 of other symbols than ACME")
+    assert told.training_news([range(1)]) == (
+        "none on 1 training days; 1 of other symbols than ACME"
+    )
     # Of 10 tokens the first headline leaves too few for a second one.
     less = prompter(smollm, news_tokens=10)
     assert less.training_news([range(4)]).startswith("4 headlines on 3 of 4 training days, 3 in")
