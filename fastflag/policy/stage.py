@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from fastflag.model.shared_prefix import SuffixLayout, padded_up, round_up
+from fastflag.model.shared_prefix import TOKEN_MULTIPLE, SuffixLayout, padded_up, round_up
 from fastflag.policy.heads import Reference
 from fastflag.prompt.prompts import PromptSet
 
@@ -123,6 +124,11 @@ def _block(texts: list[Tensor]) -> Tensor:
     joined = torch.cat([*texts, texts[0].new_zeros(1, texts[0].shape[1])])
     gathered = joined.index_select(0, torch.from_numpy(index.ravel()).to(joined.device))
     return gathered.view(*index.shape, -1)
+
+
+def padded(states: list[Tensor]) -> Tensor:
+    """N texts' states [T, C] -> [N, T, C], T the longest's up to a multiple of 8."""
+    return padded_up(pad_sequence(states, batch_first=True), 1, TOKEN_MULTIPLE)
 
 
 def side_index(prompts: PromptSet) -> np.ndarray:

@@ -11,7 +11,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from fastflag.config import PolicyConfig
 from fastflag.files import InputError
@@ -21,11 +20,9 @@ from fastflag.model.linear import adapters_cast
 from fastflag.model.llama import prefix_pass, suffix_pass
 from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import (
-    TOKEN_MULTIPLE,
     Prefixes,
     SuffixLayout,
     padded_length,
-    padded_up,
 )
 from fastflag.model.weights import Weights
 from fastflag.policy import graphs, plan
@@ -38,7 +35,7 @@ from fastflag.policy.heads import (
     masked_log_softmax,
 )
 from fastflag.policy.layers import frozen, trained, with_parameters
-from fastflag.policy.stage import Stage, content_of, reference_of, side_index
+from fastflag.policy.stage import Stage, content_of, padded, reference_of, side_index
 from fastflag.policy.trunk import Trunk, digest_of
 from fastflag.prompt.prompts import PromptSet
 
@@ -131,7 +128,7 @@ class Policy(nn.Module):
         self.recompute = Recompute(config.memory_budget * 2**20, spare)
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
-        self.graphs = self._graphs() if on_gpu else None
+        self.graphs = self._graphs() if on_gpu and config.top_layers else None
         self._staged: tuple[bytes, Stage] | None = None
 
     def _evaluate_stage(self, stage: Stage) -> tuple[Tensor, ...]:
@@ -153,6 +150,8 @@ class Policy(nn.Module):
         prompts; with gradient where enabled. Those of one padded length go together, as texts do
         (`_features`)."""
         tokens = {digest_of(prefix): prefix for prefix in prefixes}
+        if not self.config.top_layers:
+            return Days({}, [])
         states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
         by_size: dict[int, list[bytes]] = {}
         for digest, state in states.items():
@@ -173,7 +172,7 @@ class Policy(nn.Module):
 
         def some(part: slice) -> list[Prefixes]:
             lengths = [*map(len, states[part])]
-            return prefix_pass(self.top, _padded(states[part]), lengths, keys_values_only=True)[1]
+            return prefix_pass(self.top, padded(states[part]), lengths, keys_values_only=True)[1]
 
         def cost(rows: int) -> int:
             return plan.prefix_bytes(self.model, self.config, rows, size, self._flash())
@@ -279,6 +278,8 @@ class Policy(nn.Module):
         others are masked, has other last bits.
         """
         self._check_lengths(prompts)
+        if not self.config.top_layers:
+            return self._normed(torch.cat(self.trunk.suffix_states(prompts)))
         of_day = np.array([days.place[digest_of(tokens)] for tokens in prompts.prefixes])
         # Attention and its backward pass then cost what these days take, not all that were read.
         asked, of_row = np.unique(of_day[prompts.pairs[:, 0]], return_inverse=True)
@@ -291,7 +292,7 @@ class Policy(nn.Module):
 
         def some(rows: np.ndarray) -> Tensor:
             """Of rows of one size, sorted by day."""
-            suffixes = _padded([states[row] for row in rows])
+            suffixes = padded([states[row] for row in rows])
             layout = SuffixLayout.build(
                 np.bincount(of_row[rows], minlength=len(lengths)).tolist(),
                 lengths,
@@ -339,11 +340,6 @@ class Policy(nn.Module):
         # A budget bounds what is kept, and each graph keeps an evaluation.
         replay = not self.config.memory_budget
         return graphs.made_for(self.device, self._evaluate_stage, modules, replay)
-
-
-def _padded(states: list[Tensor]) -> Tensor:
-    """N texts' states [T, C] -> [N, T, C], T the longest's up to a multiple of 8."""
-    return padded_up(pad_sequence(states, batch_first=True), 1, TOKEN_MULTIPLE)
 
 
 def _lengths(texts: Iterable[np.ndarray | Tensor], device: torch.device) -> Tensor:

@@ -107,6 +107,7 @@ class Trunk:
         blocks: Sequence[Block],
     ):
         self.blocks = blocks
+        self._last_only = not config.top_layers  # no layer above reads the other tokens
         self._embedding = embedding
         self._device = embedding.device
         files = _files(weights, config, len(blocks), self._device)
@@ -143,7 +144,7 @@ class Trunk:
 
     @torch.no_grad()
     def suffix_states(self, prompts: PromptSet) -> list[Tensor]:
-        """What the layers make of each prompt's suffix, [S, C].
+        """What the layers make of each prompt's suffix, [S, C]; with none above, of its last token.
 
         A piece's activations have the same bits whatever it is batched with, so a resumed run,
         whose cache is cold, repeats the uninterrupted one exactly.
@@ -164,8 +165,8 @@ class Trunk:
                     self._keep(day)
             for done in texts:
                 for row, whole in zip(done.rows, done.whole(), strict=True):
-                    length = len(prompts.suffixes[prompts.pairs[row, 1]])
-                    states[row] = (whole[:length].clone(),)
+                    end = len(prompts.suffixes[prompts.pairs[row, 1]])
+                    states[row] = (whole[end - 1 if self._last_only else 0 : end].clone(),)
                     self.cache.put(keys[row], *states[row])
         return [state for (state,) in states]
 
@@ -279,8 +280,8 @@ def _read(days: list[_Day], layer: int) -> Prefixes:
 def _tree(
     prompts: PromptSet, rows: list[int], size: int
 ) -> tuple[dict[tuple[int, bytes], _Piece], list[list[int]]]:
-    """The distinct pieces of the suffixes of `rows`, of `size` tokens, those of a day together, and
-    the walk of each suffix. The keys are the day and the tokens up to the piece's end."""
+    """The distinct pieces of the suffixes of `rows`, those of a day together, and the walk of each
+    suffix. The keys are the day and the tokens up to the piece's end."""
     pieces: dict[tuple[int, bytes], _Piece] = {}
     walks = []
     for row in rows:
