@@ -59,6 +59,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.8"],
+        "study": ["skfolio>=1.12"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

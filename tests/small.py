@@ -19,7 +19,8 @@ from fastflag.config import (
     TrainConfig,
 )
 from fastflag.learn.run import build
-from fastflag.market.bars import Market, split_days
+from fastflag.market.bars import Market
+from fastflag.market.periods import split_days
 from fastflag.market.planted import planted_market
 from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy

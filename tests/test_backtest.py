@@ -3,16 +3,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from small import DAYS, TRAIN_DAYS, make_opinionated, small_config, small_market, small_world
+from small import DATES, DAYS, TRAIN_DAYS, make_opinionated, small_config, small_market, small_world
 
 from fastflag.evaluate import episodes
 from fastflag.evaluate.backtest import (
-    _percentile,
     backtest,
-    period_days,
+    period_of,
     write_backtest,
 )
 from fastflag.evaluate.episodes import greedy, run_episodes, sampler
+from fastflag.evaluate.statistics import _percentile
 from fastflag.files import InputError
 from fastflag.learn.train import train
 from fastflag.market import streams
@@ -46,7 +46,7 @@ def always(policy, action):
 def document(tiny_model):
     """(configuration, world, document) of an opinionated policy."""
     config, world, policy = opinionated(tiny_model)
-    return config, world, backtest(policy, world, small_market(), config, "test")
+    return config, world, backtest(policy, world, config, "test")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,9 @@ def document(tiny_model):
     ],
 )
 def test_splits_are_days(split, days):
-    assert period_days(small_market(), small_config(""), split) == days
+    assert (
+        period_of(small_market(), small_config(""), split) == f"{DATES[days[0]]}..{DATES[days[-1]]}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_splits_are_days(split, days):
 )
 def test_a_split_that_is_none_is_refused(split, match):
     with pytest.raises(InputError, match=match) as caught:
-        period_days(small_market(), small_config(""), split)
+        period_of(small_market(), small_config(""), split)
     assert "\n" not in str(caught.value)
 
 
@@ -238,7 +240,7 @@ def test_to_equal_another_is_not_to_beat_it():
 
 def test_sampled_episodes_are_summed_up_day_by_day(tiny_model):
     config, world, policy = opinionated(tiny_model)
-    told = backtest(policy, world, small_market(), config, "test")["sampled"]
+    told = backtest(policy, world, config, "test")["sampled"]
     lived = run_episodes(
         policy, world, TEST_DAYS, 3, sampler(streams.sampled_episodes(world.seed), 3)
     )
@@ -260,7 +262,7 @@ def test_trades_are_told_at_the_price_and_day_of_their_fill(tiny_model, fill, co
     config, world, policy = opinionated(
         tiny_model, simulator__fill=fill, simulator__positions="long_short"
     )
-    told = backtest(policy, world, small_market(), config, "test")
+    told = backtest(policy, world, config, "test")
     best, market = told["policies"]["greedy"], small_market()
     expected = []
     for number, day in enumerate(TEST_DAYS[:-1]):
@@ -283,7 +285,7 @@ def test_trades_are_told_at_the_price_and_day_of_their_fill(tiny_model, fill, co
 def test_a_constant_policy_is_told_without_nan(tiny_model, tmp_path, action):
     """Nothing traded: no Sharpe ratio, ranked as one that earned nothing."""
     config, world, policy = opinionated(tiny_model)
-    told = backtest(always(policy, action), world, small_market(), config, "test")
+    told = backtest(always(policy, action), world, config, "test")
     write_backtest(tmp_path, told)
 
     def refuse(name):
@@ -311,7 +313,7 @@ def test_missing_bars_leave_no_nan(tiny_model):
         column[TRAIN_DAYS + 5] = np.nan
     config = small_config(tiny_model)
     world, policy, _ = small_world(config, small_market(**columns))
-    told = backtest(policy, world, small_market(**columns), config, "test")
+    told = backtest(policy, world, config, "test")
     assert told["close"][5] is None
     json.dumps(told, allow_nan=False)
 
@@ -327,7 +329,7 @@ def test_a_ruined_account_leaves_no_nan(tiny_model):
     market = small_market(**steep)
     config = small_config(tiny_model, simulator__positions="long_short")
     world, policy, _ = small_world(config, market)
-    told = backtest(always(policy, SELL), world, market, config, "test")
+    told = backtest(always(policy, SELL), world, config, "test")
     best = told["policies"]["greedy"]
     assert best["equity"][-1] == 0.0
     assert best["metrics"]["flag"]["cr"] is None
@@ -339,12 +341,12 @@ def test_a_ruined_account_leaves_no_nan(tiny_model):
 def test_the_same_policy_gives_the_same_document(document, tiny_model):
     config, _, told = document
     _, world, policy = opinionated(tiny_model)
-    assert backtest(policy, world, small_market(), config, "test") == told
+    assert backtest(policy, world, config, "test") == told
 
 
 def test_any_period_can_be_told(tiny_model):
     config, world, policy = opinionated(tiny_model)
-    told = backtest(policy, world, small_market(), config, "2001-01-10..2001-01-11")
+    told = backtest(policy, world, config, "2001-01-10..2001-01-11")
     assert told["dates"] == ["2001-01-10", "2001-01-11"]
     assert told["policies"]["buy_and_hold"]["metrics"]["standard"]["sr"] is None
     json.dumps(told, allow_nan=False)
@@ -354,9 +356,9 @@ def test_a_trained_policy_is_backtested_with_its_running_statistics(tiny_model, 
     config = small_config(tiny_model)
     weights = open_weights(config.policy.model)
     world, policy = train(config, small_market(), weights, tmp_path, resume=False)
-    told = backtest(policy, world, small_market(), config, "test")
+    told = backtest(policy, world, config, "test")
     policy.running.mean += 5.0
-    other = backtest(policy, world, small_market(), config, "test")
+    other = backtest(policy, world, config, "test")
     assert (
         told["policies"]["greedy"]["probabilities"] != other["policies"]["greedy"]["probabilities"]
     )

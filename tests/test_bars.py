@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from fastflag.files import InputError
-from fastflag.market.bars import Hours, Market, News, parse_period, split_days
+from fastflag.market.bars import Hours, Market, News
+from fastflag.market.periods import parse_period, split_days
 
 
 def market(

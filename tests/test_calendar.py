@@ -11,7 +11,7 @@ import pytest
 
 from fastflag import cli
 from fastflag.config import DataConfig, PromptConfig, SimulatorConfig
-from fastflag.market.bars import split_days
+from fastflag.market.periods import split_days
 from fastflag.market.sources import load
 from fastflag.model.weights import open_weights
 from fastflag.prompt.tokens import Tokenizer

@@ -72,7 +72,7 @@ def test_doctor_plans(smollm, capsys):
     ("flags", "told"),
     [
         (["--plan", "--model", "none"], "no such folder or file, none"),
-        (["--plan", "--top-layers", "3"], "top_layers must be 1 to 2, not 3"),
+        (["--plan", "--top-layers", "3"], "top_layers must be 0 to 2, not 3"),
         (["--plan", "--days", "0"], "days must be at least 1 and at most"),
         (
             ["--plan", "--prefix-tokens", "2033"],

@@ -251,8 +251,9 @@ def test_a_metrics_file_with_a_bad_byte_is_read_past(run, config_file):
             ["--horizon", "0"],
             "horizon must be at least 1 and at most 1,000,000,000,000, not 0, --horizon",
         ),
-        (["--top-layers", "0"], "top_layers must be at least 1"),
-        (["--top-layers", "3"], "top_layers must be 1 to 2, not 3"),
+        (["--top-layers", "-1"], "top_layers must be at least 0"),
+        (["--top-layers", "0", "--head", "lm"], "an lm head has nothing to learn, top_layers 0"),
+        (["--top-layers", "3"], "top_layers must be 0 to 2, not 3"),
         (["--lora-rank", "0"], "lora_rank must be at least 1"),
         (["--num-envs", "0"], "num_envs must be at least 1"),
         (

@@ -99,7 +99,7 @@ def test_decides_as_the_backtest_did(positions, small):
                 "entry": float(account["entry"] * since_then),
                 "since": str(market.dates[opened]),
             }
-        document = decide(policy, world, market, str(market.dates[day]), **held)
+        document = decide(policy, world, str(market.dates[day]), **held)
         assert list(document["probabilities"].values()) == lived.probabilities[0, number].tolist()
         assert document["date"] == str(market.dates[day])
         sides.add(side)
@@ -113,12 +113,12 @@ def test_a_split_since_the_entry_is_no_loss(small):
     world, policy = made["long_flat"]
     day, before, after = (str(market.dates[number]) for number in (14, 11, 12))
     paid = float(market.open[11, 0])
-    told = decide(policy, world, market, day, "long", paid, before)
-    wrongly = decide(policy, world, market, day, "long", paid, after)
+    told = decide(policy, world, day, "long", paid, before)
+    wrongly = decide(policy, world, day, "long", paid, after)
     assert told["probabilities"] != wrongly["probabilities"]
-    accounts = accounts_told(decide, policy, world, market, day, "long", paid, before)
+    accounts = accounts_told(decide, policy, world, day, "long", paid, before)
     assert accounts.entry[0] == pytest.approx(paid / 2 / 1.05, rel=1e-15)
-    on_the_day = accounts_told(decide, policy, world, market, day, "long", paid, after)
+    on_the_day = accounts_told(decide, policy, world, day, "long", paid, after)
     assert on_the_day.entry[0] == pytest.approx(paid / 1.05, rel=1e-15)
     worth = world.task.rules.cash * market.close[14, 0] * 2 * 1.05 / paid
     assert accounts.equity[0] == pytest.approx(worth, rel=1e-12)
@@ -128,7 +128,7 @@ def test_a_short_position_owes_what_it_sold(small):
     market, made = small
     world, policy = made["long_short"]
     day, got, cash = str(market.dates[30]), float(market.close[30, 0]), world.task.rules.cash
-    accounts = accounts_told(decide, policy, world, market, day, "short", got, day)
+    accounts = accounts_told(decide, policy, world, day, "short", got, day)
     assert accounts.equity[0] == pytest.approx(cash, rel=1e-12)
     assert accounts.shares[0] == pytest.approx(-cash / got, rel=1e-12)
     assert accounts.cash[0] == 2 * cash
@@ -150,7 +150,7 @@ def accounts_told(call, *arguments):
 def test_a_day_without_a_bar_can_only_be_held(small):
     market, made = small
     for world, policy in made.values():
-        document = decide(policy, world, market, str(market.dates[20]))
+        document = decide(policy, world, str(market.dates[20]))
         assert document["action"] == "Hold"
         assert document["probabilities"] == {"Sell": 0.0, "Hold": 1.0, "Buy": 0.0}
         assert math.isfinite(document["value"])
@@ -161,7 +161,7 @@ def test_the_most_probable_action_is_taken(small):
     world, policy = made["long_short"]
     seen = set()
     for date in market.dates[5:]:
-        document = decide(policy, world, market, str(date))
+        document = decide(policy, world, str(date))
         best = max(document["probabilities"], key=document["probabilities"].get)
         assert document["action"] == best
         seen.add(best)
@@ -190,14 +190,14 @@ def test_refused_positions(position, entry, since, told, small):
     world, policy = made["long_flat"]
     since = str(market.dates[since]) if since is not None else ""
     with pytest.raises(InputError, match=told):
-        decide(policy, world, market, str(market.dates[30]), position, entry, since)
+        decide(policy, world, str(market.dates[30]), position, entry, since)
 
 
 def test_entered_on_the_day_itself(small):
     market, made = small
     world, policy = made["long_flat"]
     date = str(market.dates[30])
-    document = decide(policy, world, market, date, "long", float(market.open[30, 0]), date)
+    document = decide(policy, world, date, "long", float(market.open[30, 0]), date)
     assert document["probabilities"]["Buy"] == 0 < document["probabilities"]["Sell"]
 
 
@@ -206,6 +206,6 @@ def test_refused_days(date, small):
     market, made = small
     world, policy = made["long_flat"]
     with pytest.raises(InputError, match="--date"):
-        decide(policy, world, market, date)
+        decide(policy, world, date)
     with pytest.raises(InputError, match="--since"):
-        decide(policy, world, market, str(market.dates[30]), "long", 50.0, date)
+        decide(policy, world, str(market.dates[30]), "long", 50.0, date)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fastflag import cli
 from fastflag.config import DataConfig
 from fastflag.files import InputError
-from fastflag.market.bars import split_days
 from fastflag.market.news import names_of
+from fastflag.market.periods import split_days
 from fastflag.market.sources import load
 
 BARS = "date,open,high,low,close\n2024-01-02,1,1,1,1\n2024-01-03,2,2,2,2\n2024-01-04,3,3,3,3\n"

@@ -51,7 +51,7 @@ def test_what_is_left_out_has_its_default():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("day=3", "unknown 'day' (known: days, seed, shuffled, drift), planted:day=3"),
+        ("day=3", "unknown 'day' (known: days, seed, shuffled, drift, symbols), planted:day=3"),
         ("days=5,days=6", "days is there twice, planted:days=5,days=6"),
         ("days=x", "days can't be 'x', planted:days=x"),
         ("days=", "days can't be ''"),

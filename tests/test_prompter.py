@@ -254,22 +254,24 @@ def test_training_news(smollm):
     """TINY has of its own or of all symbols' one item on day 1, one on day 2, two on day 3 and one
     a second later; prompts tell the two of day 3, which are not the same, in 64 tokens."""
     told = prompter(smollm)
-    assert told.training_news(range(4)) == (
+    assert told.training_news([range(4)]) == (
         "4 headlines on 3 of 4 training days, 4 in their day's prompt; 1 of other symbols than ACME"
     )
-    assert told.training_news(range(3, 6)).startswith("3 headlines on 2 of 3 training days, 3 in")
-    assert told.training_news(range(1)) == ("none on 1 training days; 1 of other symbols than ACME")
+    assert told.training_news([range(3, 6)]).startswith("3 headlines on 2 of 3 training days, 3 in")
+    assert told.training_news([range(1)]) == (
+        "none on 1 training days; 1 of other symbols than ACME"
+    )
     # Of 10 tokens the first headline leaves too few for a second one.
     less = prompter(smollm, news_tokens=10)
-    assert less.training_news(range(4)).startswith("4 headlines on 3 of 4 training days, 3 in")
-    assert prompter(smollm, news_tokens=8).training_news(range(4)) == (
+    assert less.training_news([range(4)]).startswith("4 headlines on 3 of 4 training days, 3 in")
+    assert prompter(smollm, news_tokens=8).training_news([range(4)]) == (
         "not read with --news-tokens 8"
     )
-    assert prompter(smollm, **PAPER).training_news(range(4)) == "not read by --layout paper"
+    assert prompter(smollm, **PAPER).training_news([range(4)]) == "not read by --layout paper"
     many = [item(f"2021-03-01T{9 + i // 60:02}:{i % 60:02}", "Up.", "X") for i in range(400)]
     many = [dataclasses.replace(each, symbol="") for each in many[:300]] + many[300:]
     market = dataclasses.replace(TINY, news=tuple(many))
-    assert prompter(smollm, market).training_news(range(2)) == (
+    assert prompter(smollm, market).training_news([range(2)]) == (
         "300 headlines on 1 of 2 training days, 1 in their day's prompt; "
         "100 of other symbols than ACME"
     )

@@ -21,7 +21,7 @@ from fastflag.market.bars import Bars
 from fastflag.market.compiled import lanes
 from fastflag.market.compiled.constants import CODES, HISTORY
 from fastflag.market.random_numbers import uniform
-from fastflag.market.tasks import single
+from fastflag.market.tasks import rolling
 from fastflag.market.tasks.account_codes import decode, side_of
 from fastflag.market.tasks.single import ACTIONS, BUY, HOLD, SELL, Single
 
@@ -629,11 +629,11 @@ def test_threads_share_a_rollout_and_change_nothing(monkeypatch):
     one = case_of("next_open", "long_short", size=5 * LANES + 9)
     shared = Accounts.from_arrays(one[2].arrays())
     out = roll(*one)
-    monkeypatch.setattr(single, "_THREADED_STEPS", 1)
+    monkeypatch.setattr(rolling, "_THREADED_STEPS", 1)
     for threads, parts in [(2, 2), (4, 3), (100, 6)]:
-        monkeypatch.setattr(single.numba_config, "NUMBA_NUM_THREADS", threads)
+        monkeypatch.setattr(rolling.numba_config, "NUMBA_NUM_THREADS", threads)
         several = Accounts.from_arrays(shared.arrays())
-        assert len(single._parts(len(several), 33)) == parts
+        assert len(rolling.parts_of(len(several), 33, LANES)) == parts
         for name, array in roll(*one[:2], several, *one[3:]).items():
             np.testing.assert_array_equal(array, out[name], err_msg=name)
         assert_same(several.arrays(), one[2].arrays())
@@ -642,12 +642,12 @@ def test_threads_share_a_rollout_and_change_nothing(monkeypatch):
 def test_they_leave_pytorchs_number_of_threads_alone():
     """A run that is resumed must not have another one than the run that it goes on from."""
     code = (
-        "import torch; from fastflag.market.tasks import single\n"
-        "assert len(single._parts(10**6, 10)) == 3\n"
+        "import torch; from fastflag.market.tasks import rolling\n"
+        "assert len(rolling.parts_of(10**6, 10, 256)) == 3\n"
         "print(torch.get_num_threads())"
     )
     variables = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "3"}
-    root = Path(single.__file__).parents[3]
+    root = Path(rolling.__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, cwd=root, capture_output=True, text=True
     )

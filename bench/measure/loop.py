@@ -20,7 +20,8 @@ from fastflag.learn.rollout import rollout
 from fastflag.learn.run import build
 from fastflag.learn.train import one_update
 from fastflag.learn.update import make_optimizer
-from fastflag.market.bars import Market, split_days
+from fastflag.market.bars import Market
+from fastflag.market.periods import split_days
 from fastflag.market.sources import load
 from fastflag.model.arithmetic import resolved
 from fastflag.model.weights import open_weights

@@ -101,10 +101,10 @@ class Run:
 
     def backtest(self, split: str = "test", track: Track = iter) -> Backtest:
         """Days of `split` (train, test or START..END) beside buy-and-hold and random policies. Only
-        test rewrites RUN/backtest.json and the report. For train and test the market must be the
-        one that the run was trained on, up to its last training day. Raises InputError for what
-        can't be read or does not fit, and OSError for a full disk; a folder that is not ours to
-        write to is a warning."""
+        test, of all the run's symbols, rewrites RUN/backtest.json and the report. For train and
+        test the market must be the one that the run was trained on, up to its last training day.
+        Raises InputError for what can't be read or does not fit, and OSError for a full disk; a
+        folder that is not ours to write to is a warning."""
         from fastflag.evaluate.backtest import backtest
         from fastflag.learn.run import OTHER_MARKET
 
@@ -114,9 +114,9 @@ class Run:
                 f"START..END, {self.config.data.data}"
             )
         updates, world, policy = self._loaded
-        tested = backtest(policy, world, self.market, self.config, split, track)
+        tested = backtest(policy, world, self.config, split, track)
         document = {"updates": updates, **tested}
-        if split == "test":
+        if split == "test" and self._has_its_symbols():
             self._keep(document)
         return Backtest(document)
 
@@ -137,7 +137,7 @@ class Run:
             if not self._knows_market():
                 _LOG.warning("fastflag: %s, %s", OTHER_MARKET, self.config.data.data)
         day, entered = _date(date), _date(since)
-        return Decision(**decide(policy, world, self.market, day, position, entry, entered))
+        return Decision(**decide(policy, world, day, position, entry, entered))
 
     def report(self) -> Path:
         """Writes RUN/report.html anew; a warning says where the run went on after its backtest.
@@ -164,6 +164,12 @@ class Run:
 
         return trained_on(self.folder, self.config, self.market)
 
+    def _has_its_symbols(self) -> bool:
+        """Not one of several alone."""
+        from fastflag.learn.run import read_config
+
+        return self.config.data.symbols == read_config(self.folder).data.symbols
+
     def _keep(self, document: dict[str, Any]) -> None:
         """Writes a backtest and the report of it; somebody else's folder stays, with a warning."""
         from fastflag.evaluate.backtest import write_backtest
@@ -180,11 +186,11 @@ class Run:
 def load(data: str | DataConfig = DataConfig.data, **settings: Any) -> "Market":
     """The bars and news that `data` names, as --data does; other settings are DataConfig's. Raises
     InputError for what can't be read or does not fit."""
-    from fastflag.market import sources
+    from fastflag.market import several
 
     if isinstance(data, DataConfig):
-        return sources.load(checked(data, DataConfig, "load()"))
-    return sources.load(from_dict({"data": {"data": data, **settings}}, "load()").data)
+        return several.load(checked(data, DataConfig, "load()"))
+    return several.load(from_dict({"data": {"data": data, **settings}}, "load()").data)
 
 
 def train(
@@ -242,8 +248,9 @@ def open(
     device: Device = "auto",
 ) -> Run:
     """The run in a folder. `data`, `news`, `symbol` and `model` say where its bars and model are
-    now, where they are no longer where they were. Settings are those of RUN/config.json; where one
-    was changed since the run was trained, that is a warning. Raises InputError for what is no run.
+    now, where they are no longer where they were. Of a run of several symbols `symbol` is one of
+    them alone, or any that it never saw. Settings are those of RUN/config.json; where one was
+    changed since the run was trained, that is a warning. Raises InputError for what is no run.
     """
     from fastflag.learn.run import read_config, warn_of_changes
 
@@ -256,6 +263,8 @@ def open(
     }
     if "data" in changes:
         changes["news"] = news
+    if "symbol" in changes:
+        changes["symbols"] = ""
     return Run(folder, with_settings(config, {**changes, "device": device}))
 
 

@@ -64,7 +64,7 @@ class Places:
     news: str = ""
     """News file, as in train; empty: the run's, or with --data the one beside those bars."""
     symbol: str = ""
-    """Which symbol of a file that holds several; empty: the run's."""
+    """Which symbol of a file that holds several, or of a run of several; empty: the run's."""
     model: str = ""
     """Where the run's model is now; empty: where it was."""
     device: Device = "auto"
@@ -240,6 +240,8 @@ def _progress(text: str) -> Callable[[Iterable[int]], Iterable[int]]:
 
 
 def _verdict(document: dict[str, Any]) -> str:
+    if "groups" in document:
+        return _verdict_of_several(document)
     greedy, held = document["policies"]["greedy"], document["policies"]["buy_and_hold"]
     rank = document["random"]["percentile"]["greedy"]
     lines = [f"{document['symbol']}  {document['start']} to {document['end']}"]
@@ -251,6 +253,34 @@ def _verdict(document: dict[str, Any]) -> str:
     lines.append(
         f"  greedy's Sharpe beats {rank:.0f}% of {document['random']['episodes']} random policies"
     )
+    return "\n".join(lines)
+
+
+def _verdict_of_several(document: dict[str, Any]) -> str:
+    """A line a symbol, then what their equities in equal parts come to."""
+    symbols, groups = document["symbols"], document["groups"]
+    marks = {name: f"{name} *" for name in document["held_out"]}
+    together = {"all": "together", "learnt": "learnt from", "held_out": "held out"}
+    rows = {marks.get(name, name): told for name, told in symbols.items()}
+    rows |= {f"{together[name]} ({len(told['symbols'])})": told for name, told in groups.items()}
+    width = max(map(len, rows))
+    head = ("return %", "held %", "Sharpe", "held", "beats % of random")
+    lines = [
+        f"{len(symbols)} symbols  {document['start']} to {document['end']}",
+        f"  {'':<{width}}" + "".join(f"{title:>{max(11, len(title) + 2)}}" for title in head),
+    ]
+    for name, told in rows.items():
+        greedy, held = (
+            told["policies"][policy]["metrics"]["standard"] for policy in ("greedy", "buy_and_hold")
+        )
+        values = (greedy["cr"], held["cr"], greedy["sr"], held["sr"])
+        rank = told["random"]["percentile"]["greedy"]
+        cells = "".join(f"{_shown(value):>11}" for value in values)
+        lines.append(f"  {name:<{width}}{cells}{rank:>19.1f}")
+    if marks:
+        lines.append("  * never learnt from")
+    if document["left_out"]:
+        lines.append(f"  fewer than 2 bars, not tested: {', '.join(document['left_out'])}")
     return "\n".join(lines)
 
 

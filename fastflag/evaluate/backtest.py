@@ -4,7 +4,6 @@ Shapes: B episodes, n days (n - 1 decisions).
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,25 @@ import numpy as np
 
 from fastflag.config import TrainConfig
 from fastflag.evaluate.episodes import Chooser, Episodes, greedy, run_episodes, sampler
+from fastflag.evaluate.pooled import Tested, pooled
+from fastflag.evaluate.statistics import Equities, finite_or_none, judged
 from fastflag.files import InputError, write_atomic
+from fastflag.learn.run import learnt_symbols
 from fastflag.market import streams
-from fastflag.market.bars import Market, days_of, split_days
-from fastflag.market.metrics import CONVENTIONS, metrics
+from fastflag.market.bars import Market
+from fastflag.market.periods import days_of, split_days
 from fastflag.market.tasks.baselines import fixed_action_equity, random_equities
 from fastflag.market.tasks.single import BUY
 from fastflag.policy.table import Policy
 from fastflag.prompt.world import World
 
 RANDOM_EPISODES = 1000
+# Between the seeds of two symbols: more than there are episodes, which follow one another.
+_SEEDS_APART = 1 << 32
 
 
-def period_days(market: Market, config: TrainConfig, split: str) -> range:
-    """The days of a split: train, test, or START..END.
+def period_of(market: Market, config: TrainConfig, split: str) -> str:
+    """The dates START..END of a split: train, test, or START..END.
 
     Raises InputError for another word, and for dates outside the data.
     """
@@ -39,7 +43,7 @@ def period_days(market: Market, config: TrainConfig, split: str) -> range:
         raise InputError(f"{split!r} is neither train, test nor START..END, --split")
     if len(days) < 2:
         raise InputError(f"a backtest needs two days, --split {split}")
-    return days
+    return f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
 
 
 def _first_greedy(others: Chooser) -> Chooser:
@@ -53,32 +57,64 @@ def _first_greedy(others: Chooser) -> Chooser:
 def backtest(
     policy: Policy,
     world: World,
-    market: Market,
     config: TrainConfig,
     split: str,
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Any]:
-    """The document that RUN/backtest.json holds. Raises InputError as `period_days` does."""
-    days = period_days(market, config, split)
-    episodes = config.backtest_episodes
-    chooser = _first_greedy(sampler(streams.sampled_episodes(world.seed), episodes))
-    both = run_episodes(policy, world, days, 1 + episodes, chooser, track)
-    best, sampled = both.part(slice(0, 1)), both.part(slice(1, None))
-    random = random_equities(world.task, days, RANDOM_EPISODES, world.seed)
-    held = fixed_action_equity(world.task, days, BUY)
-    dates = market.dates[days.start : days.stop]
-    calendar = market.calendar
+    """The document that RUN/backtest.json holds: of one symbol, or of several as `pooled` has them,
+    on training days without those that are held out whole. Raises InputError as `period_of` does,
+    and where no symbol is left or has two bars."""
+    market, learnt = world.market, learnt_symbols(config, world.market)
+    period = period_of(market, config, split)
+    some = learnt if split == "train" else market.symbols
+    if not some:
+        names = ", ".join(market.symbols)
+        raise InputError(f"{names} is held out: it has no training days, --split train")
+    spans = {n: days for n, days in enumerate(world.within(period)) if market.symbols[n] in some}
+    if len(market.symbols) == 1:
+        return _of_symbol(policy, world, 0, spans[0], config, split, track)[0]
+    enough = {n: days for n, days in spans.items() if world.task.bars.tradable[days].sum() > 1}
+    left_out = [market.symbols[n] for n in spans if n not in enough]
+    if not enough:
+        raise InputError(f"fewer than 2 bars of {', '.join(left_out)}, --split {period}")
+    tested = [
+        _of_symbol(policy, world, n, days, config, split, track) for n, days in enough.items()
+    ]
+    return pooled(tested, learnt, left_out, market.calendar)
 
-    def all_metrics(equity: np.ndarray) -> dict[str, dict[str, Any]]:
-        return {name: _finite(metrics(equity, name, calendar)) for name in CONVENTIONS}
 
-    sampled_metrics = [all_metrics(equity) for equity in sampled.equity]
-    greedy_metrics = all_metrics(best.equity[0])
-    sharpes = np.array([_sharpe(metrics(equity, "standard", calendar)) for equity in random])
-    sampled_sharpes = [_sharpe(entry["standard"]) for entry in sampled_metrics]
-    return {
-        "symbol": world.prompter.symbol,
-        "action_names": list(world.task.actions),
+def _of_symbol(
+    policy: Policy,
+    world: World,
+    number: int,
+    days: range,
+    config: TrainConfig,
+    split: str,
+    track: Callable[[Iterable[int]], Iterable[int]],
+) -> Tested:
+    """One symbol's, alone with the policy at its moments `days`."""
+    market, task = world.market.each[number], world.task
+    # Each symbol's chances are its own: drawn by the same numbers they would rise and fall as one.
+    seed = world.seed + number * _SEEDS_APART
+    drawn = sampler(streams.sampled_episodes(seed), config.backtest_episodes)
+    chooser = _first_greedy(drawn)
+    both = run_episodes(policy, world, days, 1 + config.backtest_episodes, chooser, track)
+    best = both.part(slice(0, 1))
+    equities = Equities(
+        greedy=best.equity[0],
+        held=fixed_action_equity(task, days, BUY),
+        sampled=both.equity[1:],
+        random=random_equities(task, days, RANDOM_EPISODES, seed),
+    )
+    dates, parts = world.dates(days), judged(equities, market.calendar)
+    parts["policies"]["greedy"] |= {
+        "actions": [task.actions[action] for action in best.action[0]],
+        "probabilities": best.probabilities[0].tolist(),
+        "position": np.sign(best.shares[0]).astype(int).tolist(),
+    }
+    document = {
+        "symbol": market.symbols[0],
+        "action_names": list(task.actions),
         "split": split,
         "start": str(dates[0]),
         "end": str(dates[-1]),
@@ -89,75 +125,20 @@ def backtest(
         "fee_bps": config.simulator.fee_bps,
         "slippage_bps": config.simulator.slippage_bps,
         "dates": [str(date) for date in dates],
-        "close": [_number(price) for price in world.task.bars.close[days.start : days.stop]],
+        "close": [finite_or_none(price) for price in task.bars.close[days.start : days.stop]],
         "news": {
-            str(market.dates[day]): list(headlines)
-            for day in days
+            str(date): list(headlines)
+            for day, date in zip(days, dates, strict=True)
             if (headlines := sum(world.prompter.headlines(day), ()))
         },
-        "policies": {
-            "greedy": {
-                "equity": best.equity[0].tolist(),
-                "actions": [world.task.actions[action] for action in best.action[0]],
-                "probabilities": best.probabilities[0].tolist(),
-                "position": np.sign(best.shares[0]).astype(int).tolist(),
-                "metrics": greedy_metrics,
-            },
-            "buy_and_hold": {"equity": held.tolist(), "metrics": all_metrics(held)},
-        },
-        "sampled": {
-            "episodes": episodes,
-            "equity": _bands(sampled.equity),
-            "metrics": _spread(sampled_metrics),
-        },
-        "random": {
-            "episodes": RANDOM_EPISODES,
-            "equity": _bands(random),
-            "sharpe": {f"p{q:02}": float(np.percentile(sharpes, q)) for q in (5, 50, 95, 99)},
-            "sharpes": sharpes.tolist(),
-            "percentile": {
-                "greedy": _percentile(_sharpe(greedy_metrics["standard"]), sharpes),
-                "sampled_median": _percentile(float(np.median(sampled_sharpes)), sharpes),
-            },
-        },
+        **parts,
         "trades": _trades(best, world, days, dates),
     }
+    return document, equities
 
 
 def write_backtest(run: Path, document: dict[str, Any]) -> None:
     write_atomic(run / "backtest.json", json.dumps(document, indent=1, allow_nan=False))
-
-
-def _percentile(value: float, others: np.ndarray) -> float:
-    """Percent of `others` that `value` beats."""
-    return float((others < value).mean() * 100)
-
-
-def _sharpe(values: dict[str, Any]) -> float:
-    """A policy that never traded has no Sharpe ratio; it ranks as one that earned nothing."""
-    sharpe = values["sr"]
-    return 0.0 if sharpe is None or math.isnan(sharpe) else sharpe
-
-
-def _bands(equity: np.ndarray) -> dict[str, list[float]]:
-    """[B, n] -> the 5th, 50th and 95th percentile of each day."""
-    return {f"p{q:02}": np.percentile(equity, q, axis=0).tolist() for q in (5, 50, 95)}
-
-
-def _spread(entries: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Mean and percentiles of each metric over episodes; those without a value do not count."""
-    spread: dict[str, dict[str, Any]] = {}
-    for convention, names in entries[0].items():
-        spread[convention] = {}
-        for name in names:
-            values = [e[convention][name] for e in entries if e[convention][name] is not None]
-            spread[convention][name] = _summary(np.array(values, float)) if values else None
-    return spread
-
-
-def _summary(values: np.ndarray) -> dict[str, float]:
-    percentiles = {f"p{q:02}": float(np.percentile(values, q)) for q in (5, 50, 95)}
-    return {"mean": float(values.mean())} | percentiles
 
 
 def _trades(lived: Episodes, world: World, days: range, dates: np.ndarray) -> list[dict[str, Any]]:
@@ -171,17 +152,8 @@ def _trades(lived: Episodes, world: World, days: range, dates: np.ndarray) -> li
         {
             "date": str(dates[number + delay]),
             "action": "Buy" if side[number + 1] > side[number] else "Sell",
-            "price": _number(price[days[number + delay]]),
+            "price": finite_or_none(price[days[number + delay]]),
             "shares": float(lived.shares[0, number + 1]),
         }
         for number in np.flatnonzero((np.diff(side) != 0) & lived.alive[0, 1:]).tolist()
     ]
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in values.items()}
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN: None where a figure is not defined."""
-    return float(value) if math.isfinite(value) else None

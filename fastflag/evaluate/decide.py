@@ -18,7 +18,6 @@ from fastflag.prompt.world import World
 def decide(
     policy: Policy,
     world: World,
-    market: Market,
     date: str,
     position: str = "flat",
     entry: float = 0.0,
@@ -34,7 +33,10 @@ def decide(
     """
     if position not in ("flat", "long", "short"):
         raise InputError(f"a position is flat, long or short, not {position!r}, --position")
-    day = _day(market, date, "--date")
+    if len(world.market.symbols) > 1:
+        known = ", ".join(world.market.symbols)
+        raise InputError(f"a decision is of one symbol of {known}: name it, --symbol")
+    day = _day(world.market, date, "--date")
     if entry and not LEAST <= entry <= MOST:
         raise InputError(f"not a price ({LEAST:g} to {MOST:g}), --entry {entry}")
     if position == "flat":
@@ -42,21 +44,19 @@ def decide(
             raise InputError("a flat position has no entry: give --position, --entry or --since")
         accounts = world.task.start(1)
     else:
-        accounts = _holding(world, market, day, position, entry, since)
+        accounts = _holding(world, day, position, entry, since)
     prompts, row = world.shown(accounts, day)
     table = policy.evaluate(prompts, policy.running.current())
     probabilities, actions = table.probabilities[row], world.task.actions
     return {
-        "date": str(market.dates[day]),
+        "date": str(world.market.dates[day]),
         "action": actions[greedy(probabilities, 0)[0]],
         "probabilities": dict(zip(actions, probabilities[0].tolist(), strict=True)),
         "value": float(table.value[row[0]]),
     }
 
 
-def _holding(
-    world: World, market: Market, day: int, position: str, entry: float, since: str
-) -> Accounts:
+def _holding(world: World, day: int, position: str, entry: float, since: str) -> Accounts:
     """One account at the close of `day` that put all its cash into a position."""
     if position == "short" and world.task.rules.positions == "long_flat":
         raise InputError("the run's policy never sells short (long_flat), --position short")
@@ -64,7 +64,7 @@ def _holding(
         raise InputError(f"a {position} position needs the price it was entered at, --entry")
     if not since:
         raise InputError(f"a {position} position needs the day it was entered on, --since")
-    opened = _day(market, since, "--since")
+    opened = _day(world.market, since, "--since")
     if opened > day:
         raise InputError(f"{since} is after the decision's day, --since")
     if not world.task.bars.tradable[opened]:

@@ -17,7 +17,7 @@ from fastflag.files import InputError
 from fastflag.learn.progress import Proving
 from fastflag.learn.prove import Proof
 from fastflag.market.compiled import kernel
-from fastflag.market.tasks.single import Single
+from fastflag.market.tasks.single import ACTIONS
 from fastflag.model.arithmetic import measured, without_code
 from fastflag.model.ops import OPS, assembler, settle
 from fastflag.model.proof import verdicts
@@ -100,8 +100,7 @@ def plan(policy: PolicyConfig, optimizer: Optimizer, batch: PlanConfig) -> dict[
             "--prefix-tokens or --suffix-tokens, prompts"
         )
     planned, copied = (
-        parts(model, policy, optimizer, batch, len(Single.actions), flash)
-        for flash in (True, False)
+        parts(model, policy, optimizer, batch, len(ACTIONS), flash) for flash in (True, False)
     )
     return {
         "model": policy.model,

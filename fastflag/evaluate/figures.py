@@ -38,10 +38,9 @@ class Figure:
 
 def backtest_figures(backtest: dict[str, Any]) -> dict[str, Figure]:
     """Raises ValueError for dates out of order and series that do not fit them."""
-    dates = np.array(backtest["dates"], dtype="datetime64[D]")
-    if len(dates) < 2 or not (np.diff(dates) > 0).all():
-        raise ValueError("the dates do not rise")
-    days = dates.astype(str).tolist()
+    if "groups" in backtest:
+        return _figures_of_several(backtest)
+    days = _rising(backtest)
     return {
         "equity": _equity(backtest, days),
         "drawdown": _drawdown(backtest, days),
@@ -49,6 +48,70 @@ def backtest_figures(backtest: dict[str, Any]) -> dict[str, Figure]:
         "actions": _actions(backtest, days),
         "luck": _luck(backtest),
     }
+
+
+def _figures_of_several(backtest: dict[str, Any]) -> dict[str, Figure]:
+    """Of all symbols together, and each as a point."""
+    whole = backtest["groups"]["all"]
+    days = _rising(whole)
+    return {
+        "equity": _equity(whole, days),
+        "drawdown": _drawdown(whole, days),
+        "symbols": _symbols(backtest),
+        "luck": _luck(whole),
+    }
+
+
+def _rising(backtest: dict[str, Any]) -> list[str]:
+    dates = np.array(backtest["dates"], dtype="datetime64[D]")
+    if len(dates) < 2 or not (np.diff(dates) > 0).all():
+        raise ValueError("the dates do not rise")
+    return dates.astype(str).tolist()
+
+
+def _symbols(backtest: dict[str, Any]) -> Figure:
+    """Sharpe ratios, a point a symbol, beside the line of those that are as good as holding."""
+    points = {name: _both_sharpes(told) for name, told in backtest["symbols"].items()}
+    points = {name: both for name, both in points.items() if finite(both[0]) and finite(both[1])}
+    held_out = {*backtest["held_out"]}
+    traces = []
+    if points:
+        ends = [min(map(min, points.values())), max(map(max, points.values()))]
+        line = {"width": 1, "dash": "3px,3px"}
+        diagonal = _line(ends, _array(ends), "as buy-and-hold", _RANDOM, line=line)
+        traces.append(diagonal | {"mode": "lines", "hoverinfo": "skip"})
+    for unseen, label, colour in ((False, "learnt from", _GREEDY), (True, "never seen", "#d9583f")):
+        some = {name: both for name, both in points.items() if (name in held_out) is unseen}
+        if some:
+            traces.append(_scatter(some, label, colour))
+    axes = {
+        "xaxis": {"title": {"text": "buy-and-hold"}},
+        "yaxis": {"title": {"text": "greedy"}},
+    }
+    caption = "Sharpe ratios, a point a symbol. Above the line the policy is ahead of holding it."
+    return Figure("Symbols", caption, traces, {"hovermode": "closest", **axes})
+
+
+def _scatter(points: dict[str, tuple[float, float]], label: str, colour: str) -> dict[str, Any]:
+    held, greedy = (_points(_array(list(side))) for side in zip(*points.values(), strict=True))
+    return {
+        "x": held,
+        "y": greedy,
+        "name": label,
+        "mode": "markers",
+        "marker": {"color": colour, "size": 9},
+        # plotly draws <a> and <b> in names as markup.
+        "text": [escape(name) for name in points],
+        "hovertemplate": "%{text}: greedy %{y}, buy-and-hold %{x}<extra></extra>",
+    }
+
+
+def _both_sharpes(told: dict[str, Any]) -> tuple[float, float]:
+    policies = told["policies"]
+    held, greedy = (
+        policies[key]["metrics"]["standard"]["sr"] for key in ("buy_and_hold", "greedy")
+    )
+    return held, greedy
 
 
 def _equity(backtest: dict[str, Any], days: list[str]) -> Figure:

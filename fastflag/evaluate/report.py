@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from fastflag import config as settings
 from fastflag.evaluate.figures import Figure, backtest_figures, training_figures
-from fastflag.evaluate.tables import facts_list, headlines, metrics_tables, tiles
+from fastflag.evaluate.tables import facts_list, headlines, metrics_tables, symbols_table, tiles
 from fastflag.evaluate.words import backtest_facts, training_facts, verdict
 from fastflag.files import InputError, read_json, read_text, write_atomic
 from fastflag.learn.checkpoint import read_state
@@ -122,13 +122,22 @@ def _backtest_parts(
     title, paragraphs = verdict(backtest)
     if caution:
         paragraphs = [f"{caution[0].upper()}{caution[1:]}.", *paragraphs]
-    metrics = f"<section><h2>Metrics</h2>{metrics_tables(backtest)}</section>"
+    whole, news, symbols = backtest, backtest.get("news", {}), ""
+    if "groups" in backtest:
+        whole, symbols = backtest["groups"]["all"], symbols_table(backtest)
+        symbols = f"<section><h2>Symbols</h2>{symbols}</section>"
+        news = {
+            f"{name} {day}": texts
+            for name, told in backtest["symbols"].items()
+            for day, texts in told["news"].items()
+        }
+    metrics = f"<section><h2>Metrics</h2>{metrics_tables(whole)}</section>"
     return {
         "title": escape(title),
         "verdict": "".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs),
-        "backtest": f"{tiles(backtest)}{metrics}"
+        "backtest": f"{tiles(whole)}{symbols}{metrics}"
         f"<section><h2>Backtest</h2>{_frames(figures)}</section>",
-        "headlines": headlines(backtest["news"]),
+        "headlines": headlines(news),
     }
 
 

@@ -24,12 +24,28 @@ class Backtest:
     def __repr__(self) -> str:
         told = self.document
         period = f"{told.get('start')}..{told.get('end')}"
+        if each := told.get("symbols"):
+            return f"Backtest({len(each)} symbols {period})"
         return f"Backtest({told.get('symbol')}: {len(told.get('dates', ()))} days {period})"
+
+    @property
+    def symbols(self) -> dict[str, "Backtest"]:
+        """Each symbol's own."""
+        each = self.document.get("symbols") or {self.document["symbol"]: self.document}
+        return {name: Backtest(document) for name, document in each.items()}
 
     def metrics(self, convention: Convention = "standard") -> "DataFrame":
         """A row a policy: greedy, buy-and-hold, and the mean of the sampled episodes. Returns,
-        volatility and drawdown in percent; how each is defined by a convention is in the README."""
+        volatility and drawdown in percent; how each is defined by a convention is in the README. Of
+        several symbols the index is (group or symbol, policy): all of them in equal parts, those
+        learnt from, those held out, then each."""
         import pandas
+
+        if "groups" in self.document:
+            each = {name: Backtest(told) for name, told in self.document["groups"].items()}
+            each |= self.symbols
+            frames = {name: told.metrics(convention) for name, told in each.items()}
+            return pandas.concat(frames, names=["symbol", "policy"])
 
         if convention not in get_args(Convention):
             known = ", ".join(get_args(Convention))
@@ -42,8 +58,13 @@ class Backtest:
 
     def to_frame(self) -> "DataFrame":
         """A row a day: the close, equity at it, and of the greedy policy its position and, but for
-        the last day, its action and the probability of each."""
+        the last day, its action and the probability of each. Of several symbols the index is
+        (symbol, date)."""
         import pandas
+
+        if "groups" in self.document:
+            frames = {name: each.to_frame() for name, each in self.symbols.items()}
+            return pandas.concat(frames, names=["symbol", "date"])
 
         document = self.document
         greedy, held = (document["policies"][name] for name in ("greedy", "buy_and_hold"))

@@ -85,6 +85,55 @@ def _metrics_table(backtest: dict[str, Any], convention: str) -> str:
     )
 
 
+_GROUPS = {"all": "All, in equal parts", "learnt": "Learnt from", "held_out": "Never seen"}
+_OF_SYMBOLS = (
+    "Return",
+    "Buy-and-hold",
+    "Sharpe",
+    "Buy-and-hold",
+    "Max drawdown",
+    "Ahead of random",
+    "Above holding, bp a day",
+)
+
+
+def symbols_table(backtest: dict[str, Any]) -> str:
+    """A row a symbol, after those of the groups."""
+    groups, symbols = backtest["groups"], backtest["symbols"]
+    held_out = {*backtest["held_out"]}
+    rows = [_symbol_row(f"<i>{_GROUPS[name]}</i>", told) for name, told in groups.items()]
+    for name, told in symbols.items():
+        note = "<small>never seen</small>" if name in held_out else ""
+        rows.append(_symbol_row(escape(name) + note, told))
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in _OF_SYMBOLS)
+    return (
+        f'<div class="conventions"><div class="scroll tall"><table class="symbols"><thead><tr>'
+        f"<th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "<small>Of the greedy policy. The last column pairs each day with holding the same symbol; "
+        "in brackets its standard error, of several symbols with days as clusters.</small></div>"
+    )
+
+
+def _symbol_row(name: str, told: dict[str, Any]) -> str:
+    greedy, hold = (
+        told["policies"][key]["metrics"]["standard"] for key in ("greedy", "buy_and_hold")
+    )
+    rank, paired = told["random"]["percentile"]["greedy"], told["paired"]
+    error = paired["standard_error"]
+    cells = (
+        _cell(greedy["cr"], percent),
+        _cell(hold["cr"], percent),
+        _cell(greedy["sr"], number),
+        _cell(hold["sr"], number),
+        _cell(greedy["mdd"], percent),
+        _cell(rank, lambda value: percent(value, 1)),
+        _cell(1e4 * paired["mean"], lambda value: number(value, 1))
+        + f"<small>({number(None if error is None else 1e4 * error, 1)})</small>",
+    )
+    row = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr><th scope="row">{name}</th>{row}</tr>'
+
+
 def _random_metrics(chance: dict[str, Any]) -> dict[str, dict[str, float]]:
     """`sr`, and `cr`: a percentile of the final equity is that percentile of the return."""
     keys, equity = ("p05", "p50", "p95"), chance["equity"]

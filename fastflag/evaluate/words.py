@@ -30,6 +30,8 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 def verdict(backtest: dict[str, Any]) -> tuple[str, list[str]]:
     """A title, and paragraphs that say no more than the numbers do."""
+    if "groups" in backtest:
+        return _verdict_of_several(backtest)
     policies, sampled, chance = (backtest[key] for key in ("policies", "sampled", "random"))
     greedy, hold = (policies[key]["metrics"]["standard"] for key in ("greedy", "buy_and_hold"))
     percentile, reach = chance["percentile"]["greedy"], chance["sharpe"]
@@ -53,6 +55,58 @@ def verdict(backtest: dict[str, Any]) -> tuple[str, list[str]]:
     if backtest["split"] == "train":
         title = f"On its own training days: {_lower(title)}"
     return title, [" ".join(told), " ".join(_cautions(backtest, greedy["sr"]))]
+
+
+def _verdict_of_several(backtest: dict[str, Any]) -> tuple[str, list[str]]:
+    groups, count = backtest["groups"], len(backtest["symbols"])
+    whole = groups["all"]
+    greedy, hold = _sharpes(whole)
+    title = f"{count} symbols: " + _lower(
+        _comparison(greedy, hold, whole["random"]["percentile"]["greedy"])
+    )
+    if backtest["split"] == "train":
+        title = f"On its own training days, {_lower(title)}"
+    told = [f"With the capital in equal parts, one a symbol, {_together(whole)}"]
+    told += [
+        f"Ahead of buy-and-hold are {whole['ahead_of_buy_and_hold']} of {count} symbols, and of "
+        f"95% of random policies {whole['ahead_of_95_percent']}, where chance alone makes it "
+        f"{number(0.05 * count, 1)}.",
+        _pairs(whole["paired"]),
+    ]
+    if "held_out" in groups:
+        some = len(groups["held_out"]["symbols"])
+        told.append(f"On the {some} that it never learnt from, {_together(groups['held_out'])}")
+    cautions = _cautions({**backtest, "dates": whole["dates"]}, greedy)
+    if backtest["left_out"]:
+        left_out = ", ".join(backtest["left_out"])
+        cautions.append(f"Not tested, for they have fewer than 2 bars here: {left_out}.")
+    return title, [" ".join(told), " ".join(cautions)]
+
+
+def _sharpes(group: dict[str, Any]) -> tuple[float | None, float | None]:
+    greedy, hold = (
+        group["policies"][key]["metrics"]["standard"]["sr"] for key in ("greedy", "buy_and_hold")
+    )
+    return greedy, hold
+
+
+def _together(group: dict[str, Any]) -> str:
+    """How a group of symbols did as one."""
+    (greedy, hold), chance = _sharpes(group), group["random"]
+    return (
+        f"the greedy policy's Sharpe ratio is {number(greedy)}, buy-and-hold's {number(hold)}; it "
+        f"is ahead of {percent(chance['percentile']['greedy'], 1)} of {chance['episodes']:,} "
+        "random policies that trade the same symbols."
+    )
+
+
+def _pairs(paired: dict[str, Any]) -> str:
+    error = paired["standard_error"]
+    told = "" if error is None else f" (standard error {number(1e4 * error, 1)}, days as clusters)"
+    return (
+        f"A day's return is on average {number(1e4 * paired['mean'], 1)} basis points above that "
+        f"of holding the same symbol{told}."
+    )
 
 
 def _comparison(greedy: float | None, hold: float | None, percentile: float | None) -> str:
@@ -128,15 +182,20 @@ def training_facts(config: TrainConfig, updates: list[dict[str, Any]]) -> dict[s
     layers = f"top {policy.top_layers} layer{'' if policy.top_layers == 1 else 's'}"
     adapters = {"lora": "LoRA rank", "qlora": "QLoRA rank"}.get(policy.adaptation)
     how = f"{adapters} {policy.lora_rank}" if adapters else "all weights"
+    trained = f"{layers} trained ({how}), the rest"
+    if not policy.top_layers:
+        trained = "the heads trained, it"
     env_steps = updates[-1].get("env_steps") if updates else 0
     days = data.train.replace("..", " to ") or "the first 80% of days"
+    symbols = f", symbols {data.symbols}" if data.symbols else ""
+    if data.split_by_symbol:
+        symbols += f" without {data.split_by_symbol}"
     return {
-        "Model": f"{policy.model}; {layers} trained ({how}), "
-        f"the rest frozen in {policy.trunk_weights}",
+        "Model": f"{policy.model}; {trained} frozen in {policy.trunk_weights}",
         "Training": f"{config.algorithm.algorithm.upper()}, {len(updates):,} of {config.updates:,} "
         f"updates, {number(env_steps, 0)} steps in {config.rollout.num_envs:,} environments; "
         f"seed {config.seed}",
-        "Trained on": f"{data.data}, {days}; reward: {simulator.reward.replace('_', ' ')}",
+        "Trained on": f"{data.data}{symbols}, {days}; reward: {simulator.reward.replace('_', ' ')}",
     }
 
 
@@ -153,9 +212,12 @@ def backtest_facts(backtest: dict[str, Any]) -> dict[str, str]:
     split = "held-out days" if backtest["split"] == "test" else f"split {backtest['split']}"
     names = "no ticker and no date" if backtest["anonymised"] else "the ticker or the dates"
     fee, slippage = (number(backtest[key], None) for key in ("fee_bps", "slippage_bps"))
+    several = "groups" in backtest
+    dates = backtest["groups"]["all"]["dates"] if several else backtest["dates"]
+    tested = f"{len(backtest['symbols'])} symbols" if several else backtest["symbol"]
     return {
-        "Tested on": f"{backtest['symbol']}, {backtest['start']} to {backtest['end']} ({split}, "
-        f"{len(backtest['dates']):,} closes); prompts name {names}",
+        "Tested on": f"{tested}, {backtest['start']} to {backtest['end']} ({split}, "
+        f"{len(dates):,} closes); prompts name {names}",
         "Rules": f"{backtest['positions'].replace('_', ' or ')}; filled at the "
         f"{backtest['fill'].replace('_', ' ')}; fee {fee} bp, slippage {slippage} bp of the "
         "traded value",

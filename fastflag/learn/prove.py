@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from fastflag.config import PlanConfig, PolicyConfig, TrainConfig
 from fastflag.learn.whole_update import prove_graphs
-from fastflag.market.tasks.single import Single
+from fastflag.market.tasks.single import ACTIONS
 from fastflag.model import ops
 from fastflag.model.arithmetic import device_of
 from fastflag.model.model_config import ModelConfig
@@ -52,7 +52,7 @@ class Proof:
         if found is None or device_of(policy.device).type == "cpu":
             return None
         dtype = policy.dtype if policy.dtype != "auto" else "bf16" if found.bf16 else "fp32"
-        subject = Subject.of(model, policy, dtype, len(Single.actions))
+        subject = Subject.of(model, policy, dtype, len(ACTIONS))
         return Proof(found, Verdicts(subject, Surroundings.of(found)))
 
     @property

@@ -15,8 +15,10 @@ from fastflag.config import TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, reading, write_atomic
 from fastflag.learn.checkpoint import read_checkpoint, read_trained, restore_policy
 from fastflag.market import streams
-from fastflag.market.bars import Market, days_of, split_days
+from fastflag.market.bars import Market
 from fastflag.market.fingerprint import fingerprint
+from fastflag.market.periods import days_of, days_within, split_days
+from fastflag.market.sources import names_in
 from fastflag.model.arithmetic import resolved
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.weights import Weights, open_weights
@@ -113,11 +115,13 @@ def _refuse_no_folder(run: Path) -> None:
 
 
 @contextmanager
-def claim(run: Path, config: TrainConfig, resume: bool, market: str = "") -> Iterator[bool]:
+def claim(
+    run: Path, config: TrainConfig, resume: bool, prints: dict[str, str] | None = None
+) -> Iterator[bool]:
     """Makes RUN/ this configuration's for as long as the context lasts; True where it has a
-    checkpoint to go on from. `market` is the fingerprint of what is trained on. Raises InputError
-    as `check_claim` does, where that is not what the run was trained on, and where another
-    training holds the folder."""
+    checkpoint to go on from. `prints` are the `fingerprints` of what is trained on. Raises
+    InputError as `check_claim` does, where that is not what the run was trained on, and where
+    another training holds the folder."""
     _refuse_no_folder(run)
     run.mkdir(parents=True, exist_ok=True)
     with _locked(run):
@@ -125,10 +129,12 @@ def claim(run: Path, config: TrainConfig, resume: bool, market: str = "") -> Ite
         check_claim(run, config, resume)
         resumes = _has_checkpoint(run)
         if not resumes:
-            document = to_dict(config) | {"fastflag": fastflag.__version__, "market": market}
+            kept = prints or {}
+            stored = kept if len(kept) > 1 else "".join(kept.values())
+            document = to_dict(config) | {"fastflag": fastflag.__version__, "market": stored}
             write_atomic(run / "config.json", json.dumps(document, indent=1))
         else:
-            if not _is_of(run, market):
+            if not _is_of(run, prints or {}):
                 raise InputError(f"{OTHER_MARKET}, {config.data.data}")
             _extend(run, config)
         yield resumes
@@ -147,16 +153,63 @@ def _extend(run: Path, config: TrainConfig) -> None:
         write_atomic(run / "config.json", json.dumps(document, indent=1))
 
 
+def fingerprints(config: TrainConfig, market: Market) -> dict[str, str]:
+    """By symbol, what training reads of it; those that are held out are not there."""
+    learnt = learnt_symbols(config, market)
+    return {
+        symbol: fingerprint(each, symbol, days_within(each, config.data.train, "--train"))
+        for symbol, each in zip(market.symbols, market.each, strict=True)
+        if symbol in learnt
+    }
+
+
+def learnt_symbols(config: TrainConfig, market: Market) -> tuple[str, ...]:
+    """The symbols of `market` that are learnt from: those that are not held out whole."""
+    held_out = _held_out(config)
+    return tuple(name for name in market.symbols if name not in held_out)
+
+
+def _held_out(config: TrainConfig) -> tuple[str, ...]:
+    given = config.data.split_by_symbol
+    return names_in(given, "--split-by-symbol") if given else ()
+
+
+def training_spans(world: World, config: TrainConfig) -> list[range]:
+    """The moments that are learnt from, of each symbol that is. Raises InputError where one is held
+    out that is not there, where all are, and where one has fewer training days than an episode."""
+    for name in _held_out(config):
+        world.market.column(name)
+    learnt, names = learnt_symbols(config, world.market), world.market.symbols
+    if not learnt:
+        given = config.data.split_by_symbol
+        raise InputError(f"no symbol is left to learn from, --split-by-symbol {given}")
+    spans = dict(zip(names, world.within(config.data.train), strict=True))
+    longest = max(len(spans[name]) for name in learnt)
+    days = min(config.simulator.horizon + 1, longest)
+    short = [name for name in learnt if len(spans[name]) < days]
+    if short:
+        raise InputError(
+            f"fewer training days than an episode's {days}: hold it out (--split-by-symbol) or "
+            f"lower --horizon, {', '.join(short)}"
+        )
+    return [spans[name] for name in learnt]
+
+
 def trained_on(run: Path, config: TrainConfig, market: Market) -> bool:
-    """Whether `market` holds the bars and news that the run was trained on. Raises InputError where
-    it does not reach over the training days, or has another symbol."""
-    days = days_of(market, config.data.train)
-    return _is_of(run, fingerprint(market, config.data.symbol, days))
+    """Whether `market` holds the bars and news that the run was trained on, of those of its symbols
+    that were learnt from. Raises InputError where it does not reach over the training days."""
+    if learnt_symbols(config, market):
+        days_of(market, config.data.train)
+    return _is_of(run, fingerprints(config, market))
 
 
-def _is_of(run: Path, market: str) -> bool:
-    """True of an earlier version's run too, which recorded no fingerprint."""
-    return read_json(run / "config.json").get("market") in (None, "", market)
+def _is_of(run: Path, prints: dict[str, str]) -> bool:
+    """True of an earlier version's run too, which recorded no fingerprint. One symbol's stands
+    alone, without its name: a file may be given another one. Of several some may be asked for."""
+    stored = read_json(run / "config.json").get("market") or prints
+    if isinstance(stored, str):
+        return [*prints.values()] == [stored]
+    return all(stored.get(name) == value for name, value in prints.items())
 
 
 @contextmanager

@@ -17,6 +17,7 @@
 
 import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from fastflag.learn.run import (
     build,
     check_claim,
     claim,
+    fingerprints,
+    training_spans,
     updates_done,
     with_dtype,
     with_periods,
@@ -49,9 +52,8 @@ from fastflag.learn.run import (
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market import streams
 from fastflag.market.accounts import Accounts
-from fastflag.market.bars import Market, split_days
+from fastflag.market.bars import Market
 from fastflag.market.calendar import ANNUAL_DAYS
-from fastflag.market.fingerprint import fingerprint
 from fastflag.model.weights import Weights
 from fastflag.policy.table import Policy
 from fastflag.prompt.world import World
@@ -76,15 +78,14 @@ def train(
         proof = prove_for(config, weights.config, updates_done(run, resume), proving)
     config = with_implementations(with_dtype(config, weights.config), proof)
     check_claim(run, config, resume)
-    days, test_days = split_days(market, config.data.train, config.data.test)
     world, policy = build(config, market, weights)
-    policy.check_length(world.prompter.longest([*days, *test_days]))
+    spans, test_spans = training_spans(world, config), world.within(config.data.test)
+    policy.check_length(world.prompter.longest([*chain(*spans, *test_spans)]))
     optimizer = make_optimizer(policy, config.algorithm)
     accounts = start_accounts(config.rollout, config.simulator.cash)
     annual = ANNUAL_DAYS[market.calendar]
     phase = PhaseTimer()
-    market_print = fingerprint(market, config.data.symbol, days)
-    with claim(run, config, resume, market_print) as resumes:
+    with claim(run, config, resume, fingerprints(config, market)) as resumes:
         start = 0
         if resumes:
             checkpoint = read_checkpoint(run)
@@ -92,13 +93,13 @@ def train(
             restore_optimizer(checkpoint, optimizer, run)
             accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
             start = checkpoint.updates
-        print(f"news: {world.prompter.training_news(days)}", flush=True)
+        print(f"news: {world.prompter.training_news(spans)}", flush=True)
         with Log(run, start, config.updates) as log:
             for done in range(start, config.updates):
                 began = time.perf_counter()
                 factor = set_learning_rates(optimizer, config.algorithm, done, config.updates)
                 work = partial(
-                    one_update, policy, optimizer, world, days, accounts, config, done, phase
+                    one_update, policy, optimizer, world, spans, accounts, config, done, phase
                 )
                 accounts, lesson, statistics = policy.recompute.attempt(work)
                 statistics["learning_rate"] = config.algorithm.learning_rate * factor
@@ -115,7 +116,7 @@ def one_update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     world: World,
-    days: range,
+    spans: list[range],
     accounts: list[Accounts],
     config: TrainConfig,
     done: int,
@@ -128,7 +129,7 @@ def one_update(
     again.
     """
     accounts = [group.take(np.arange(len(group))) for group in accounts]
-    table, batches = rollout(policy, world, [days], accounts, config, done, phase)
+    table, batches = rollout(policy, world, spans, accounts, config, done, phase)
     lesson = estimate(table, batches, config.algorithm, phase)
     with phase("update"):
         seed = streams.shuffles(config.seed, done)

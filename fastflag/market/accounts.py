@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -51,8 +51,49 @@ _FRESH = {
 }
 
 
+_Columns = TypeVar("_Columns", bound="Columns")
+
+
+class Columns:
+    """Arrays of B accounts: the fields of a dataclass, accounts along the first axis."""
+
+    cash: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name: the accounts' own, not copies."""
+        return {field.name: getattr(self, field.name) for field in _fields(self)}
+
+    def filled(self: _Columns, arrays: dict[str, np.ndarray]) -> _Columns:
+        """These accounts with copies of what `arrays()` gave.
+
+        Raises ValueError for a missing or unknown name, a wrong shape or a wrong dtype.
+        """
+        expected = self.arrays()
+        if set(arrays) != set(expected):
+            raise ValueError(f"accounts need {sorted(expected)}, not {sorted(arrays)}")
+        for name, array in expected.items():
+            given = arrays[name]
+            if given.shape != array.shape or given.dtype != array.dtype:
+                raise ValueError(
+                    f"accounts.{name} is {given.dtype}{given.shape}, not {array.dtype}{array.shape}"
+                )
+            array[...] = given
+        return self
+
+    def take(self: _Columns, rows: np.ndarray) -> _Columns:
+        """Copies of the accounts in `rows`."""
+        return type(self)(**{name: array[rows].copy() for name, array in self.arrays().items()})
+
+    def __len__(self) -> int:
+        return len(self.cash)
+
+
+def _fields(columns: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(columns)
+
+
 @dataclass
-class Accounts:
+class Accounts(Columns):
     """B accounts; arrays [B], histories [B, HISTORY] with the newest step last."""
 
     starting_cash: np.ndarray
@@ -122,34 +163,10 @@ class Accounts:
         self.cash[held] *= 1.0 - side[held]
         self.entry[held], self.opened[held] = price[held], day[held]
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name: the accounts' own, not copies."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Accounts":
-        """Accounts from copies of what `arrays()` gave.
-
-        Raises ValueError for a missing or unknown name, a wrong shape or a wrong dtype.
-        """
-        if set(arrays) != set(Arrays._fields):
-            raise ValueError(f"accounts need {sorted(Arrays._fields)}, not {sorted(arrays)}")
-        expected = cls.start(len(arrays["cash"]), 1.0).arrays()
-        for name, array in expected.items():
-            given = arrays[name]
-            if given.shape != array.shape or given.dtype != array.dtype:
-                raise ValueError(
-                    f"accounts.{name} is {given.dtype}{given.shape}, not {array.dtype}{array.shape}"
-                )
-            array[...] = given
-        return cls(**expected)
-
-    def take(self, rows: np.ndarray) -> "Accounts":
-        """Copies of the accounts in `rows`."""
-        return Accounts(**{name: array[rows].copy() for name, array in self.arrays().items()})
-
-    def __len__(self) -> int:
-        return len(self.cash)
+        """Accounts from copies of what `arrays()` gave; ValueError as `filled` raises it."""
+        return cls.start(len(arrays.get("cash", ())), 1.0).filled(arrays)
 
     def __repr__(self) -> str:
         return f"Accounts({len(self)})"

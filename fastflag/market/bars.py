@@ -153,13 +153,38 @@ class Market:
             **{name: getattr(self, name)[days, n : n + 1] for name in MARKET_COLUMNS},
         )
 
+    def several(self, symbols: Sequence[str] = ()) -> "Market":
+        """The market of some symbols, in this order, on the days on which it has a row of any;
+        none are all. Raises InputError as `column` does."""
+        columns = [self.column(symbol) for symbol in symbols or self.symbols]
+        rows = (
+            np.ones((len(self.dates), len(self.symbols)), bool) if self.rows is None else self.rows
+        )
+        rows = rows[:, columns]
+        days = rows.any(1)
+        own = tuple(self.symbols[column] for column in columns)
+        return replace(
+            self,
+            dates=self.dates[days],
+            symbols=own,
+            rows=rows[days],
+            others=tuple(pair for pair in self.first_bars.items() if pair[0] not in own),
+            **{name: getattr(self, name)[np.ix_(days, columns)] for name in MARKET_COLUMNS},
+        )
+
+    @cached_property
+    def each(self) -> tuple["Market", ...]:
+        """N, each symbol's own market, as `of` has it; that of one symbol is itself."""
+        return (self,) if len(self.symbols) == 1 else tuple(map(self.of, self.symbols))
+
     def column(self, symbol: str = "") -> int:
         """Column of `symbol`; empty: of the only one. Raises InputError where there is none."""
         if not symbol and len(self.symbols) == 1:
             return 0
         if symbol not in self.symbols:
             wrong = f"unknown symbol {symbol!r}" if symbol else "no symbol chosen"
-            raise InputError(f"{wrong} of {', '.join(self.symbols)}, market")
+            known = (*self.symbols, *(name for name, _ in self.others))
+            raise InputError(f"{wrong} of {', '.join(known)}, market")
         return self.symbols.index(symbol)
 
     def days(self, start: str, end: str, name: str = "period") -> range:
@@ -268,54 +293,3 @@ def _payable(split: np.ndarray, dividend: np.ndarray, tradable: np.ndarray) -> n
         if tradable[day]:
             payable[day], waiting = waiting, 0.0
     return payable
-
-
-def parse_period(text: str, name: str = "period") -> tuple[str, str]:
-    """ "A..B" -> ("A", "B"). Raises InputError, with the period's `name`, unless both are dates and
-    A is not after B."""
-    start, dots, end = text.partition("..")
-    if not dots:
-        raise InputError(f"not START..END, {name} {text!r}")
-    if date_of(start, name) > date_of(end, name):
-        raise InputError(f"start after end, {name} {text}")
-    return start, end
-
-
-def days_of(market: Market, period: str, name: str = "period") -> range:
-    """Indices of the days of a period "A..B". Raises InputError as `parse_period` and `Market.days`
-    do."""
-    return market.days(*parse_period(period, name), name)
-
-
-def split_days(
-    market: Market,
-    train: str,
-    test: str,
-    names: tuple[str, str] = ("training period", "test period"),
-) -> tuple[range, range]:
-    """Indices of the training days and of the held-out days; `train`, `test` as in DataConfig, by
-    their `names` in refusals.
-
-    Raises InputError where a period has fewer than the two days of one decision or than two bars,
-    and where testing begins before training has ended.
-    """
-    total = len(market.dates)
-    train_days = days_of(market, train, names[0]) if train else range(total * 4 // 5)
-    test_days = days_of(market, test, names[1]) if test else range(train_days.stop, total)
-    for name, days in (("training", train_days), ("test", test_days)):
-        if len(days) < 2:
-            raise InputError(f"fewer than 2 days, {name} period of a market of {total} days")
-    if test_days.start < train_days.stop:
-        raise InputError(
-            f"test begins on {market.dates[test_days[0]]}, before training ends on "
-            f"{market.dates[train_days[-1]]}"
-        )
-    prices = [getattr(market, name) for name in PRICES]
-    tradable = np.logical_and.reduce([np.isfinite(price) for price in prices]).any(1)
-    for name, days in (("training", train_days), ("test", test_days)):
-        if np.count_nonzero(tradable[days.start : days.stop]) < 2:
-            period = f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
-            raise InputError(
-                f"fewer than 2 bars of {', '.join(market.symbols)}, {name} period {period}"
-            )
-    return train_days, test_days

@@ -3,14 +3,16 @@ learns it, and what learns it when the news is shuffled looks ahead.
 """
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fastflag.files import InputError
-from fastflag.market.bars import Market, News
+from fastflag.market.bars import MARKET_COLUMNS, Market, News
 
-_MOST_DAYS = 20_000
+_NAME = "PLANTED"
+_MOST_DAYS, _MOST_SYMBOLS = 20_000, 500
 NEWS_TIME = np.timedelta64(15 * 3600, "s")
 """Of day, at which every headline is available."""
 _RISES = (
@@ -42,12 +44,34 @@ _NEUTRAL = (
 
 
 def planted_market(
-    days: int = 640, seed: int = 0, shuffled: bool = False, drift: float = 0.001
+    days: int = 640, seed: int = 0, shuffled: bool = False, drift: float = 0.001, symbols: int = 1
 ) -> Market:
     """Every close brings one telling headline and one neutral one; the next day goes that way by
     1% to 2% (log returns, to which `drift` a day is added). With `shuffled` the headlines are dealt
-    to days at random and tell nothing. Raises InputError where prices leave a Market's range."""
-    random = np.random.default_rng(seed)
+    to days at random and tell nothing. Several `symbols` know nothing of one another. Raises
+    InputError where prices leave a Market's range."""
+    names = [_NAME, *(f"{_NAME}{number}" for number in range(2, symbols + 1))]
+    seeds = [seed, *([seed, number] for number in range(1, symbols))]
+    each = [
+        _one(name, days, np.random.default_rng(of_one), shuffled, drift)
+        for name, of_one in zip(names, seeds, strict=True)
+    ]
+    if symbols == 1:
+        return each[0]
+    joined: dict[str, Any] = {
+        column: np.concatenate([getattr(market, column) for market in each], axis=1)
+        for column in MARKET_COLUMNS
+    }
+    named = (
+        replace(item, symbol=name)
+        for name, market in zip(names, each, strict=True)
+        for item in market.news
+    )
+    news = sorted(named, key=lambda item: item.available)
+    return Market(each[0].dates, tuple(names), **joined, news=tuple(news))
+
+
+def _one(name: str, days: int, random: np.random.Generator, shuffled: bool, drift: float) -> Market:
     up = random.random(days) < 0.5
     size = random.uniform(0.01, 0.02, days)
     returns = np.concatenate([[0.0], (np.where(up, size, -size) + drift)[:-1]])
@@ -70,7 +94,7 @@ def planted_market(
 
     return Market(
         dates=dates,
-        symbols=("PLANTED",),
+        symbols=(name,),
         open=column(opened),
         high=column(np.maximum(opened, close)),
         low=column(np.minimum(opened, close)),
@@ -84,7 +108,7 @@ def planted_market(
 
 def read_planted(text: str) -> Market:
     """`planted_market` by the text of a data source, NAME=VALUE between commas, as in
-    days=640,seed=0,shuffled=no,drift=0.001: those that are left out have these values.
+    days=640,seed=0,shuffled=no,drift=0.001,symbols=1: those that are left out have these values.
 
     Raises InputError for another name and a value that does not fit.
     """
@@ -105,6 +129,8 @@ def read_planted(text: str) -> Market:
             raise InputError(f"{name} can't be {value!r}, planted:{text}") from None
     if not 2 <= chosen.get("days", 2) <= _MOST_DAYS:
         raise InputError(f"days must be at least 2 and at most {_MOST_DAYS:,}, planted:{text}")
+    if not 1 <= chosen.get("symbols", 1) <= _MOST_SYMBOLS:
+        raise InputError(f"symbols must be at least 1 and at most {_MOST_SYMBOLS}, planted:{text}")
     try:
         return planted_market(**chosen)
     except InputError as error:

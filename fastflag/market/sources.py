@@ -47,36 +47,70 @@ def load(data: DataConfig) -> Market:
 
     Raises InputError, with the file and where possible its line, for whatever is wrong in a file.
     """
+    whole = read(data)
+    market = of_symbol(whole, data.symbol, data)
+    path = news_path(data)
+    if path is None:
+        return market
+    symbols = (*whole.symbols, *(name for name, _ in whole.others))
+    own = assigned(read_news(path, data), market.symbols[0], symbols, str(path))
+    return with_news(market, [*market.news, *own])
+
+
+def read(data: DataConfig) -> Market:
+    """All symbols of a source, without the news beside it; of a file that holds some of those that
+    are `asked` for, these alone."""
     kind, colon, name = data.data.partition(":")
-    if not (data.data + data.symbol).isprintable():
+    if not (data.data + data.symbol + data.symbols).isprintable():
         raise InputError(f"a name with characters that can't be printed, {data.data!a}")
     if not colon or kind not in _SOURCES:
         known = ", ".join(f"{known}:" for known in _SOURCES)
         raise InputError(f"unknown data source, {data.data!r} (known: {known})")
-    hours, zone = hours_of(data), zone_of(data)
-    market = _SOURCES[kind].read(name, data)
-    symbols = (*market.symbols, *(name for name, _ in market.others))
+    hours_of(data), zone_of(data)  # refused before a file is read
+    return _SOURCES[kind].read(name, data)
+
+
+def asked(data: DataConfig) -> tuple[str, ...]:
+    """The symbols that `data` names; none where it names all that there are, or the only one.
+    Raises InputError for one that is empty or there twice, and for a --symbol beside."""
+    if data.symbols and data.symbol:
+        raise InputError(f"both are named, --symbol {data.symbol} --symbols {data.symbols}")
+    if data.symbols in ("", "all"):
+        return (data.symbol,) if data.symbol else ()
+    return names_in(data.symbols, "--symbols")
+
+
+def names_in(text: str, flag: str) -> tuple[str, ...]:
+    """Symbols between commas. Raises InputError for one that is empty or there twice."""
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len({*names}) < len(names):
+        raise InputError(f"a symbol is empty or there twice, {flag} {text!r}")
+    return names
+
+
+def of_symbol(market: Market, symbol: str, data: DataConfig) -> Market:
+    """The market of one symbol of what was read, on the days on which it has a row."""
     try:
-        market = dataclasses.replace(market.of(data.symbol), hours=hours)
+        market = dataclasses.replace(market.of(symbol), hours=hours_of(data))
     except InputError as error:
         raise InputError(f"{error} {data.data}") from None
     if not np.isfinite(market.close).any():
         raise InputError(f"not a single bar of {market.symbols[0]}, {data.data}")
     refuse_longer_than_days(market.dates[np.isfinite(market.close[:, 0])], data.data)
-    path = path_of(data.news) if data.news else _news_beside(kind, name)
-    if path is None:
-        return market
-    news = news_of(named(read_table(path), path), str(path), zone)
-    own = assigned(news, market.symbols[0], symbols, str(path))
-    return with_news(market, [*market.news, *own])
+    return market
 
 
-def _news_beside(kind: str, name: str) -> Path | None:
-    """The news file beside the bars; where these are no file, none."""
-    if not _SOURCES[kind].is_file:
-        return None
+def news_path(data: DataConfig) -> Path | None:
+    """The news file that is named, or else the one beside the bars, where there is one."""
+    kind, _, name = data.data.partition(":")
+    if data.news or not _SOURCES[kind].is_file:
+        return path_of(data.news) if data.news else None
     bars = path_of(name)
     return news_beside(bars.with_name(f"{stem_of(bars)}.csv"))  # of bars.csv.gz bars.news.csv too
+
+
+def read_news(path: Path, data: DataConfig) -> list[News]:
+    return news_of(named(read_table(path), path), str(path), zone_of(data))
 
 
 # Readers: (what follows the colon, all that is asked for) -> Market
@@ -112,7 +146,7 @@ def _parquet(name: str, data: DataConfig) -> Market:
 def _bars(kind: str, name: str, data: DataConfig) -> Market:
     path = path_of(name)
     symbol = data.symbol or stem_of(path).upper()
-    return _market(read_table(path, kind), str(path), symbol, zone_of(data), data.symbol)
+    return _market(read_table(path, kind), str(path), symbol, zone_of(data), asked(data))
 
 
 def _investorbench(name: str, data: DataConfig) -> Market:
@@ -169,10 +203,10 @@ def _market(
     where: str,
     symbol: str,
     zone: ZoneInfo | None = None,
-    wanted: str = "",
+    wanted: Sequence[str] = (),
 ) -> Market:
     """The Market of a frame of bars; `symbol` names them where there is no symbol column. Of
-    several symbols `wanted` alone, where it is one of them.
+    several symbols those `wanted` alone, where any is among them.
 
     R rows. Those of a symbol follow one another in time, or all of them go back in it.
     """
@@ -189,21 +223,22 @@ def _market(
     owner, symbols = pd.factorize(owners)
     if "adj_close" in numbers:
         wrong = (numbers["adj_close"] <= 0) | np.isinf(numbers["adj_close"])
-        if wanted in symbols:
-            wrong &= owners == wanted
+        if {*wanted} & {*symbols}:
+            wrong &= np.isin(owners, wanted)
         cells.refuse(frame, wrong, "is not a finite price above 0", "adj_close", where)
     order = _in_time(frame, dates, owner, where)
     dates, owner = dates[order], owner[order]
     numbers = {name: column[order] for name, column in numbers.items()}
     others: tuple[tuple[str, np.datetime64], ...] = ()
-    if wanted in symbols and len(symbols) > 1:
+    if {*wanted} & {*symbols} and len(symbols) > 1:
         # What is wrong with other symbols' prices is nobody's business here.
-        own = owner == symbols.tolist().index(wanted)
+        own = np.isin(symbols[owner], wanted)
         bars = np.isfinite(numbers["close"]) & ~own
         found, first = np.unique(owner[bars], return_index=True)
         others = tuple(zip(symbols[found].tolist(), dates[bars][first], strict=True))
         numbers = {name: column[own] for name, column in numbers.items()}
-        dates, owner, symbols = dates[own], np.zeros(own.sum(), int), np.array([wanted], object)
+        kept, owner = np.unique(owner[own], return_inverse=True)
+        dates, symbols = dates[own], symbols[kept]
     names: list[str] = symbols.tolist()
     numbers = mended(numbers, dates, owner, names, where)
     calendar = np.unique(dates)

@@ -4,16 +4,18 @@ A moment is a place in the timeline: at the close of a bar of one symbol. Moment
 stand one after another, each symbol's in a span of its own, so that a moment's number names its
 symbol too, and an episode is a range inside one span.
 
-Shapes: M moments, N symbols, B accounts, H steps, A actions, U rows of a policy's table.
+Shapes: M moments, N symbols, B accounts, K slots, H steps, A actions, U rows of a policy's table. A
+task with slots, as a portfolio's assets, shows each of them and asks an action of each; `Single`,
+which has one, leaves the axis K out, and its arrays are of the same order.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from fastflag.market.accounts import Accounts
+from fastflag.market.accounts import Columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,8 @@ class Timeline:
 
     spans: tuple[range, ...]
     """N, each symbol's moments."""
+    symbol: np.ndarray = field(init=False, repr=False)
+    """[M] int64, which of the spans a moment lies in."""
     first: np.ndarray = field(init=False, repr=False)
     """[M] int64, the first moment of each moment's span."""
     last: np.ndarray = field(init=False, repr=False)
@@ -34,6 +38,7 @@ class Timeline:
             if span.start != end or span.step != 1 or not len(span):
                 raise ValueError(f"spans must follow one another, not {self.spans}")
         lengths = [len(span) for span in self.spans]
+        object.__setattr__(self, "symbol", np.repeat(np.arange(len(lengths)), lengths))
         object.__setattr__(self, "first", np.repeat(ends[:-1], lengths))
         object.__setattr__(self, "last", np.repeat(ends[1:], lengths) - 1)
 
@@ -53,7 +58,8 @@ class Timeline:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What B accounts did in H steps; all [B, H]. Rows are those of the table that was read."""
+    """What B accounts did in H steps; all [B, H], of rows and actions [B, H, K]. Rows are those of
+    the table that was read."""
 
     row: np.ndarray
     """int32, of what the account showed when it decided."""
@@ -73,6 +79,7 @@ class Steps:
 
     @staticmethod
     def empty(accounts: int, steps: int) -> "Steps":
+        """Of a task with one slot."""
         dtypes = (np.int32, np.int32, np.int8, np.float64, np.bool_, np.bool_)
         return Steps(*(np.zeros((accounts, steps), dtype) for dtype in dtypes))
 
@@ -85,37 +92,56 @@ class Steps:
         return Steps(*map(np.concatenate, columns))
 
 
-class Task(Protocol):
+_Accounts = TypeVar("_Accounts", bound=Columns)
+
+
+class Task(Protocol[_Accounts]):
     """Bars, rules and the kernel that lives by them: what always travels together.
 
-    What an account shows at a moment is a code; texts and rows of a table are found by it.
+    What an account shows of a slot at a moment is a code; texts and rows of a table are found by
+    it. The slots' actions are drawn on their own, so that their log-probabilities add up, and what
+    is allowed in one depends on no other.
     """
 
-    actions: ClassVar[tuple[str, ...]]
-    """A names, the table's columns."""
     codes: ClassVar[int]
-    """What a stepped text can say of an account."""
-    timeline: Timeline
+    """What a stepped text can say of a slot."""
 
-    def start(self, count: int) -> Accounts: ...
+    @property
+    def timeline(self) -> Timeline: ...
 
-    def code(self, accounts: Accounts, moment: np.ndarray | int) -> np.ndarray:
-        """-> int32 [B]"""
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """A names, the table's columns."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """K"""
+        ...
+
+    def start(self, count: int) -> _Accounts: ...
+
+    def code(self, accounts: _Accounts, moment: np.ndarray | int) -> np.ndarray:
+        """-> int32 [B, K]"""
+        ...
 
     def allowed(self, moment: np.ndarray | int, side: np.ndarray) -> np.ndarray:
-        """Actions that would be executed, bool [n, A]."""
+        """Actions that would be executed, bool [n, K, A], by the sides [n, K] of what is held."""
+        ...
 
-    def reachable(self, moments: range, accounts: Accounts) -> np.ndarray:
-        """Codes that `accounts` could show under any actions, bool [len(moments), codes]."""
+    def reachable(self, moments: range, accounts: _Accounts) -> np.ndarray:
+        """Codes that `accounts` could show under any actions, bool [len(moments), K, codes]."""
+        ...
 
     def step(
-        self, accounts: Accounts, moment: np.ndarray | int, action: np.ndarray
+        self, accounts: _Accounts, moment: np.ndarray | int, action: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """From each moment to the next, in place: (reward, terminated) [B]."""
+        """By actions [B, K] from each moment to the next, in place: (reward, terminated) [B]."""
+        ...
 
     def rollout(
         self,
-        accounts: Accounts,
+        accounts: _Accounts,
         moments: np.ndarray,
         restarts: np.ndarray,
         cdf: np.ndarray,
@@ -124,4 +150,6 @@ class Task(Protocol):
         first_env: int,
         first_step: int,
     ) -> Steps:
-        """Many steps, each action drawn from a table: equals `step` bit for bit."""
+        """Many steps, each slot's action drawn from a table by its row, `row_of` [M, K, codes]:
+        equals `step` bit for bit. Slot k's number at step h is the one of step h x K + k."""
+        ...

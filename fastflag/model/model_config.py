@@ -38,8 +38,8 @@ class ModelConfig:
 
     def trunk_layers(self, top_layers: int, source: str) -> int:
         """How many layers lie below the top ones. Raises InputError where it has not so many."""
-        if not 1 <= top_layers <= self.layers:
-            raise InputError(f"top_layers must be 1 to {self.layers}, not {top_layers}, {source}")
+        if not 0 <= top_layers <= self.layers:
+            raise InputError(f"top_layers must be 0 to {self.layers}, not {top_layers}, {source}")
         return self.layers - top_layers
 
     def rotary_frequencies(self) -> np.ndarray:

@@ -64,7 +64,7 @@ def parts(
         "initial": initial,
         "gradients": trained,
         "optimizer_state": _optimizer_state([*layers, *heads], optimizer),
-        "trunk_cache": min(_cacheable(model, trunk, batch, between), kept),
+        "trunk_cache": min(_cacheable(model, policy, batch, between), kept),
         "activations": int(min(_evaluation(model, policy, batch, actions, flash), budget)),
     }
 
@@ -110,10 +110,13 @@ def _optimizer_state(tensors: list[int], optimizer: Optimizer) -> int:
     return 2 * (of_large + _FP32 * (sum(tensors) - sum(large))) + tables
 
 
-def _cacheable(model: ModelConfig, trunk: int, batch: PlanConfig, dtype: int) -> int:
-    """Bytes of every text's states under the top layers, which are fp32, and of each day's keys and
-    values in every frozen layer, which account texts yet to come attend to."""
-    states = _FP32 * model.width * (batch.prefix_tokens + batch.texts * batch.suffix_tokens)
+def _cacheable(model: ModelConfig, policy: PolicyConfig, batch: PlanConfig, dtype: int) -> int:
+    """Bytes of every text's states under the top layers, which are fp32, or without such of its
+    last token's, and of each day's keys and values in every frozen layer, which account texts yet
+    to come attend to."""
+    trunk = model.layers - policy.top_layers
+    kept = batch.suffix_tokens if policy.top_layers else 1
+    states = _FP32 * model.width * (batch.prefix_tokens + batch.texts * kept)
     read = padded_length(batch.prefix_tokens) * 2 * model.kv_heads * model.head_dim
     return batch.days * (states + dtype * trunk * read)
 
@@ -179,6 +182,8 @@ class _Kept:
     def passed(self, texts: _Texts) -> int:
         """Of texts through the top layers. The last layer is asked for what suffixes attend to, and
         for their last token."""
+        if not self.policy.top_layers:
+            return 0
         asked = 1 if texts.prefix else 0
         # cos and sin, half a head each, of a prefix's places, of a suffix's and of its last token.
         places = texts.rows * (texts.tokens + 1) if texts.prefix else texts.tokens

@@ -126,7 +126,7 @@ class Policy(nn.Module):
         self.recompute = Recompute(config.memory_budget * 2**20, spare)
         for choose in (graphs.choice, *(op.choice for op in ops.OPS)):
             choose(self.device)  # refuses an environment that asks for what there is not
-        self.graphs = self._graphs() if on_gpu else None
+        self.graphs = self._graphs() if on_gpu and config.top_layers else None
         self._staged: tuple[bytes, Stage] | None = None
 
     def _evaluate_stage(self, stage: Stage) -> tuple[Tensor, ...]:
@@ -148,6 +148,8 @@ class Policy(nn.Module):
         prompts; with gradient where enabled. Those of one padded length go together, as texts do
         (`_features`)."""
         tokens = {digest_of(prefix): prefix for prefix in prefixes}
+        if not self.config.top_layers:
+            return ReadPrefixes({}, [])
         states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
         by_size: dict[int, list[bytes]] = {}
         for digest, state in states.items():
@@ -254,7 +256,7 @@ class Policy(nn.Module):
     def _staged_table(self, prompts: PromptSet, evaluate: Graphs) -> Table:
         """`evaluate` by a stage, which is kept until other prompts come."""
         if (staged := self._staged) is None or staged[0] != content_of(prompts):
-            self._check_lengths(prompts)
+            self.check_length(prompts.longest)
             # Equal texts have equal states: a stock that stood still.
             tokens = {digest_of(text): text for text in prompts.prefixes}
             states = dict(zip(tokens, self.trunk.prefix_states(tokens), strict=True))
@@ -272,7 +274,9 @@ class Policy(nn.Module):
         Texts of one padded length go together: a softmax over another number of keys, though the
         others are masked, has other last bits.
         """
-        self._check_lengths(prompts)
+        self.check_length(prompts.longest)
+        if not self.config.top_layers:
+            return self._normed(torch.cat(self.trunk.suffix_states(prompts)))
         of_prefix = np.array([read.place[digest_of(tokens)] for tokens in prompts.prefixes])
         # Attention and its backward pass then cost what these take, not all that were read.
         asked, of_row = np.unique(of_prefix[prompts.pairs[:, 0]], return_inverse=True)
@@ -310,14 +314,6 @@ class Policy(nn.Module):
         features = [part for rows in of_size for part in alike(rows)]
         places = torch.from_numpy(np.argsort(order)).to(self.device)
         return torch.cat(features).index_select(0, places)
-
-    def _check_lengths(self, prompts: PromptSet) -> None:
-        """Raises InputError as `check_length` does, for the longest of `prompts`."""
-        prefixes, suffixes = (
-            np.array([*map(len, texts)]) for texts in (prompts.prefixes, prompts.suffixes)
-        )
-        longest = prefixes[prompts.pairs[:, 0]] + suffixes[prompts.pairs[:, 1]]
-        self.check_length(int(longest.max()))
 
     def check_length(self, longest: int) -> None:
         """Raises InputError for a prompt of more tokens than the model reads."""

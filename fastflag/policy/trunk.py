@@ -101,13 +101,10 @@ class Trunk:
     """The frozen layers of a model and the activations that they have made."""
 
     def __init__(
-        self,
-        weights: Weights,
-        config: PolicyConfig,
-        embedding: Tensor,
-        blocks: Sequence[Block],
+        self, weights: Weights, config: PolicyConfig, embedding: Tensor, blocks: Sequence[Block]
     ):
         self.blocks = blocks
+        self._last_only = not config.top_layers  # no layer above reads the other tokens
         self._embedding = embedding
         self._device = embedding.device
         files = _files(weights, config, len(blocks), self._device)
@@ -144,7 +141,7 @@ class Trunk:
 
     @torch.no_grad()
     def suffix_states(self, prompts: PromptSet) -> list[Tensor]:
-        """What the layers make of each prompt's suffix, [S, C].
+        """What the layers make of each prompt's suffix, [S, C]; with none above, of its last token.
 
         A piece's activations have the same bits whatever it is batched with, so a resumed run,
         whose cache is cold, repeats the uninterrupted one exactly.
@@ -165,8 +162,8 @@ class Trunk:
                     self._keep(prefix)
             for done in texts:
                 for row, whole in zip(done.rows, done.whole(), strict=True):
-                    length = len(prompts.suffixes[prompts.pairs[row, 1]])
-                    states[row] = (whole[:length].clone(),)
+                    end = len(prompts.suffixes[prompts.pairs[row, 1]])
+                    states[row] = (whole[end - 1 if self._last_only else 0 : end].clone(),)
                     self.cache.put(keys[row], *states[row])
         return [state for (state,) in states]
 

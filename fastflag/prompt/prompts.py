@@ -61,6 +61,12 @@ class PromptSet:
         parts = f"{len(self.prefixes)} prefixes, {len(self.suffixes)} suffixes"
         return f"PromptSet({len(self.pairs)} prompts of {parts})"
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        lengths = (np.array([*map(len, texts)]) for texts in (self.prefixes, self.suffixes))
+        return int(sum(size[of] for size, of in zip(lengths, self.pairs.T, strict=True)).max())
+
     def subset(self, rows: np.ndarray) -> tuple["PromptSet", np.ndarray]:
         """The prompts in `rows` [n] and those that centre; where each of `rows` went, [n] int64."""
         kept = np.union1d(rows, self.centring)

@@ -11,6 +11,7 @@ import numpy as np
 from fastflag.config import PromptConfig, SimulatorConfig
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Bars, Market
+from fastflag.market.periods import days_within
 from fastflag.market.tasks.account_codes import side_of
 from fastflag.market.tasks.centring import centring_accounts
 from fastflag.market.tasks.single import Single
@@ -23,6 +24,8 @@ from fastflag.prompt.tokens import Tokenizer
 class World:
     task: Single
     prompter: Prompter
+    market: Market
+    """Of all its symbols; those of the timeline's spans are `market.each`."""
     seed: int
 
     @staticmethod
@@ -34,10 +37,26 @@ class World:
         tokenizer: Tokenizer,
         seed: int,
     ) -> "World":
-        """One symbol of a market. Raises InputError where the market has no such symbol."""
-        task = Single.of(rules, Bars.from_market(market, symbol))
-        prompter = Prompter(config, market, symbol, rules.positions, task.actions, tokenizer)
-        return World(task, prompter, seed)
+        """One symbol of a market; with none named, all it has. Raises InputError where the market
+        has no such symbol."""
+        if symbol and len(market.symbols) > 1:
+            market = market.of(symbol)
+        market.column(symbol or market.symbols[0])
+        markets = market.each
+        task = Single.of(rules, *(Bars.from_market(each, each.symbols[0]) for each in markets))
+        return World(task, Prompter(config, task, markets, tokenizer), market, seed)
+
+    def within(self, period: str) -> list[range]:
+        """N, each symbol's moments in a period "A..B"; none where it has no day there."""
+        spans = self.task.timeline.spans
+        days = [days_within(each, period) for each in self.market.each]
+        return [span[day.start : day.stop] for span, day in zip(spans, days, strict=True)]
+
+    def dates(self, span: range) -> np.ndarray:
+        """[len(span)] datetime64[D], of moments of one symbol."""
+        timeline = self.task.timeline
+        dates = self.market.each[timeline.symbol[span.start]].dates
+        return dates[np.array(span) - timeline.first[span.start]]
 
     def shown(self, accounts: Accounts, moment: int) -> tuple[PromptSet, np.ndarray]:
         """The distinct prompts of these accounts at `moment`, and each account's row [B] int32.

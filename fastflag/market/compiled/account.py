@@ -132,7 +132,7 @@ def reinvest_nb(position, day, dividend, close, rules):
 
 
 @kernel()
-def _sharpe_nb(count, mean, m2, starting_cash):
+def sharpe_nb(count, mean, m2, starting_cash):
     if count < 2:
         return 0.0
     deviation = math.sqrt(m2 / (count - 1))
@@ -167,7 +167,7 @@ def settle_nb(account, position, order, mark, rules):
     delta = profit - account.mean
     mean = account.mean + delta / count
     m2 = account.m2 + delta * (profit - mean)
-    sharpe = _sharpe_nb(count, mean, m2, account.starting_cash)
+    sharpe = sharpe_nb(count, mean, m2, account.starting_cash)
     alive = equity > rules.ruin * account.starting_cash
     if not alive:
         equity = max(equity, 0.0)

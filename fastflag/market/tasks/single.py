@@ -26,12 +26,10 @@ With `cash` a dividend is idle until a position is next opened. With `reinvest`:
 The rules are compiled, in compiled/account.py. Money is float64.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numba import config as numba_config
 
 from fastflag.config import SimulatorConfig
 from fastflag.market.accounts import Accounts
@@ -53,12 +51,12 @@ from fastflag.market.compiled.lanes import LANES
 from fastflag.market.compiled.rollout import equities_nb, rollout_nb
 from fastflag.market.random_numbers import seed_bits
 from fastflag.market.task import Steps, Timeline
+from fastflag.market.tasks.rolling import checked_cdf, checked_moments, shared
 
 __all__ = ["ACTIONS", "BUY", "HOLD", "SELL", "Single"]
 
 ACTIONS = ("Sell", "Hold", "Buy")
 _FILLS = {"next_open": NEXT_OPEN, "next_close": NEXT_CLOSE, "same_close": SAME_CLOSE}
-_THREADED_STEPS = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +67,6 @@ class Single:
     its span where one is needed.
     """
 
-    actions: ClassVar[tuple[str, ...]] = ACTIONS
     codes: ClassVar[int] = CODES
 
     bars: Bars
@@ -82,6 +79,14 @@ class Single:
         ends = np.cumsum([0, *map(len, symbols)]).tolist()
         spans = tuple(map(range, ends[:-1], ends[1:]))
         return Single(Bars.joined(symbols), rules, Timeline(spans))
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return ACTIONS
+
+    @property
+    def slots(self) -> int:
+        return 1
 
     def start(self, count: int) -> Accounts:
         """Accounts that hold their starting cash and nothing else."""
@@ -175,14 +180,9 @@ class Single:
         comes out is the same. Raises RuntimeError where a state has no row or a row of `cdf` is not
         a cumulative distribution, ValueError for moments out of order too.
         """
-        moments = np.ascontiguousarray(moments, np.int64)
-        restarts = np.ascontiguousarray(restarts, np.bool_)
-        self.timeline.check(moments, 1)
-        if np.any((np.diff(moments) != 1) & ~restarts[1:]):
-            raise ValueError("moments must be consecutive between restarts")
-        cdf = np.ascontiguousarray(cdf, np.float64)
+        moments, restarts = checked_moments(self.timeline, moments, restarts)
+        cdf = checked_cdf(cdf)
         row_of = np.ascontiguousarray(row_of, np.int32)
-        _check_cdf(cdf)
         shape = (len(moments), len(accounts))
         out = Outputs(
             row=np.empty(shape, np.int32),
@@ -198,10 +198,7 @@ class Single:
         def run(part: range) -> tuple[int, int]:
             return rollout_nb(*world, *policy, *random, part.start, part.stop, out)
 
-        parts = _parts(len(accounts), len(moments))
-        with ThreadPoolExecutor(len(parts)) as pool:
-            ends = list(pool.map(run, parts)) if len(parts) > 1 else [run(parts[0])]
-        for moment, code in ends:
+        for moment, code in shared(run, len(accounts), len(moments), LANES):
             if moment >= 0:
                 raise RuntimeError(f"account code {code} has no prompt at moment {moment}")
         return Steps(**{name: array.T for name, array in out._asdict().items()})
@@ -248,20 +245,3 @@ def _coded(config: SimulatorConfig) -> Rules:
         lot=float(config.lot),
         ruin=float(config.ruin),
     )
-
-
-def _parts(accounts: int, steps: int) -> list[range]:
-    """The accounts of each thread: one below `_THREADED_STEPS`, and blocks of lanes stay whole."""
-    # Not get_num_threads, which starts Numba's threads, and PyTorch then counts as many for itself:
-    # its results depend on that number.
-    threads = numba_config.NUMBA_NUM_THREADS if accounts * steps >= _THREADED_STEPS else 1
-    size = max(-(-accounts // (threads * LANES)), 1) * LANES
-    return [range(first, min(first + size, accounts)) for first in range(0, accounts, size)]
-
-
-def _check_cdf(cdf: np.ndarray) -> None:
-    rising = (cdf[:, 0] >= 0) & (cdf[:, 1] >= cdf[:, 0]) & (cdf[:, 2] >= cdf[:, 1])
-    valid = rising & (cdf[:, 2] > 0) & (cdf[:, 2] < np.inf)
-    if not valid.all():
-        row = int(np.argmin(valid))
-        raise RuntimeError(f"row {row} of the policy is no distribution: {cdf[row]}")
