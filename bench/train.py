@@ -6,7 +6,7 @@ On the same days, prompts, weights, adapters, heads and loss, in one process, in
 slow moment of the machine slows all. Each side computes in the dtype that is fastest for it. The
 plain baseline runs one full prompt for every environment step, at the fastest of several batch
 sizes; the other one keeps each day's prefix in transformers' own cache during the rollout, and
-trains on full prompts. Neither is charged for the reference prompts that centre the features,
+trains on full prompts. Neither is charged for the prompts that centre the features,
 though FastFLAG is. Of more environments than one a baseline is measured on a part, scaled by
 environment step, and its row says so.
 

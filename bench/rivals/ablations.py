@@ -23,7 +23,7 @@ def ablation_rows(rounds: int) -> list[Row]:
     _, lesson = trainer.every_step()
     trainer.update()
     policy, prompts = trainer.policy, lesson.prompts
-    every = np.concatenate([prompts.reference, lesson.samples.row.cpu().numpy()])
+    every = np.concatenate([prompts.centring, lesson.samples.row.cpu().numpy()])
     variants: dict[str, tuple[Policy, PromptSet, Callable[..., Table]]] = {
         "fastflag": (policy, prompts, Policy.evaluate),
         "without sharing prefixes": (policy, _unshared(prompts), Policy.evaluate),
@@ -71,7 +71,7 @@ def _repeated(prompts: PromptSet, rows: np.ndarray) -> PromptSet:
         pairs=prompts.pairs[rows],
         side=prompts.side[rows],
         allowed=prompts.allowed[rows],
-        reference=np.arange(len(prompts.reference), dtype=np.int32),
+        centring=np.arange(len(prompts.centring), dtype=np.int32),
     )
 
 
