@@ -45,7 +45,14 @@ def test_doctor(capsys):
     assert document["packages"]["torch"] == importlib.metadata.version("torch")
     assert document["machine"]["fastflag"] == fastflag.__version__
     caches = document["caches"]
-    assert list(caches) == ["frozen activations", "numba", "triton", "torch", "hugging face hub"]
+    assert list(caches) == [
+        "frozen activations",
+        "proofs of kernels",
+        "numba",
+        "triton",
+        "torch",
+        "hugging face hub",
+    ]
     trunk = f"{os.environ['XDG_CACHE_HOME']}/fastflag/trunk (temporary)"
     assert caches["frozen activations"] == trunk
     assert all(place.endswith((" (kept)", " (temporary)")) for place in caches.values())
@@ -86,7 +93,9 @@ def test_doctor_refuses_a_plan(flags, told, tiny_model, refused):
 
 @pytest.mark.parametrize("flags", ["--top-layers 1", "--texts 3 --json", "--optimizer adamw8bit"])
 def test_doctor_refuses_what_only_a_plan_needs(flags, refused):
-    assert refused("doctor", *flags.split()) == "settings of a policy need --plan, doctor"
+    assert refused("doctor", *flags.split()) == (
+        "settings of a policy need --plan or --prove, doctor"
+    )
 
 
 def test_nobody_reads_the_output(bars, tmp_path):

@@ -123,6 +123,7 @@ def test_the_curve_is_the_same(tiny_model, curves, tmp_path, monkeypatch, name, 
     assert_same(curve, curves[top])
 
 
+@pytest.mark.slow  # of all tests the longest: kernels are interpreted
 def test_the_curve_is_the_same_by_kernels(tiny_model, tmp_path, monkeypatch):
     """Two updates, which in the interpreter are as long as all of the others."""
     all_at_once(monkeypatch)

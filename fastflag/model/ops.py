@@ -79,7 +79,7 @@ class Op:
         products: bool = False,
     ):
         """`products` where its kernel has matrix products, for which older GPUs have no code."""
-        self.name, self._flash, self._products = name, flash, products
+        self.name, self._flash, self.products = name, flash, products
         self._torchs, self._triton, self._by = torchs, triton, by
         self._chosen: dict[torch.device, Callable[..., Any]] = {}
 
@@ -119,7 +119,7 @@ class Op:
         """Why the device can't run its Triton kernel; empty where it can."""
         if why := unusable(device):
             return why
-        if not self._products or device.type != "cuda":
+        if not self.products or device.type != "cuda":
             return ""
         major, minor = torch.cuda.get_device_capability(device)
         if 10 * major + minor >= PRODUCTS_FROM:
