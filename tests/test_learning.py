@@ -50,7 +50,7 @@ def held_out(config, days, updates, run, shuffled=False):
         total_timesteps=updates * config.rollout.num_envs * config.rollout.num_steps,
     )
     world, policy = train(config, market, open_weights(config.policy.model), run, resume=False)
-    return backtest(policy, world, market, config, "test")
+    return backtest(policy, world, config, "test")
 
 
 def has_learnt(document):

@@ -49,7 +49,7 @@ def features(policy, prompts):
         return policy._features(prompts, policy.read(prompts.prefixes))
 
 
-@pytest.mark.parametrize("top_layers", [1, 2, 3])
+@pytest.mark.parametrize("top_layers", [0, 1, 2, 3])
 def test_ragged_prefixes_and_suffixes_equal_full_forwards(pair, top_layers):
     model, weights = pair
     prompts = prompt_set(texts(RAGGED, 0), texts(RAGGED, 1))

@@ -142,7 +142,7 @@ def test_the_state_of_the_8_bit_optimizer(weights, adapted):
     assert bytes_of(distinct.values()) == planned
 
 
-@pytest.mark.parametrize(("adapted", "top_layers"), [(ADAPTED[0], 1), (ADAPTED[1], 4)])
+@pytest.mark.parametrize(("adapted", "top_layers"), zip(ADAPTED, (0, 1, 4), strict=False))
 def test_the_trunk_cache(weights, adapted, top_layers):
     config = replace(EXACT, top_layers=top_layers, **adapted)
     policy = Policy(weights, config, (7, 11, 13), 0)
@@ -193,7 +193,7 @@ def test_the_trunk_cache_keeps_to_its_budget(weights, megabytes):
     assert 0.8 * planned <= policy.trunk.cache.used_bytes <= planned
 
 
-@pytest.mark.parametrize("top_layers", [1, 3])
+@pytest.mark.parametrize("top_layers", [0, 1, 3])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize("adapted", ADAPTED)
 def test_activations(weights, adapted, head, top_layers, monkeypatch):

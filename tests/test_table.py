@@ -88,7 +88,7 @@ def scrambled(prompts, seed):
     ), rows
 
 
-@pytest.mark.parametrize("top_layers", [1, 3])
+@pytest.mark.parametrize("top_layers", [0, 1, 3])
 def test_which_other_prompts_are_in_the_set_never_changes_a_row(weights, top_layers):
     whole = rows_of(made(weights, top_layers=top_layers), PROMPTS)
     rows = [*PROMPTS.centring.tolist(), 3, 19]
@@ -223,7 +223,7 @@ def test_where_no_layer_is_frozen_nothing_is_run_twice(weights, monkeypatch):
 
 
 @pytest.mark.parametrize("budget", [0, 10_000, 100_000, 2**30])
-@pytest.mark.parametrize("top_layers", [1, 3])
+@pytest.mark.parametrize("top_layers", [0, 1, 3])
 def test_the_cache_never_changes_a_row(weights, budget, top_layers):
     policy = made(weights, top_layers=top_layers)
     policy.trunk.cache.budget_bytes = budget
@@ -457,7 +457,7 @@ def test_one_seed_one_policy(weights):
 
 
 def test_top_layers_must_fit_the_model(weights):
-    with pytest.raises(InputError, match="top_layers must be 1 to 3"):
+    with pytest.raises(InputError, match="top_layers must be 0 to 3"):
         made(weights, top_layers=4)
 
 

@@ -182,9 +182,7 @@ def training_facts(config: TrainConfig, updates: list[dict[str, Any]]) -> dict[s
     layers = f"top {policy.top_layers} layer{'' if policy.top_layers == 1 else 's'}"
     adapters = {"lora": "LoRA rank", "qlora": "QLoRA rank"}.get(policy.adaptation)
     how = f"{adapters} {policy.lora_rank}" if adapters else "all weights"
-    trained = f"{layers} trained ({how}), the rest"
-    if not policy.top_layers:
-        trained = "the heads trained, it"
+    trained = f"{layers} trained ({how}), the rest" if policy.top_layers else "heads trained, it"
     env_steps = updates[-1].get("env_steps") if updates else 0
     days = data.train.replace("..", " to ") or "the first 80% of days"
     symbols = f", symbols {data.symbols}" if data.symbols else ""

@@ -194,8 +194,7 @@ class Trunk:
         ]
 
     def _parts(self, prompts: PromptSet, rows: list[int]) -> Iterator[tuple[list[int], int]]:
-        """`rows` whose suffixes go through together, and the tokens of their pieces: long suffixes
-        of one padded length, each one piece."""
+        """Rows that go through together, and the tokens of their pieces: a long text is one."""
         by_size: dict[int, list[int]] = {}
         for row in rows:
             length = padded_length(len(prompts.suffixes[prompts.pairs[row, 1]]))

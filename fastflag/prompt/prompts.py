@@ -64,8 +64,8 @@ class PromptSet:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        lengths = (np.array([*map(len, texts)]) for texts in (self.prefixes, self.suffixes))
-        return int(sum(size[of] for size, of in zip(lengths, self.pairs.T, strict=True)).max())
+        prefix, suffix = (np.array([*map(len, texts)]) for texts in (self.prefixes, self.suffixes))
+        return int((prefix[self.pairs[:, 0]] + suffix[self.pairs[:, 1]]).max())
 
     def subset(self, rows: np.ndarray) -> tuple["PromptSet", np.ndarray]:
         """The prompts in `rows` [n] and those that centre; where each of `rows` went, [n] int64."""
