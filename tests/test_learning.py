@@ -17,6 +17,7 @@ from fastflag.config import (
 from fastflag.evaluate.backtest import backtest
 from fastflag.learn.train import train
 from fastflag.market.planted import planted_market
+from fastflag.market.several import load
 from fastflag.model.weights import open_weights
 
 TEST_DAYS = 250
@@ -115,3 +116,36 @@ def test_smollm2_learns_news_that_tells(smollm, tmp_path, algorithm):
 def test_smollm2_learns_nothing_from_shuffled_news(smollm, tmp_path):
     config = large(smollm, REINFORCE)
     assert not has_learnt(held_out(config, 128, 40, tmp_path / "run", shuffled=True))
+
+
+@pytest.fixture(scope="module")
+def twenty(tiny_model, tmp_path_factory):
+    """The backtests of one policy on 20 symbols, 4 of them held out: of news that tells, and of
+    news dealt at random."""
+
+    def tested(shuffled):
+        told = "yes" if shuffled else "no"
+        data = DataConfig(
+            data=f"planted:symbols=20,days=100,seed=1,drift=0.0003,shuffled={told}",
+            symbols="all",
+            split_by_symbol="PLANTED17,PLANTED18,PLANTED19,PLANTED20",
+        )
+        config = replace(small(tiny_model, PPO), data=data, total_timesteps=40 * 512 * 15)
+        run = tmp_path_factory.mktemp("twenty") / told
+        market = load(data)
+        world, policy = train(config, market, open_weights(str(tiny_model)), run, resume=False)
+        return backtest(policy, world, config, "test")
+
+    return {shuffled: tested(shuffled) for shuffled in (False, True)}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("group", ["learnt", "held_out"])
+def test_one_policy_learns_what_all_symbols_share(twenty, group):
+    """On held-out days, and on symbols that it never saw; shuffled it does not."""
+    assert len(twenty[False]["groups"][group]["symbols"]) == {"learnt": 16, "held_out": 4}[group]
+    assert has_learnt(twenty[False]["groups"][group])
+    assert not has_learnt(twenty[True]["groups"][group])
+    right, wrong = (twenty[shuffled]["groups"][group]["paired"] for shuffled in (False, True))
+    assert right["mean"] > 4 * right["standard_error"]
+    assert wrong["mean"] < 2 * wrong["standard_error"]

@@ -201,12 +201,14 @@ def test_activations(weights, adapted, head, top_layers, monkeypatch):
     policy = Policy(weights, config, (7, 11, 13), 0)
     config = replace(config, device="cuda")
     planned = plan.parts(weights.config, config, "adamw", BATCH, 3)["activations"]
-    # Of some hundreds of kilobytes, what is not planned is places of rows and masks of actions.
-    assert planned == pytest.approx(kept_by_autograd(policy, prompts_of(BATCH)), rel=0.006)
+    # Of some hundreds of kilobytes, or the few of heads alone, what is not planned is places of
+    # rows and masks of actions.
+    within = 0.006 if top_layers else 0.04
+    assert planned == pytest.approx(kept_by_autograd(policy, prompts_of(BATCH)), rel=within)
     planned = plan.parts(weights.config, config, "adamw", BATCH, 3, flash=False)["activations"]
     monkeypatch.setattr(packed_attention, "takes", lambda *_: False)
     kept = kept_by_autograd(policy, prompts_of(BATCH))
-    assert planned == pytest.approx(kept, rel=0.005)
+    assert planned == pytest.approx(kept, rel=within)
 
 
 def test_a_real_model(smollm, all_threads):

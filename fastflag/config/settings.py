@@ -23,7 +23,7 @@ class DataConfig:
     data: str = "sample:AAPL"
     """Bars: sample:SYMBOL, csv:FILE, parquet:FILE, investorbench:FILE, or planted: for a market
     made up whose news tells the next day (planted:days=640,seed=0,shuffled=no,drift=0.001,
-    symbols=1)."""
+    symbols=1). With --symbols also a folder of such files, or sample:A,B,C."""
     news: str = ""
     """News file (CSV or Parquet: published, available, symbol, text); empty: NAME.news.csv or
     NAME.news.parquet beside the bars, where there is one."""
@@ -31,14 +31,15 @@ class DataConfig:
     """Which symbol of a file that holds several; of a file without a column symbol, its bars' name,
     as the news writes it; empty: the only one, or the file's name."""
     symbols: str = ""
-    """Symbols that one policy trades, each for itself: A,B,C, or all that the file holds; empty:
-    the one of --symbol."""
+    """Symbols that one policy trades, each for itself: A,B,C, or all that --data holds; empty: the
+    one of --symbol."""
     train: str = ""
     """Training days, START..END, both inclusive; empty: the first 80% of all days."""
     test: str = ""
     """Held-out days, START..END, both inclusive; empty: every day after the training days."""
     split_by_symbol: str = ""
-    """Of --symbols those that are held out whole, A,B,C: traded on held-out days alone."""
+    """Of --symbols those that are held out whole, A,B,C: traded on held-out days, never learnt
+    from."""
     calendar: Literal["auto", Calendar] = "auto"
     """Days of the year that are traded, by which figures are annualised (stock 252, crypto 365) and
     the closing time is known; auto: crypto where Saturdays, Sundays and all others have bars."""

@@ -289,7 +289,11 @@ class _Kept:
 
     def read_out(self, prompts: int, centring: int, actions: int) -> int:
         """The final norm; then in fp32, of all rows and of the centring ones (one a day and side)
-        what they are from their means, all rows centred, an MLP's numbers, log-probabilities."""
+        what they are from their means, all rows centred, an MLP's numbers, log-probabilities. Of
+        frozen features no gradient is asked: they are centred, and that is all."""
         inner = MLP_WIDTH if self.policy.head == "mlp" else 0
-        numbers = (2 * prompts + centring) * self.model.width + prompts * (inner + actions)
+        of_heads = prompts * (self.model.width + inner + actions)
+        if not self.policy.top_layers:
+            return _FP32 * of_heads
+        numbers = (prompts + centring) * self.model.width + of_heads
         return self._norm(prompts, self.model.width) + _FP32 * numbers
