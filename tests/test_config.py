@@ -109,7 +109,7 @@ def test_every_number_has_a_range(name):
         ("simulator.cash", (0.01, 1e12), (0, -5)),
         ("simulator.ruin", (1e-9, 0.99), (0, 1)),
         ("simulator.horizon", (1,), (0,)),
-        ("policy.top_layers", (1,), (0,)),
+        ("policy.top_layers", (0, 1), (-1,)),
         ("policy.lora_rank", (1,), (0,)),
         ("policy.lora_alpha", (0.1,), (0,)),
         ("policy.trunk_cache_mb", (0,), (-1,)),
