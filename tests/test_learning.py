@@ -130,7 +130,7 @@ def twenty(tiny_model, tmp_path_factory):
             symbols="all",
             split_by_symbol="PLANTED17,PLANTED18,PLANTED19,PLANTED20",
         )
-        config = replace(small(tiny_model, PPO), data=data, total_timesteps=40 * 512 * 15)
+        config = replace(small(tiny_model, PPO), data=data, total_timesteps=24 * 512 * 15)
         run = tmp_path_factory.mktemp("twenty") / told
         market = load(data)
         world, policy = train(config, market, open_weights(str(tiny_model)), run, resume=False)

@@ -14,7 +14,7 @@ from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.model import ops
 from fastflag.model.weights import open_weights
-from fastflag.policy import table as table_module
+from fastflag.policy import stage as stage_module
 from fastflag.policy import trunk as trunk_module
 from fastflag.policy.heads import Statistics
 from fastflag.policy.table import Policy
@@ -293,7 +293,7 @@ def test_padding_never_changes_a_row(weights, monkeypatch):
     # Token 0 pads the trunk's batches and is in no text; zeros pad the top's.
     poisoned.trunk._embedding[0] = 1e3 * torch.randn(64, generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(
-        table_module,
+        stage_module,
         "pad_sequence",
         lambda parts, batch_first: rnn.pad_sequence(parts, batch_first, padding_value=77.0),
     )
