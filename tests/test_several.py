@@ -83,7 +83,7 @@ def test_samples_make_a_portfolio():
 def test_refusals(tmp_path):
     (tmp_path / "two.csv").write_text(TWO)
     file = f"csv:{tmp_path}/two.csv"
-    assert refusal(file, "A", "C").startswith("unknown symbol 'C' of B, A, csv:")
+    assert refusal(file, "A", "C").startswith("unknown symbol 'C' of A, B, csv:")
     assert refusal(file, "A", "A").startswith("a symbol is empty or there twice")
     assert refusal(f"parquet:{tmp_path}").startswith("no parquet files in the folder")
     pd.DataFrame(raw_bars(5)).to_csv(tmp_path / "a.csv", index=False)
