@@ -415,7 +415,7 @@ def test_a_run_whose_time_steps_are_gone_has_the_default(run):
     document = json.loads(path.read_text())
     del document["total_timesteps"]
     path.write_text(json.dumps(document))
-    with claim(run, read_config(run), resume=True, market=document["market"]) as resumes:
+    with claim(run, read_config(run), True, {"": document["market"]}) as resumes:
         assert resumes
     assert json.loads(path.read_text())["total_timesteps"] == TrainConfig.total_timesteps
 
