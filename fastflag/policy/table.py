@@ -23,7 +23,7 @@ from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout, padded, padded_length
 from fastflag.model.weights import Weights
 from fastflag.policy import graphs, plan
-from fastflag.policy.graphs import Graphs
+from fastflag.policy.graphs import Graphs, Replay
 from fastflag.policy.heads import (
     RunningStatistics,
     Statistics,
@@ -44,6 +44,7 @@ class Table:
     log_probabilities: Tensor  # [U, A] fp32, -inf where the action is not allowed
     value: Tensor  # [U] fp32
     statistics: Statistics  # those that centred the features
+    replay: Replay | None = None  # of a CUDA graph, where one made it
 
     @staticmethod
     def joined(tables: Sequence["Table"]) -> "Table":
@@ -262,9 +263,9 @@ class Policy(nn.Module):
             stage = Stage.of(prompts, prefixes, self.trunk.suffix_states(prompts))
             staged = self._staged = content_of(prompts), stage
         stage, count = staged[1], len(prompts.pairs)
-        log_probabilities, value, mean, deviation = evaluate(stage)
+        (log_probabilities, value, mean, deviation), replay = evaluate(stage)
         statistics = Statistics(mean, deviation, stage.centring.known)
-        return Table(log_probabilities[:count], value[:count], statistics)
+        return Table(log_probabilities[:count], value[:count], statistics, replay)
 
     def _features(self, prompts: PromptSet, read: ReadPrefixes) -> Tensor:
         """Last-token states under the final norm, [U, C] fp32.
