@@ -1,14 +1,12 @@
 """A gradient step as a graph: what replays give is what launching gives. Captures, which want a
 GPU, are a tape's: it records what is computed, and computes it again on the same memory."""
 
-import numpy as np
 import pytest
 import torch
 from precision import compute_as_on_a_gpu
 from tape import Tape
 from test_update import Run
 
-from fastflag.files import InputError
 from fastflag.learn import step
 from fastflag.learn.update import make_optimizer, set_learning_rates
 from fastflag.policy import graphs
