@@ -214,7 +214,7 @@ def _room(count: int, condensed: int) -> int:
     """For `count` samples: one for each row and action, which is all that a condensed lesson can
     have, or more by up to an eighth, so that a few samples more or less fit too."""
     eighth = max((1 << count.bit_length()) // 16, 1)
-    return max(condensed, -(-count // eighth) * eighth)
+    return condensed if count <= condensed else -(-count // eighth) * eighth
 
 
 def _captures(optimizer: torch.optim.Optimizer) -> bool:
