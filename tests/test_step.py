@@ -39,9 +39,7 @@ def ready(model, capture, optimizer="fused", **changes):
         run.policy.device, run.policy._evaluate_stage, trained(run.policy), False
     )
     run.policy.graphs._capture = capture
-    if optimizer == "adamw8bit":
-        assert run.algorithm.optimizer == optimizer
-    else:
+    if optimizer == "fused":
         groups = [
             group | {"fused": True, "lr": torch.tensor(group["lr"])}
             for group in make_optimizer(run.policy, run.algorithm).param_groups
@@ -227,13 +225,14 @@ def test_there_is_no_forward_more_than_without_graphs(tiny_model, monkeypatch):
 
 
 def test_other_numbers_of_samples_are_captured_where_they_do_not_fit(tiny_model, monkeypatch):
-    """Over what the evaluation keeps, though parameters have changed since it was captured."""
+    """Over what the evaluation keeps, though parameters have changed since it was captured, which
+    autograd knows of an optimiser that is not fused."""
     monkeypatch.setattr(step, "_room", lambda count, condensed: count)
-    launched, replayed = (ready(tiny_model, capture) for capture in (None, Tape()))
+    launched, replayed = (ready(tiny_model, capture, "adamw") for capture in (None, Tape()))
     told = []
     for run in (launched, replayed):
         learn(run, 2)
-        for count in (5, 8, 10, 6):
+        for count in (3, 5, 7, 4):
             run.collect(0)
             samples = run.lesson.samples.take(torch.arange(count))
             run.lesson = dataclasses.replace(run.lesson, samples=samples)
@@ -241,7 +240,7 @@ def test_other_numbers_of_samples_are_captured_where_they_do_not_fit(tiny_model,
     for ours, theirs in zip(told[4:], told[:4], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     (evaluation,) = replayed.policy.graphs._captured.values()
-    assert [one.room for one in evaluation.steps] == [5, 8, 10]  # 6 have room in the second
+    assert [one.room for one in evaluation.steps] == [3, 5, 7]  # 4 have room in the second
 
 
 def test_an_optimiser_that_has_not_stepped_is_launched(tiny_model):
