@@ -4,7 +4,7 @@ A small policy on a big GPU waits for launches. A graph replays what was once la
 memory and in the same shapes, so the numbers are the same. Why a step is two graphs, not one:
 
 - The rollout reads the first table on the host before the samples are known. So the forward is a
-  graph, and all that follows (gather, loss, backward, clipping, optimiser: learn/whole_step.py)
+  graph, and all that follows (gather, loss, backward, clipping, optimiser: learn/step.py)
   another, which differentiates the forward that was replayed. The first ratio is 1 to the bit.
 - A later gradient step replays both again, on its own samples: there is no forward more than
   without graphs, and no third form of it.
