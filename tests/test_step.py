@@ -88,6 +88,7 @@ WAYS = [
     {"algorithm__update_epochs": 3, "algorithm__minibatch_size": 8},
     {"algorithm__update_epochs": 2, "algorithm__target_kl": 1e9},
     {"algorithm__optimizer": "adamw8bit"},
+    {"policy__dtype": "fp16", "algorithm__update_epochs": 2},
 ]
 
 

@@ -93,10 +93,11 @@ class PolicyConfig(Checked):
     """Layers trained, counted from the top; those below are frozen."""
     trunk_weights: Literal["nf4", "bf16", "fp32"] = "nf4"
     """How the frozen layers' matrices are stored."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the layers' products; auto: bf16 where this device is clearly faster in it,
-    measured at the start and kept for the run, else fp32. The residual stream and the heads are
-    always fp32; on a CPU all that lies between products is."""
+    measured at the start and kept for the run, else fp32. fp16 trains on GPUs alone, with scaled
+    gradients, and auto never takes it. The residual stream and the heads are always fp32; on a CPU
+    all that lies between products is."""
     adaptation: Literal["lora", "qlora", "full"] = "lora"
     """How the top layers are trained: by adapters, by adapters over matrices in NF4, or in full."""
     lora_rank: Count = 8

@@ -89,15 +89,20 @@ def replayed(
     return step(samples, index)
 
 
-def take_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+def take_step(policy: Policy, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """The optimiser's. Where the gradient's norm is not finite no step is taken: a fused optimiser
-    reads it on the device, for others it is read here, which raises InputError."""
+    reads it on the device, for others it is read here, which raises InputError unless the gradient
+    was scaled; the scale follows it."""
+    if policy.scale is not None:
+        policy.scale.track(norm.isfinite())
     if optimizer.param_groups[0].get("fused"):
         # As torch.amp.GradScaler tells it.
         # pyrefly: ignore[missing-attribute] (an optimiser looks for it when it steps)
         optimizer.found_inf = norm.isfinite().logical_not().float()
-    else:
+    elif policy.scale is None:
         check_finite(norm.item())
+    elif not norm.isfinite():
+        return
     try:
         optimizer.step()
     except RuntimeError as error:
@@ -151,7 +156,7 @@ class GraphedStep:
             taken = _clipped(policy, statistics, config)._replace(stepped=inside)
             if inside:
                 with _capturable(optimizer):
-                    take_step(optimizer, taken.norm)
+                    take_step(policy, optimizer, taken.norm)
             return taken, gradients
 
         (self._taken, self._gradients), self._replay = evaluation.capture(work)
@@ -205,6 +210,8 @@ class _Static:
 
 
 def _clipped(policy: Policy, statistics: dict[str, Tensor], config: AlgorithmConfig) -> Taken:
+    if policy.scale is not None:
+        policy.scale.undo(policy.parameter_groups()[0])
     norm = clip_grad_norm_(policy.parameters(), config.max_grad_norm or torch.inf)
     statistics = {**statistics, "grad_norm": norm}
     return Taken([*statistics], torch.stack([*statistics.values()]), stepped=False)

@@ -3,6 +3,7 @@
 No gradient step waits for the device: what it measured is read when all are launched.
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -91,10 +92,16 @@ def update(
     rows = samples.row.cpu()
     names, history = _steps(policy, optimizer, table, lesson, rows, config, seed)
     columns = dict(zip(names, zip(*torch.stack(history).tolist(), strict=True), strict=True))
-    for norm in columns["grad_norm"]:
-        check_finite(norm)
+    norms = [norm for norm in columns["grad_norm"] if math.isfinite(norm)]
+    if policy.scale is None or policy.scale.value < 1:  # which is as if nothing were scaled
+        for norm in columns["grad_norm"]:
+            check_finite(norm)
     policy.running.track(table.statistics)
     means = {name: float(np.mean(column)) for name, column in columns.items()}
+    if policy.scale is not None:
+        means["grad_norm"] = float(np.mean(norms or [0.0]))
+        means["skipped_steps"] = float(len(columns["grad_norm"]) - len(norms))
+        means["gradient_scale"] = float(policy.scale.value)
     first, last = columns["ratio_min"][0], columns["ratio_max"][0]
     means["first_ratio_error"] = max(1 - first, last - 1)
     means["explained_variance"] = _explained(samples)
@@ -122,7 +129,7 @@ def _steps(
             taken = policy.recompute.attempt(learn) if history else learn(table)
             policy.recompute.commit()
             if not taken.stepped:
-                take_step(optimizer, taken.norm)
+                take_step(policy, optimizer, taken.norm)
             names = taken.names
             history.append(taken.values)
         if config.target_kl and history[-1][names.index("kl")].item() > config.target_kl:

@@ -32,6 +32,7 @@ from fastflag.policy.heads import (
     masked_log_softmax,
 )
 from fastflag.policy.layers import frozen, trained, with_parameters
+from fastflag.policy.scaling import GradientScale, scaled
 from fastflag.policy.stage import Stage, centring_of, content_of, side_index
 from fastflag.policy.trunk import Trunk, digest_of
 from fastflag.prompt.prompts import PromptSet
@@ -119,6 +120,7 @@ class Policy(nn.Module):
             self.action_head = head.to(self.device)
         self.value_head = make_value_head(self.model.width).to(self.device)
         self.running = RunningStatistics(self.model.width).to(self.device)
+        self.scale = GradientScale().to(self.device) if config.dtype == "fp16" else None
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
@@ -207,7 +209,7 @@ class Policy(nn.Module):
 
     def _normed(self, last: Tensor) -> Tensor:
         """Last-token states [U, C] -> features [U, C] fp32"""
-        return ops.rms_norm(last, self.final_norm, self.model.rms_eps)
+        return scaled(ops.rms_norm(last, self.final_norm, self.model.rms_eps), self.scale)
 
     def _read_out(
         self, features: Tensor, side: Tensor, allowed: Tensor, statistics: Statistics
