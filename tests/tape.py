@@ -3,7 +3,7 @@ the same memory at each replay.
 
 As in a capture, nothing is computed while it is recorded, as far as anyone can see: what was there
 before is as it was, and what is new holds NaN. No number may be asked for, and whatever Python read
-on the way stays as it was.
+on the way stays as it was, so no tensor may be made of it: what copies it is no launch.
 """
 
 from collections.abc import Callable
@@ -52,6 +52,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func._overloadpacket is torch.ops.aten.lift_fresh:  # torch.tensor
+            raise AssertionError(f"{func} copies a number from the host")
         for tensor in _written(func, args, kwargs):
             if tensor.untyped_storage().data_ptr() not in self._own:
                 self._before.append((tensor.data, tensor.detach().clone()))

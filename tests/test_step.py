@@ -259,3 +259,26 @@ def test_an_optimiser_that_has_not_stepped_is_launched(tiny_model):
     run.collect(0)
     run.update()
     assert tape.captured == captured + 1 and len(tape.replays) == replays + 3
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: torch.tensor([1.0]) * x,
+        lambda x: x.item(),
+        lambda x: x if x > 0 else -x,
+    ],
+)
+def test_what_no_capture_allows_is_told(work):
+    with pytest.raises(AssertionError, match=r"host|waits"):
+        Tape()(lambda: work(torch.ones(1)))
+
+
+def test_a_tape_computes_on_the_memory_that_it_recorded():
+    given, kept = torch.ones(2), torch.zeros(2)
+    made, replay = Tape()(lambda: kept.add_(2 * given))
+    assert made is kept and kept.tolist() == [0.0, 0.0]
+    for number in (3.0, 5.0):
+        given.fill_(number)
+        replay()
+    assert kept.tolist() == [16.0, 16.0]

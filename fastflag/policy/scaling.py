@@ -40,9 +40,9 @@ class GradientScale(nn.Module):
     def track(self, finite: Tensor) -> None:
         """Halves the factor after a step that was not `finite`, a bool scalar, and doubles it after
         many that were."""
-        self.finite.copy_(torch.where(finite, self.finite + 1, 0))
+        self.finite.add_(1).mul_(finite)
         doubles = self.finite >= _PATIENCE
-        self.value.mul_(torch.where(finite, 1.0 + doubles.float(), 0.5)).clamp_(max=_LARGEST)
+        self.value.mul_(0.5 + 0.5 * finite).mul_(1.0 + doubles.float()).clamp_(max=_LARGEST)
         self.finite.mul_(doubles.logical_not())
 
 
