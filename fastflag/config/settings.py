@@ -122,8 +122,8 @@ class PolicyConfig(Checked):
     (`fastflag doctor --prove`, and training by itself where it is worth it); torch, none; or a
     list, triton:rms_norm,swiglu. Kept for the run."""
     graphs: Literal["auto", "on", "off"] = "auto"
-    """Whether a GPU replays evaluations and gradient steps as CUDA graphs; auto: where a proof found
-    it faster. Kept for the run."""
+    """Whether a GPU replays evaluations and gradient steps as CUDA graphs; auto: where a proof
+    found it faster. Kept for the run."""
 
 
 @dataclass(frozen=True)
