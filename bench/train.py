@@ -33,7 +33,7 @@ from fastflag.learn.batch import start_accounts
 from fastflag.learn.lesson import estimate
 from fastflag.learn.objective import loss_of
 from fastflag.learn.rollout import rollout
-from fastflag.learn.update import _gather
+from fastflag.learn.step import gather
 from fastflag.model.arithmetic import DTYPES
 
 
@@ -91,7 +91,7 @@ def gradient_rows(dtype: str) -> list[Row]:
     table, lesson = trainer.every_step()
     algorithm: AlgorithmConfig = trainer.config.algorithm
     trainer.policy.zero_grad()
-    loss_of(*_gather(table, lesson.samples.row), lesson.samples, algorithm)[0].backward()
+    loss_of(*gather(table, lesson.samples.row), lesson.samples, algorithm)[0].backward()
     given = lesson.prompts, lesson.samples.row.cpu().numpy(), lesson.samples, algorithm
     exact = PlainPolicy(trainer.policy, trainer.weights, torch.float64).gradient(*given)
     made = {
@@ -137,7 +137,7 @@ def variance_rows(updates: int = 10, seeds: int = 16) -> list[Row]:
         }.items():
             lesson = estimate(table, [some[0]], some[1], trainer.phase)
             trainer.policy.zero_grad()
-            loss = loss_of(*_gather(table, lesson.samples.row), lesson.samples, some[1])[0]
+            loss = loss_of(*gather(table, lesson.samples.row), lesson.samples, some[1])[0]
             loss.backward(retain_graph=name == "sampled")
             parameters = [p for p in trainer.policy.parameters() if p.grad is not None]
             found[name].append(torch.cat([p.grad.flatten() for p in parameters]))

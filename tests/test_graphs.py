@@ -1,9 +1,10 @@
 """Evaluation by stages: padded blocks give what ragged prompts give, and a shape that comes back is
-captured. Capturing itself, which is PyTorch's, wants a GPU; here it is a stand-in that checks what
-a graph relies on."""
+captured. Capturing itself, which is PyTorch's, wants a GPU; here it is a tape that checks what a
+graph relies on."""
 
 import gc
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from models import EXACT, Given, prompt_set, relative, texts, tiny
 from precision import compute_as_on_a_gpu
+from tape import Tape
 
 from fastflag.files import InputError
 from fastflag.model.model_config import Settings, json_config
@@ -21,35 +23,6 @@ from fastflag.policy.table import Policy
 from fastflag.policy.trunk import Trunk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Recorder:
-    """In the place of PyTorch's capture: a module that writes over its static inputs and outputs,
-    as a graph does, and only takes the shapes that it was captured with."""
-
-    def __init__(self):
-        self.captured = 0
-
-    def __call__(self, module, inputs, allow_unused_input):
-        self.captured += 1
-        static, outputs = inputs, []
-        refused = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__")
-        assert allow_unused_input and all(not tensor.requires_grad for tensor in inputs)
-
-        def replay(*tensors):
-            for kept, tensor in zip(static, tensors, strict=True):
-                assert kept.shape == tensor.shape
-                kept.copy_(tensor)
-            for output in outputs:
-                output.fill_(torch.nan)
-            with pytest.MonkeyPatch.context() as patch:
-                for name in refused:  # each waits for the device, which no capture allows
-                    patch.setattr(torch.Tensor, name, None)
-                made = module(*static)
-            outputs[:] = [output.detach() for output in made]
-            return made
-
-        return replay
 
 
 @pytest.fixture(params=["linear", "lm"])
@@ -67,7 +40,7 @@ def policies(request, monkeypatch):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
         made.append(policy)
     made[1].graphs = made[1]._graphs()
-    made[1].graphs._capture = Recorder()
+    made[1].graphs._capture = Tape()
     return made
 
 
@@ -138,7 +111,11 @@ def test_what_does_not_fit_any_more_gives_its_memory_back(policies):
 )
 def test_a_capture_that_fails_is_launched_instead_and_told_once(policies, error, caplog):
     plain, staged = policies
-    staged.graphs._capture = lambda *_, **__: exec("raise error", {"error": error})
+
+    def capture(work):
+        raise error
+
+    staged.graphs._capture = capture
     right, slopes = graded(plain, random_prompts(0))
     for _ in range(4):
         table, gradients = graded(staged, random_prompts(0))
@@ -151,22 +128,43 @@ def test_a_capture_that_fails_is_launched_instead_and_told_once(policies, error,
     assert not staged.graphs._captured
 
 
+class Cuda:
+    """Of PyTorch's, what a capture asks for; `end` raises where the capture failed."""
+
+    def __init__(self, monkeypatch, end):
+        self.stream = "own"
+        self.graph_pool_handle = lambda: "pool"
+        self.current_stream = lambda: self.stream
+        for name in ("graph_pool_handle", "current_stream", "set_stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        self.end = end
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+    class CUDAGraph:
+        replay = "replay"
+
+    @contextmanager
+    def graph(self, graph, pool):
+        """As PyTorch's: where the end of a capture raises, its stream stays the current one."""
+        assert isinstance(graph, Cuda.CUDAGraph) and pool == "pool"
+        self.stream = "capturing"
+        yield
+        self.end()
+        self.stream = "own"
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_stale_streams_are_joined_for_the_capture_alone(policies, monkeypatch, fails):
-    staged, told = policies[1], []
-    monkeypatch.setattr(graphs, "_JOIN_STALE", told.append)
-    recorder = staged.graphs._capture
-
-    def capture(*arguments, **options):
-        assert told == [True]
-        if fails:
-            raise RuntimeError("no")
-        return recorder(*arguments, **options)
-
-    staged.graphs._capture = capture
-    for _ in range(3):
-        staged.evaluate(random_prompts(0))
-    assert told == [True, False]
+def test_a_capture_leaves_no_stream_of_its_own_behind(monkeypatch, fails):
+    cuda = Cuda(monkeypatch, (lambda: [][0]) if fails else (lambda: None))
+    capture = graphs.CudaCapture()
+    if fails:
+        with pytest.raises(IndexError):
+            capture(lambda: cuda.stream)
+    else:
+        assert capture(lambda: cuda.stream) == ("capturing", "replay")
+    assert cuda.stream == "own"
 
 
 def test_what_a_replay_returned_outlives_the_next(policies):
@@ -177,6 +175,17 @@ def test_what_a_replay_returned_outlives_the_next(policies):
     staged.evaluate(random_prompts(1))
     assert torch.equal(kept.log_probabilities, before[0])
     assert torch.equal(kept.statistics.mean, before[1])
+
+
+def test_no_gradient_is_taken_of_what_was_written_over(policies):
+    staged = policies[1]
+    for _ in range(2):
+        first = staged.evaluate(random_prompts(0))
+    second = staged.evaluate(random_prompts(1))
+    with pytest.raises(RuntimeError, match="written over"):
+        first.value.sum().backward()
+    assert second.replay.current and not first.replay.current
+    second.value.sum().backward()
 
 
 def test_a_replay_leaves_other_stages_alone(policies):

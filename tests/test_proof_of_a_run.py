@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from precision import compute_as_on_a_gpu
 from small import small_config, small_market
+from tape import Tape
 from test_proof_key import GPU
 from test_proof_parent import CHILD
 
@@ -21,6 +22,7 @@ from fastflag.evaluate import doctor
 from fastflag.files import InputError, read_json
 from fastflag.learn import prove as module
 from fastflag.learn import run as run_module
+from fastflag.learn import whole_update
 from fastflag.learn.prove import Proof, prove_for, seconds_ahead, with_implementations
 from fastflag.learn.train import train
 from fastflag.model import ops
@@ -32,6 +34,7 @@ from fastflag.model.proof.key import Subject
 from fastflag.model.proof.layer import CHOSEN, LAYER, confirm, random_weights
 from fastflag.model.proof.verdicts import Found, Verdict
 from fastflag.model.weights import open_config, open_weights
+from fastflag.policy.graphs import Graphs
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -385,18 +388,14 @@ def test_random_weights_are_a_model():
 
 def test_graphs_are_judged_on_a_whole_update(monkeypatch):
     """On a CPU nothing is replayed, and an update is as long with as without."""
-    from fastflag.learn.whole_update import prove_graphs
-
     request = request_of(qk_norm=False, attention_bias=False, adaptation="lora")
     told = []
-    verdict = prove_graphs(request, Cpu(), told.append)
+    verdict = whole_update.prove_graphs(request, Cpu(), told.append)
     assert verdict.op == GRAPHS and verdict.found["on"].device > 0
     assert {one["implementation"] for one in told} == {"off", "on"}
 
 
 def test_graphs_that_replay_another_gradient_are_refused(monkeypatch):
-    from fastflag.learn import whole_update
-
     real = whole_update._update
 
     def doubled(request, policy):
@@ -410,30 +409,76 @@ def test_graphs_that_replay_another_gradient_are_refused(monkeypatch):
     assert verdict.launched == "off" and verdict.found["on"].outcome == "wrong"
 
 
-def test_graphs_whose_capture_fails_are_told(monkeypatch):
-    """Their updates are launched, and would be timed as graphs that are no faster."""
-    from fastflag.learn import whole_update
-    from fastflag.policy.graphs import Graphs
-
-    def failing(function, static, allow_unused_input):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-
+def with_graphs(monkeypatch, capture):
+    """From now on a policy that is judged computes as on a GPU and, on, replays by `capture`; the
+    optimisers that are made."""
     compute_as_on_a_gpu(monkeypatch)
-    real = whole_update._policy
+    real, make, made = whole_update._policy, whole_update.make_optimizer, []
 
-    def with_graphs(request, device, way):
+    def policy_of(request, device, way):
         policy = real(request, device, way)
-        modules = torch.nn.ModuleList(policy.top)
-        capture = failing if way == "on" else None
-        policy.graphs = Graphs(policy._evaluate_stage, modules, capture)
+        modules = torch.nn.ModuleList([*policy.top, policy.action_head, policy.value_head])
+        policy.graphs = Graphs(policy._evaluate_stage, modules, capture if way == "on" else None)
         return policy
 
-    monkeypatch.setattr(whole_update, "_policy", with_graphs)
+    def fused(*arguments):
+        groups = [
+            group | {"fused": True, "lr": torch.tensor(group["lr"])}
+            for group in make(*arguments).param_groups
+        ]
+        made.append(torch.optim.AdamW(groups, eps=1e-5, fused=True))
+        return made[-1]
+
+    monkeypatch.setattr(whole_update, "_policy", policy_of)
+    monkeypatch.setattr(whole_update, "make_optimizer", fused)
+    return made
+
+
+def judged():
     request = request_of(qk_norm=False, attention_bias=False, adaptation="lora")
-    verdict = whole_update.prove_graphs(request, Cpu(), lambda _: None)
+    return whole_update.prove_graphs(request, Cpu(), lambda _: None), request
+
+
+def test_graphs_whose_capture_fails_are_told(monkeypatch):
+    """Their updates are launched, and would be timed as graphs that are no faster."""
+
+    def failing(work):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    with_graphs(monkeypatch, failing)
+    verdict, _ = judged()
     found = verdict.found["on"]
     assert (verdict.launched, found.outcome) == ("off", "failed")
     assert found.why.startswith("a capture fails: CUDA error: operation not permitted")
+
+
+def test_what_is_judged_is_replayed_whole(monkeypatch):
+    """From the second update on: the evaluation, and all that follows, the optimiser's step too."""
+    tape = Tape()
+    optimisers = with_graphs(monkeypatch, tape)
+    step, steps = torch.optim.AdamW.step, []
+
+    def counted(optimizer):
+        steps.append(optimisers.index(optimizer))
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    verdict, request = judged()
+    updates = whole_update._WARM_UP + request.rounds
+    assert verdict.found["on"].outcome == "right" and not verdict.found["on"].why
+    assert tape.captured == 2 and tape.replays == [1, 2] * (updates - 1)
+    # Python steps a replayed optimiser in the first update, and while the second is captured.
+    assert [steps.count(number) for number in (0, 1)] == [updates, 2]
+
+
+def test_steps_that_a_replay_leaves_out_are_told(monkeypatch):
+    """The gradient's norm says little of them."""
+    monkeypatch.setattr(whole_update, "_BOUND", 1.0)
+    with_graphs(monkeypatch, Tape())
+    monkeypatch.setattr("fastflag.learn.step.take_step", lambda *_: None)
+    verdict, _ = judged()
+    found = verdict.found["on"]
+    assert found.outcome == "wrong" and found.why.startswith("the parameters move by")
 
 
 def test_the_child_is_a_program():

@@ -13,9 +13,9 @@ from fastflag.learn.lesson import advantages, estimate
 from fastflag.learn.objective import loss_of
 from fastflag.learn.progress import PhaseTimer
 from fastflag.learn.rollout import rollout
+from fastflag.learn.step import gather
 from fastflag.learn.update import (
     STATISTICS,
-    _gather,
     _minibatches,
     _steps,
     make_optimizer,
@@ -67,7 +67,7 @@ class Run:
         """The loss of the whole batch at the policy's present weights."""
         current = self.policy.evaluate(self.batch.prompts)
         samples = self.lesson.samples
-        return loss_of(*_gather(current, samples.row), samples, self.algorithm)
+        return loss_of(*gather(current, samples.row), samples, self.algorithm)
 
 
 @pytest.mark.parametrize("account", ["stepped", "exact"])
@@ -183,7 +183,7 @@ def test_the_gradient_is_that_of_one_forward_per_environment_step(
         algorithm__kl_coef=0.1,
     )
     lesson = run.lesson
-    loss, _ = loss_of(*_gather(run.table, lesson.samples.row), lesson.samples, run.algorithm)
+    loss, _ = loss_of(*gather(run.table, lesson.samples.row), lesson.samples, run.algorithm)
     loss.backward()
     gradients = [p.grad.clone() for p in run.policy.parameters()]
     run.policy.zero_grad()
@@ -230,7 +230,7 @@ def test_gathering_gives_the_same_gradient_bits_every_time(many_threads):
     for _ in range(6):
         one, two = logits.clone().requires_grad_(), value.clone().requires_grad_()
         table = Table(one, two, None)
-        gathered, values = _gather(table, rows)
+        gathered, values = gather(table, rows)
         assert torch.equal(gathered, logits[rows]) and torch.equal(values, value[rows])
         ((gathered * weight).sum() + (values * weight[:, 0]).sum()).backward()
         seen.add(one.grad.numpy().tobytes() + two.grad.numpy().tobytes())

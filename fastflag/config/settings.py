@@ -141,10 +141,11 @@ class PolicyConfig(Checked):
     the features of the frozen model, which are computed once."""
     trunk_weights: Literal["nf4", "bf16", "fp32"] = "nf4"
     """How the frozen layers' matrices are stored."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the layers' products; auto: bf16 where this device is clearly faster in it,
-    measured at the start and kept for the run, else fp32. The residual stream and the heads are
-    always fp32; on a CPU all that lies between products is."""
+    measured at the start and kept for the run, else fp32. fp16 trains on GPUs alone, with scaled
+    gradients, and auto never takes it. The residual stream and the heads are always fp32; on a CPU
+    all that lies between products is."""
     adaptation: Literal["lora", "qlora", "full"] = "lora"
     """How the top layers are trained: by adapters, by adapters over matrices in NF4, or in full."""
     lora_rank: Count = 8
@@ -169,8 +170,8 @@ class PolicyConfig(Checked):
     (`fastflag doctor --prove`, and training by itself where it is worth it); torch, none; or a
     list, triton:rms_norm,swiglu. Kept for the run."""
     graphs: Literal["auto", "on", "off"] = "auto"
-    """Whether a GPU replays evaluations as CUDA graphs; auto: where a proof found it faster. Kept
-    for the run."""
+    """Whether a GPU replays evaluations and gradient steps as CUDA graphs; auto: where a proof
+    found it faster. Kept for the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ def loss_of(
     policy_loss, entropy, divergence = map(samples.mean, (surrogate, entropy, divergence))
     clip_value = config.clip_coef if config.algorithm == "ppo" and config.clip_vloss else None
     value_loss = samples.mean(squared_error(value, samples.target, samples.old_value, clip_value))
-    value_loss = value_loss + samples.mean(0.5 * samples.target_spread / samples.weight)
+    value_loss = value_loss + 0.5 * samples.share(samples.target_spread)
     loss = (
         policy_loss
         + config.vf_coef * value_loss

@@ -19,7 +19,7 @@ from fastflag.market.bars import Market
 from fastflag.market.fingerprint import fingerprint
 from fastflag.market.periods import days_of, days_within, split_days
 from fastflag.market.sources import names_in
-from fastflag.model.arithmetic import resolved
+from fastflag.model.arithmetic import device_of, resolved
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.weights import Weights, open_weights
 from fastflag.policy.table import Policy
@@ -46,7 +46,8 @@ def read_config(run: Path) -> TrainConfig:
         raise InputError(f"not a run's configuration, {path}")
     config = from_run(document, str(path))
     if config.policy.dtype == "auto":
-        raise InputError(f"config key 'policy.dtype' of a run is bf16 or fp32, not 'auto', {path}")
+        known = "bf16, fp16 or fp32"
+        raise InputError(f"config key 'policy.dtype' of a run is {known}, not 'auto', {path}")
     return config
 
 
@@ -249,7 +250,12 @@ def as_it_began(config: TrainConfig, run: Path, resume: bool) -> TrainConfig:
 
 
 def with_dtype(config: TrainConfig, model: ModelConfig) -> TrainConfig:
-    """The configuration with a dtype: its own, or what this device is fastest in."""
+    """The configuration with a dtype: its own, or what this device is fastest in. Raises InputError
+    for fp16 on a CPU, where nothing is computed in it."""
+    if config.policy.dtype == "fp16" and device_of(config.policy.device).type == "cpu":
+        raise InputError(
+            "a CPU computes fp16 as fp32, of rounded matrices: train in bf16 or fp32, --dtype fp16"
+        )
     return dataclasses.replace(config, policy=resolved(config.policy, model))
 
 

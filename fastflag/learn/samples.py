@@ -40,7 +40,8 @@ class Samples(Generic[Column]):
     target_spread: Column
     old_log_probability: Column  # of the action, when it was sampled
     before: Before
-    mean_weight: float = 1.0  # of all samples that these are taken from
+    # Of all samples that these are taken from; a scalar tensor where a graph reads it.
+    mean_weight: float | Tensor = 1.0
 
     def __len__(self) -> int:
         return len(self.row)
@@ -65,7 +66,11 @@ class Samples(Generic[Column]):
     def mean(self: "Samples[Tensor]", values: Tensor) -> Tensor:
         """values [N] -> scalar, by weight. Divides by N x the mean weight of all samples, so that a
         minibatch's mean is an unbiased estimate of theirs."""
-        return (self.weight * values).sum() / (len(values) * self.mean_weight)
+        return self.share(self.weight * values)
+
+    def share(self: "Samples[Tensor]", sums: Tensor) -> Tensor:
+        """As `mean`, of what is already multiplied by the weights, [N]."""
+        return sums.sum() / (len(sums) * self.mean_weight)
 
     @staticmethod
     def joined(parts: Sequence["Samples[np.ndarray]"]) -> "Samples[np.ndarray]":

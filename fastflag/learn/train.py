@@ -12,7 +12,7 @@
    of step 2 (objective.py).
 6. Its backward pass is the gradient that one forward pass for each environment step would give,
    added up: the first ratio is exactly 1. AdamW steps; further epochs evaluate their prompts anew
-   (update.py).
+   (update.py, step.py).
 """
 
 import time

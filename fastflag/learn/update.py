@@ -6,21 +6,19 @@ No gradient step waits for the device: what it measured is read when all are lau
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from fastflag.config import AlgorithmConfig
-from fastflag.files import InputError
 from fastflag.learn.advantage import explained_variance
 from fastflag.learn.lesson import Lesson
-from fastflag.learn.objective import loss_of
 from fastflag.learn.samples import Samples
+from fastflag.learn.step import Taken, check_finite, gather, launched, replayed, take_step
 from fastflag.model.bnb import bitsandbytes
 from fastflag.policy.table import Policy, Table
-from fastflag.prompt.prompts import PromptSet
 
 STATISTICS = (
     "policy_loss",
@@ -44,13 +42,17 @@ def make_optimizer(policy: Policy, config: AlgorithmConfig) -> torch.optim.Optim
     ones in fp32.
     """
     layers, heads = policy.parameter_groups()
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": layers, "lr": config.layer_learning_rate, "weight_decay": config.weight_decay},
         {"params": heads, "lr": config.learning_rate, "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
+        on_gpu = policy.device.type == "cuda"
+        if on_gpu:  # where a graph reads the rates
+            for group in groups:
+                group["lr"] = torch.tensor(group["lr"], device=policy.device)
         # Fused, all parameters are stepped in two launches.
-        return torch.optim.AdamW(groups, eps=1e-5, fused=policy.device.type == "cuda")
+        return torch.optim.AdamW(groups, eps=1e-5, fused=on_gpu)
     return bitsandbytes().optim.AdamW8bit(groups, eps=1e-5)
 
 
@@ -62,7 +64,10 @@ def set_learning_rates(
     for group, rate in zip(
         optimizer.param_groups, (config.layer_learning_rate, config.learning_rate), strict=True
     ):
-        group["lr"] = rate * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * factor)
+        else:
+            group["lr"] = rate * factor
     return factor
 
 
@@ -87,10 +92,16 @@ def update(
     rows = samples.row.cpu()
     names, history = _steps(policy, optimizer, table, lesson, rows, config, seed)
     columns = dict(zip(names, zip(*torch.stack(history).tolist(), strict=True), strict=True))
-    for norm in columns["grad_norm"]:
-        _check_finite(norm)
+    norms = [norm for norm in columns["grad_norm"] if math.isfinite(norm)]
+    if policy.scale is None or policy.scale.value < 1:  # which is as if nothing were scaled
+        for norm in columns["grad_norm"]:
+            check_finite(norm)
     policy.running.track(table.statistics)
     means = {name: float(np.mean(column)) for name, column in columns.items()}
+    if policy.scale is not None:
+        means["grad_norm"] = float(np.mean(norms or [0.0]))
+        means["skipped_steps"] = float(len(columns["grad_norm"]) - len(norms))
+        means["gradient_scale"] = float(policy.scale.value)
     first, last = columns["ratio_min"][0], columns["ratio_max"][0]
     means["first_ratio_error"] = max(1 - first, last - 1)
     means["explained_variance"] = _explained(samples)
@@ -114,22 +125,47 @@ def _steps(
     history: list[Tensor] = []
     for _ in range(config.update_epochs):
         for index in _minibatches(len(samples), size, generator):
-            whole = size >= len(samples)
-            # The index is moved once, not for each column.
-            some = samples if whole else samples.take(index.to(samples.row.device))
-            learn = partial(_differentiate, optimizer, some, config)
-            if history:
-                again = partial(_evaluated, policy, lesson.prompts, some.row, rows[index])
-                statistics = policy.recompute.attempt(lambda: learn(*again()))  # noqa: B023
-            else:
-                statistics = learn(*_gather(table, some.row))
+            learn = partial(_learn, policy, optimizer, lesson, rows, index, config)
+            taken = policy.recompute.attempt(learn) if history else learn(table)
             policy.recompute.commit()
-            statistics["grad_norm"] = _step(policy, optimizer, config.max_grad_norm)
-            names = [*statistics]
-            history.append(torch.stack([*statistics.values()]))
+            if not taken.stepped:
+                take_step(policy, optimizer, taken.norm)
+            names = taken.names
+            history.append(taken.values)
         if config.target_kl and history[-1][names.index("kl")].item() > config.target_kl:
             break
     return names, history
+
+
+def _learn(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    lesson: Lesson,
+    rows: Tensor,
+    index: Tensor,
+    config: AlgorithmConfig,
+    table: Table | None = None,
+) -> Taken:
+    """One gradient step on the samples at `index`, by `table` or else by an evaluation anew: of
+    all prompts where their blocks lie ready on a GPU, else of those of the samples, each once, and
+    the centring ones. The optimiser's own is still to be taken, where it is not of a graph."""
+    samples = lesson.samples
+    if table is None and policy.lies_ready(lesson.prompts):
+        table = policy.evaluate(lesson.prompts)
+    if table is not None:
+        taken = replayed(policy, optimizer, table, samples, index, config)
+        if taken is not None:
+            return taken
+    if len(index) < len(samples):
+        # The index is moved once, not for each column.
+        samples = samples.take(index.to(samples.row.device, non_blocking=True))
+    some = samples.row
+    if table is None:
+        distinct, place = np.unique(rows[index].numpy(), return_inverse=True)
+        visited, places = lesson.prompts.subset(distinct)
+        some = torch.from_numpy(places[place]).to(some.device)
+        table = policy.evaluate(visited)
+    return launched(policy, optimizer, samples, config, *gather(table, some))
 
 
 def _explained(samples: Samples[Tensor]) -> float:
@@ -137,69 +173,8 @@ def _explained(samples: Samples[Tensor]) -> float:
     return explained_variance(*torch.stack([c.double() for c in columns]).cpu().numpy())
 
 
-def _evaluated(
-    policy: Policy, prompts: PromptSet, rows: Tensor, on_host: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient: their prompts, each
-    once, and the centring ones are evaluated anew; or all, where their blocks lie ready on a GPU.
-    `on_host` are the rows too."""
-    if policy.lies_ready(prompts):
-        return _gather(policy.evaluate(prompts), rows)
-    distinct, place = np.unique(on_host.numpy(), return_inverse=True)
-    visited, places = prompts.subset(distinct)
-    return _gather(policy.evaluate(visited), torch.from_numpy(places[place]).to(rows.device))
-
-
-def _gather(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, A] and values [N] of `rows` [N], with gradient.
-
-    By index_select, whose backward adds in order on a CPU. That of `tensor[rows]` adds from several
-    threads at once where there are 32,768 numbers or more, in an order that varies from run to run.
-    """
-    return table.log_probabilities.index_select(0, rows), table.value.index_select(0, rows)
-
-
 def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Every sample once, shuffled; in order where one minibatch holds them all."""
     if size >= count:
         return iter([torch.arange(count)])
     return iter(torch.randperm(count, generator=generator).split(size))
-
-
-def _differentiate(
-    optimizer: torch.optim.Optimizer,
-    samples: Samples[Tensor],
-    config: AlgorithmConfig,
-    log_probabilities: Tensor,
-    value: Tensor,
-) -> dict[str, Tensor]:
-    """Leaves the gradient of the loss with the parameters; returns the loss' statistics."""
-    optimizer.zero_grad(set_to_none=True)
-    loss, statistics = loss_of(log_probabilities, value, samples, config)
-    loss.backward()
-    return statistics
-
-
-def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-    """One step of the optimiser; returns the gradient's norm before clipping. Where that is not
-    finite no step is taken: a fused optimiser reads it on the device, for others it is read here.
-    """
-    norm = clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf)
-    if optimizer.param_groups[0].get("fused"):
-        # As torch.amp.GradScaler tells it.
-        # pyrefly: ignore[missing-attribute] (an optimiser looks for it when it steps)
-        optimizer.found_inf = norm.isfinite().logical_not().float()
-    else:
-        _check_finite(norm.item())
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        if "overflow" not in str(error):
-            raise
-        raise InputError("a step overflows fp32: lower the learning rates, training") from None
-    return norm
-
-
-def _check_finite(norm: float) -> None:
-    if not math.isfinite(norm):
-        raise InputError("the gradient is not finite: lower the learning rates, training")

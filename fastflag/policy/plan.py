@@ -16,7 +16,7 @@ from fastflag.model.weights import layer_shapes
 from fastflag.policy.heads import MLP_WIDTH, SIDES
 
 _FP32 = 4
-_BYTES = {"bf16": 2, "fp32": _FP32}
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": _FP32}
 # bitsandbytes' AdamW8bit leaves smaller tensors in fp32, and scales each 256 numbers on their own.
 _SMALLEST_8BIT, _BLOCK_8BIT = 4096, 256
 

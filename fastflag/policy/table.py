@@ -23,7 +23,7 @@ from fastflag.model.recompute import Recompute
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout, padded, padded_length
 from fastflag.model.weights import Weights
 from fastflag.policy import graphs, plan
-from fastflag.policy.graphs import Graphs
+from fastflag.policy.graphs import Graphs, Replay
 from fastflag.policy.heads import (
     RunningStatistics,
     Statistics,
@@ -32,6 +32,7 @@ from fastflag.policy.heads import (
     masked_log_softmax,
 )
 from fastflag.policy.layers import frozen, trained, with_parameters
+from fastflag.policy.scaling import GradientScale, scaled
 from fastflag.policy.stage import Stage, centring_of, content_of, side_index
 from fastflag.policy.trunk import Trunk, digest_of
 from fastflag.prompt.prompts import PromptSet
@@ -44,6 +45,7 @@ class Table:
     log_probabilities: Tensor  # [U, A] fp32, -inf where the action is not allowed
     value: Tensor  # [U] fp32
     statistics: Statistics  # those that centred the features
+    replay: Replay | None = None  # of a CUDA graph, where one made it
 
     @staticmethod
     def joined(tables: Sequence["Table"]) -> "Table":
@@ -118,6 +120,7 @@ class Policy(nn.Module):
             self.action_head = head.to(self.device)
         self.value_head = make_value_head(self.model.width).to(self.device)
         self.running = RunningStatistics(self.model.width).to(self.device)
+        self.scale = GradientScale().to(self.device) if config.dtype == "fp16" else None
         # Of the other heads the initial policy is known to be uniform.
         kept = self.named_parameters() if config.head == "lm" else ()
         self._initial = {name: p.detach().clone() for name, p in kept}
@@ -208,7 +211,7 @@ class Policy(nn.Module):
 
     def _normed(self, last: Tensor) -> Tensor:
         """Last-token states [U, C] -> features [U, C] fp32"""
-        return ops.rms_norm(last, self.final_norm, self.model.rms_eps)
+        return scaled(ops.rms_norm(last, self.final_norm, self.model.rms_eps), self.scale)
 
     def _read_out(
         self, features: Tensor, side: Tensor, allowed: Tensor, statistics: Statistics
@@ -264,9 +267,9 @@ class Policy(nn.Module):
             stage = Stage.of(prompts, prefixes, self.trunk.suffix_states(prompts))
             staged = self._staged = content_of(prompts), stage
         stage, count = staged[1], len(prompts.pairs)
-        log_probabilities, value, mean, deviation = evaluate(stage)
+        (log_probabilities, value, mean, deviation), replay = evaluate(stage)
         statistics = Statistics(mean, deviation, stage.centring.known)
-        return Table(log_probabilities[:count], value[:count], statistics)
+        return Table(log_probabilities[:count], value[:count], statistics, replay)
 
     def _features(self, prompts: PromptSet, read: ReadPrefixes) -> Tensor:
         """Last-token states under the final norm, [U, C] fp32.

@@ -38,7 +38,7 @@ class Subject:
     attention_bias: bool
     actions: int
     dtype: str
-    """bf16 or fp32."""
+    """bf16, fp16 or fp32."""
     trunk_weights: str
     adaptation: str
     lora_rank: int
