@@ -27,7 +27,8 @@ from bench.compile import compile_instead
 from bench.measure.cases import MODELS, PREFIX, SUFFIX, SUFFIXES
 from bench.measure.results import Row, publish
 from fastflag.model import attention, ops, packed_attention
-from fastflag.model.linear import FrozenLinear, LoRALinear, adapters_cast
+from fastflag.model.joined import adapters_cast
+from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.llama import Block, suffix_pass
 from fastflag.model.model_config import Settings, json_config
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout

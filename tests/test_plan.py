@@ -62,7 +62,9 @@ def prompts_of(batch: PlanConfig):
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Of the memory that they lie in, each once."""
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def frozen(block) -> list[Tensor]:

@@ -22,7 +22,7 @@ from fastflag.kernels import action_head, lora, nf4, rmsnorm, rope
 from fastflag.kernels import prefix_attention as kernel_attention
 from fastflag.kernels import swiglu as swiglu_file
 from fastflag.kernels.compiler import INSTALLED, PRODUCTS_FROM, Assembler, assembler, unusable
-from fastflag.model import attention, bnb, flash, products
+from fastflag.model import adapted, attention, bnb, flash, products
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
 __all__ = [
@@ -240,18 +240,21 @@ def _lora_linear(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    # A GPU's product has two dimensions, so that the adapter's is added in place: in one launch,
-    # and one pass over what nothing has kept.
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    rows = x if on_cpu else x.flatten(0, -2)
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        by = {"dtype": dtype, "bias": None}
+        if absmax is None:
+            product = _linear(x, weight, **by)
+        else:
+            product = _nf4_linear(x, weight, absmax, len(b), dtype)
+        b = b if scale == 1.0 else scale * b
+        return product + _linear(_linear(x, a, **by), b, **by)
+    b = (b if scale == 1.0 else scale * b).to(x.dtype)
     if absmax is None:
-        product = _linear(rows, weight, None, dtype)
+        matrix = partial(weight.to, x.dtype)
     else:
-        product = _nf4_linear(rows, weight, absmax, len(b), dtype)
-    low, b = _linear(rows, a, None, dtype), b if scale == 1.0 else scale * b
-    if on_cpu:
-        return product + _linear(low, b, None, dtype)
-    return product.addmm_(low, b.to(x.dtype).T).unflatten(0, x.shape[:-1])
+        matrix = partial(nf4_dequantise, weight, absmax, (len(b), x.shape[-1]), dtype)
+    made = adapted.product(x.flatten(0, -2), matrix, a.to(x.dtype), b)
+    return made.unflatten(0, x.shape[:-1])
 
 
 def _lora_linear_triton(x: Tensor, *arguments: Any) -> Tensor:

@@ -238,9 +238,12 @@ class Trunk:
                 for some in unread:
                     lengths = [len(prefix.tokens) for prefix in some.prefixes]
                     some.hidden, [layer] = prefix_pass([block], some.hidden, lengths)
+                    # On a GPU views, whose memory goes with the last one's: it holds these alone.
+                    block_sides = layer.blocks[0]
+                    if self._on_gpu:
+                        block_sides = [side.contiguous() for side in block_sides]
                     for row, prefix in enumerate(some.prefixes):
-                        sides = (side[row] for side in layer.blocks[0])
-                        # On a GPU views, whose memory goes with the last one's.
+                        sides = (side[row] for side in block_sides)
                         prefix.layers.append(tuple(s if self._on_gpu else s.clone() for s in sides))
                 for some in texts:
                     attended = _read(some.prefixes, number)
