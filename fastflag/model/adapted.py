@@ -1,5 +1,5 @@
-"""The product of a frozen matrix and of its adapter (LoRA) by PyTorch's operators on a GPU, each sum
-made in place by a product:
+"""The product of a frozen matrix and of its adapter (LoRA) by PyTorch's operators on a GPU, each
+sum made in place by a product:
 
     S = x A^T,  y = x W^T + S B^T
     dS = dy B,  dx = dy W + dS A,  dA = dS^T x,  dB = dy^T S
@@ -23,9 +23,7 @@ def product(x: Tensor, matrix: Callable[[], Tensor], a: Tensor, b: Tensor) -> Te
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, matrix: Callable[[], Tensor], a: Tensor, b: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: Callable[[], Tensor], a: Tensor, b: Tensor) -> Tensor:
         low = functional.linear(x, a)
         ctx.matrix = matrix
         ctx.save_for_backward(x, a if ctx.needs_input_grad[0] else None, b, low)

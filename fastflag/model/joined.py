@@ -11,7 +11,7 @@ takes as long as reading and writing y does. A CPU multiplies one by one (RESULT
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +29,21 @@ def taken(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def can_be(layers: int, rank: int, inputs: int, packed: bool) -> bool:
+    """Whether so many layers can be one product, with adapters of `rank` each, 0 without; in NF4
+    (`packed`) rows must be whole blocks."""
+    return layers * rank <= HIGHEST_RANK and not (packed and inputs % BLOCKSIZE)
+
+
 def fit(layers: Sequence[nn.Module]) -> bool:
-    """Whether these layers can be one product: all frozen, or all adapted."""
-    adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    frozen = [_frozen(layer) for layer in layers]
-    if any(layer is None for layer in frozen) or len(adapters) not in (0, len(layers)):
+    """Whether these layers are of one kind, frozen or adapted, and can be one product."""
+    kinds = {_kind(layer) for layer in layers}
+    if len(kinds) > 1 or None in kinds:
         return False
-    ranks = [len(adapter.lora_a) for adapter in adapters]
-    kinds = {_kind(layer) for layer in frozen if layer is not None}
-    scales = {(adapter.scale, len(adapter.lora_a)) for adapter in adapters}
-    whole_blocks = all(
-        layer.shape[1] % BLOCKSIZE == 0
-        for layer in frozen
-        if layer is not None and isinstance(layer.weight, NF4Weight)
-    )
-    return len(kinds) == 1 and len(scales) <= 1 and sum(ranks) <= HIGHEST_RANK and whole_blocks
+    layer, frozen = layers[0], _frozen(layers[0])
+    assert frozen is not None
+    rank = len(layer.lora_a) if isinstance(layer, LoRALinear) else 0
+    return can_be(len(layers), rank, frozen.shape[1], isinstance(frozen.weight, NF4Weight))
 
 
 class JoinedLinear(nn.Module):
@@ -77,18 +77,35 @@ class JoinedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._ready is not None:
-            return self.whole.adapted(x, *self._ready, 1.0).split(self.outputs, -1)
+            return _Parts.apply(self.whole.adapted(x, *self._ready, 1.0), self.outputs)
         if self.adapters:
             with adapters_cast(self, self.whole.dtype):
                 return self(x)
-        return self.whole(x).split(self.outputs, -1)
+        return _Parts.apply(self.whole(x), self.outputs)
 
     def lay_ready(self, a: Tensor, b: Tensor) -> None:
         """a [R, I] of all adapters, and b [O, rank], their B's one under another."""
-        self._ready = a, torch.where(self._blocks[..., None], b[:, None], 0.0).flatten(1)
+        self._ready = a, (b[:, None] * self._blocks[..., None]).flatten(1)
 
     def clear(self) -> None:
         self._ready = None
+
+
+class _Parts(torch.autograd.Function):
+    """[..., O] -> parts of the last axis, in its memory but each by itself: of views that are made
+    together autograd lets none be used after another was rotated in place (kernels/rope.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        parts = y.split(sizes, -1)
+        storage = y.untyped_storage()
+        places = [(part.storage_offset(), part.shape, part.stride()) for part in parts]
+        return tuple(y.new_empty(0).set_(storage, *place) for place in places)
+
+    @staticmethod
+    # pyrefly: ignore[bad-override] (torch's own has any number of gradients)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.cat(gradients, -1), None
 
 
 @contextmanager
@@ -130,9 +147,14 @@ def _frozen(layer: nn.Module) -> FrozenLinear | None:
     return layer if isinstance(layer, FrozenLinear) else None
 
 
-def _kind(layer: FrozenLinear) -> tuple[object, ...]:
-    stored = None if isinstance(layer.weight, NF4Weight) else layer.weight.dtype
-    return stored, layer.shape[1], layer.dtype, layer.bias is None
+def _kind(layer: nn.Module) -> tuple[object, ...] | None:
+    """What layers of one product have in common; None for others than frozen and adapted ones."""
+    frozen = _frozen(layer)
+    if frozen is None:
+        return None
+    stored = "nf4" if isinstance(frozen.weight, NF4Weight) else frozen.weight.dtype
+    adapter = (layer.scale, len(layer.lora_a)) if isinstance(layer, LoRALinear) else None
+    return stored, frozen.shape[1], frozen.dtype, frozen.bias is None, adapter
 
 
 def _stacked(parts: Sequence[FrozenLinear]) -> Tensor | NF4Weight:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.model.bnb import BLOCKSIZE
-from fastflag.model.joined import HIGHEST_RANK
+from fastflag.model.joined import can_be
 from fastflag.model.llama import LINEARS
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.shared_prefix import KEY_MULTIPLE, padded_length, round_up, tile_width
@@ -238,9 +238,9 @@ class _Kept:
     def _joined(self, layers: int, inputs: int) -> bool:
         """Whether so many adapted layers are one product (model/joined.py)."""
         policy = self.policy
-        blocks = policy.adaptation != "qlora" or inputs % BLOCKSIZE == 0
-        ranks = layers * policy.lora_rank
-        return policy.device != "cpu" and layers > 1 and blocks and ranks <= HIGHEST_RANK
+        if policy.adaptation == "full" or policy.device == "cpu" or layers == 1:
+            return False
+        return can_be(layers, policy.lora_rank, inputs, packed=policy.adaptation == "qlora")
 
     def _attention(self, texts: _Texts, queries: int, last: bool) -> int:
         """N texts of H query heads and G key/value heads of E numbers, Q queries and K keys a text.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastflag.config import PlanConfig
 from fastflag.model.arithmetic import DTYPES
+from fastflag.model.joined import can_be
 from fastflag.model.proof.exact import EXACT
 from fastflag.model.proof.key import Subject
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout, round_up
@@ -197,29 +198,32 @@ def _swiglu(make: Maker) -> Iterator[Case]:
     yield Case("", {"gate": gate, "up": up}, **called, trained=("gate", "up"))
 
 
-def _matrices(subject: Subject) -> dict[str, tuple[int, int]]:
-    """The layer's kinds of matrices, [outputs, inputs] of each."""
+def _matrices(subject: Subject, rank: int, packed: bool) -> dict[str, tuple[int, int, int]]:
+    """The kinds of matrices that a GPU multiplies with: outputs, inputs, and the rank of all
+    adapters, of `rank` each, of those that are joined (model/joined.py)."""
     queries, keys = (heads * subject.head_dim for heads in (subject.heads, subject.kv_heads))
-    return {
-        "q": (queries, subject.width),
-        "k": (keys, subject.width),
-        "o": (subject.width, queries),
-        "gate": (subject.mlp_width, subject.width),
-        "down": (subject.width, subject.mlp_width),
-    }
+    width, wide = subject.width, subject.mlp_width
+    groups = {"q_k_v": (queries, keys, keys), "k_v": (keys, keys), "gate_up": (wide, wide)}
+    found = {"q": (queries, width, rank)}
+    for name, outputs in groups.items():
+        if can_be(len(outputs), rank, width, packed):
+            found[name] = (sum(outputs), width, len(outputs) * rank)
+        else:
+            found[name[name.rfind("_") + 1 :]] = (outputs[-1], width, rank)
+    return found | {"o": (width, queries, rank), "down": (width, wide, rank)}
 
 
 def _nf4_dequantise(make: Maker) -> Iterator[Case]:
     """There are no rows: once."""
     if make.rows != 1 and make.rows in _FEW:
         return
-    for name, shape in _matrices(make.subject).items():
+    for name, (*shape, _) in _matrices(make.subject, 0, packed=True).items():
         called = _plain("nf4_dequantise", "weight", "absmax", shape=shape, dtype=make.dtype)
         yield Case(name, make.nf4(*shape), **called)
 
 
 def _nf4_linear(make: Maker) -> Iterator[Case]:
-    for name, (outputs, inputs) in _matrices(make.subject).items():
+    for name, (outputs, inputs, _) in _matrices(make.subject, 0, packed=True).items():
         tensors = {"x": make.numbers(make.rows, inputs), **make.nf4(outputs, inputs)}
         called = _plain("nf4_linear", "x", "weight", "absmax", outputs=outputs, dtype=make.dtype)
         yield Case(name, tensors, **called, trained=("x",))
@@ -227,9 +231,9 @@ def _nf4_linear(make: Maker) -> Iterator[Case]:
 
 def _lora_linear(make: Maker) -> Iterator[Case]:
     """Over the kind of matrix that the model is trained with."""
-    rank, single = make.subject.lora_rank, {"dtype": torch.float32}
-    for name, (outputs, inputs) in _matrices(make.subject).items():
-        packed = make.subject.adaptation == "qlora"
+    packed, single = make.subject.adaptation == "qlora", {"dtype": torch.float32}
+    matrices = _matrices(make.subject, make.subject.lora_rank, packed)
+    for name, (outputs, inputs, rank) in matrices.items():
         tensors = {
             "x": make.numbers(make.rows, inputs),
             **(make.nf4(outputs, inputs) if packed else {"weight": make.factor(outputs, inputs)}),
