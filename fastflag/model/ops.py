@@ -75,11 +75,12 @@ class Op:
         torchs: Callable[..., Any],
         triton: Callable[..., Any] | None = None,
         by: str = "torch",
-        flash: Callable[..., Any] | None = None,
+        others: Callable[[], Mapping[str, Callable[..., Any]]] = dict,
         products: bool = False,
     ):
-        """`products` where its kernel has matrix products, for which older GPUs have no code."""
-        self.name, self._flash, self._products = name, flash, products
+        """`others`: packages' implementations that are there, by name. `products` where its kernel
+        has matrix products, for which older GPUs have no code."""
+        self.name, self._others, self._products = name, others, products
         self._torchs, self._triton, self._by = torchs, triton, by
         self._chosen: dict[torch.device, Callable[..., Any]] = {}
 
@@ -96,9 +97,7 @@ class Op:
         found = {"torch": self._torchs}
         if self._triton is not None and INSTALLED:
             found["triton"] = self._triton
-        if self._flash is not None and flash.varlen() is not None:
-            found["flash-attn"] = self._flash
-        return found
+        return {**found, **self._others()}
 
     def take(self, device: torch.device, implementation: str) -> None:
         """On the device from now on, whatever is chosen: for who compares them."""
@@ -131,16 +130,16 @@ class Op:
 
     def choice(self, device: torch.device) -> Choice:
         """Raises InputError where FASTFLAG_KERNELS asks for what there is not."""
-        if self._triton is None:
+        if self._triton is None and not self._others():
             return Choice(self._by, "PyTorch's is the one there is")
         said = f"{_VARIABLE}={os.environ.get(_VARIABLE, 'auto')}"
         asked, named = _asked(said)
         if asked == "torch" or (named and self.name not in named):
             return Choice(self._by, said)
         settled = _settled.get(self.name) if device.type == "cuda" else None
-        if asked == "triton":
+        if asked == "triton" and self._triton is not None:
             return self._triton_for(device, said, settled)
-        refused = self.refusal(device)
+        refused = self.refusal(device) if self._triton is not None else ""
         if settled is None or (refused and settled.implementation == "triton"):
             return Choice(self._by, refused or _unproved(device))
         is_torchs = settled.implementation == "torch"
@@ -304,7 +303,12 @@ add_rms_norm = Op("add_rms_norm", rmsnorm.add_rms_norm_reference, rmsnorm.add_rm
 rotate = Op("rotate", rope.rotate_reference, rope.rotate_)
 action_terms = Op("action_terms", action_head.action_terms_reference, action_head.action_terms)
 swiglu = Op("swiglu", swiglu_file.swiglu_reference, swiglu_file.swiglu)
-causal_attention = Op("causal_attention", attention.causal, by="torch scaled_dot_product_attention")
+causal_attention = Op(
+    "causal_attention",
+    attention.causal,
+    by="torch scaled_dot_product_attention",
+    others=flash.causal_forms,
+)
 linear = Op("linear", _linear, by="torch's linear; on a CPU oneDNN's, of fp32 numbers")
 frozen_linear = Op("frozen_linear", _frozen_linear, by="as linear; laid out for oneDNN on a CPU")
 prefix_attention = Op(
@@ -312,7 +316,7 @@ prefix_attention = Op(
     _prefix_attention,
     _prefix_attention_triton,
     by="torch's flash attention and products, on a CPU scaled_dot_product_attention by tiles",
-    flash=flash.prefix_attention,
+    others=flash.prefix_forms,
     products=True,
 )
 
