@@ -8,7 +8,7 @@ import torch
 
 from fastflag.config import PlanConfig
 from fastflag.model import flash, ops
-from fastflag.model.proof import maker
+from fastflag.model.proof import exact, maker
 from fastflag.model.proof.cases import cases
 from fastflag.model.proof.devices import Cpu
 from fastflag.model.proof.key import Subject
@@ -69,12 +69,12 @@ def installed(monkeypatch):
 BATCH = PlanConfig(days=3, texts=2, prefix_tokens=24, suffix_tokens=16)
 
 
-def tried(op, memory=0):
-    """The cases' names, after each package's form was judged on them."""
+def judged(op, wanted=lambda case: True, memory=0):
+    """The packages' forms, each judged on the cases wanted, which are named."""
     forms, told = op.implementations, []
     torchs = forms.pop("torch")
     forms.pop("triton", None)
-    for case in cases(op.name, SUBJECT, BATCH, torch.device("cpu"), memory):
+    for case in filter(wanted, cases(op.name, SUBJECT, BATCH, torch.device("cpu"), memory)):
         trial = Trial(case, torchs, Cpu())
         for name, form in forms.items():
             assert trial.judged(form, replays=1).why == "", (name, case.what)
@@ -83,23 +83,33 @@ def tried(op, memory=0):
 
 
 def test_prefix_attention_is_right(installed):
-    assert tried(ops.prefix_attention)[0] == ["flash-attn"]
+    assert judged(ops.prefix_attention)[0] == ["flash-attn"]
 
 
 def test_causal_attention_is_right(installed):
-    forms, told = tried(ops.causal_attention)
+    forms, told = judged(ops.causal_attention)
     assert forms == ["flash-attn", "flash-attn-3", "flash-attn-4"]
     assert ("24 tokens, 96 rows", True) in told and ("63 tokens, 63 rows", False) in told
 
 
 @pytest.mark.parametrize("op", [ops.causal_attention, ops.prefix_attention])
-def test_long_prefixes_are_tried_where_there_is_room_and_are_not_timed(op, installed, monkeypatch):
-    monkeypatch.setattr(maker, "_LONG", (40, 600))  # above and below the queries of a part
-    room = 2 * 12 * 16 * 8 * 12  # bytes of a token's exact results, twice
-    told = {memory: tried(op, memory)[1] for memory in (41 * room, 601 * room)}
-    long = [{what for what, timed in some if "40" in what and not timed} for some in told.values()]
-    assert all(long) and not any("600" in what for what, _ in told[41 * room])
-    assert any("600" in what and not timed for what, timed in told[601 * room])
+def test_long_prefixes_are_tried_where_there_is_room_and_are_not_timed(op, monkeypatch):
+    monkeypatch.setattr(maker, "_LONG", (40, 600))
+    of_token = 12 * 16 * 8 * 12  # bytes of a token's exact results: heads, numbers, fp64, tensors
+    for most, there in ((39, ""), (40, "40"), (599, "40"), (600, "40 600")):
+        memory = 2 * most * of_token
+        made = [*cases(op.name, SUBJECT, BATCH, torch.device("cpu"), memory)]
+        long = {n for n in ("40", "600") for one in made if n in one.what.split(",")[0].split()}
+        assert long == {*there.split()}
+        assert not any(one.timed for one in made if long & {*one.what.replace(",", "").split()})
+
+
+def test_a_long_prefix_is_judged_part_by_part(installed, monkeypatch):
+    """Of more queries than the exact form takes at once."""
+    monkeypatch.setattr(maker, "_LONG", (40,))
+    monkeypatch.setattr(exact, "_QUERIES", 16)
+    forms, told = judged(ops.causal_attention, lambda case: "40 tokens" in case.what, 2**30)
+    assert len(forms) == 3 and told == [("40 tokens, 96 rows", False)]
 
 
 def test_what_the_proof_must_find(installed, monkeypatch):

@@ -79,7 +79,7 @@ class JoinedLinear(nn.Module):
         if self._ready is not None:
             return _Parts.apply(self.whole.adapted(x, *self._ready, 1.0), self.outputs)
         if self.adapters:
-            with adapters_cast(self, self.whole.dtype):
+            with adapters_cast(self, self.adapters[0].lora_a.dtype):  # the product casts
                 return self(x)
         return _Parts.apply(self.whole(x), self.outputs)
 
