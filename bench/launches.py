@@ -37,8 +37,9 @@ from fastflag.config import AlgorithmConfig, PlanConfig, from_dict
 from fastflag.learn.update import make_optimizer, update
 from fastflag.learn.whole_lesson import whole_lesson
 from fastflag.market.tasks.single import ACTIONS
-from fastflag.model import attention, ops, packed_attention
-from fastflag.model.linear import FrozenLinear, LoRALinear, adapters_cast
+from fastflag.model import attention, joined, ops, packed_attention
+from fastflag.model.joined import adapters_cast
+from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.llama import Block, suffix_pass
 from fastflag.model.model_config import Settings, json_config
 from fastflag.model.proof.key import Subject
@@ -54,7 +55,7 @@ T = TypeVar("T")
 _FREE = """
     _reshape_alias _unsafe_view alias as_strided chunk contiguous detach empty empty_like
     empty_strided expand flatten lift_fresh mT narrow new_empty numpy_T permute promote_types
-    reshape resize_ resolve_conj result_type select slice split split_with_sizes squeeze t to
+    reshape resize_ resolve_conj result_type select set_ slice split split_with_sizes squeeze t to
     transpose unbind unflatten unsqueeze view view_as
     """
 
@@ -68,7 +69,7 @@ class Weights:
         model = MODELS[0]
         settings = {
             "model_type": "llama",
-            "num_hidden_layers": 1,
+            "num_hidden_layers": 2,  # the last of a model has fewer queries than keys
             "hidden_size": model.width,
             "num_attention_heads": model.heads,
             "num_key_value_heads": model.kv_heads,
@@ -217,11 +218,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON document")
     as_json = parser.parse_args().json
     launched = compile_instead(90)
+    joined.taken = lambda device: True  # as on a GPU
     block, rows = layer(), []
-    ops.prefix_attention._torchs = attention.on_cuda  # as on a GPU
+    ops.prefix_attention._torchs = attention.on_cuda
     packed_attention._attend, packed_attention._differentiate = flash_forward, flash_backward
     ways = {"torch": "_torchs", "triton": "_triton"}
-    contexts = {"torch": partial(adapters_cast, block, block.dtype), "triton": nullcontext}
+    casts = {"torch": block.dtype, "triton": torch.float32}  # as policy/table.py has them
+    contexts = {name: partial(adapters_cast, block, dtype) for name, dtype in casts.items()}
     counted = {}
     for name, way in ways.items():
         for op in ops.OPS:

@@ -155,7 +155,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """The same in PyTorch: in fp32, rounded once; in fp64 where x and the weight are."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * (wide.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-    return (normed * weight.to(torch.promote_types(weight.dtype, torch.float32))).to(weight.dtype)
+    return (normed * weight).to(weight.dtype)  # a product in the wider of the two types
 
 
 def add_rms_norm_reference(

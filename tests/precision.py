@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastflag.model import attention, llama, products
+from fastflag.model import attention, joined, llama, products
 from fastflag.model.ops import OPS, frozen_linear, prefix_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,8 +76,8 @@ def never_waiting() -> Iterator[None]:
 
 
 def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on PyTorch's operators are those of a GPU, and activations are in the dtype of the
-    configuration."""
+    """From now on PyTorch's operators are those of a GPU, projections of one input are joined, and
+    activations are in the dtype of the configuration."""
 
     def linear(x, weight, bias, dtype):
         return functional.linear(x, weight.to(x.dtype), bias)
@@ -87,6 +87,7 @@ def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(llama, "activations_dtype", lambda device, dtype: dtype)
     monkeypatch.setattr(products, "product", linear)
+    monkeypatch.setattr(joined, "taken", lambda device: True)
     for op, form in ((prefix_attention, attention.on_cuda), (frozen_linear, multiply)):
         monkeypatch.setattr(op, "_torchs", form)
         monkeypatch.setattr(op, "_chosen", {})

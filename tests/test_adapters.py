@@ -6,7 +6,8 @@ from torch import nn
 from torch.autograd.profiler import profile
 
 from fastflag.model import ops
-from fastflag.model.linear import FrozenLinear, LoRALinear, adapters_cast
+from fastflag.model.joined import adapters_cast
+from fastflag.model.linear import FrozenLinear, LoRALinear
 from fastflag.model.quant import NF4Weight
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastflag.config import AlgorithmConfig, PlanConfig, PolicyConfig
 from fastflag.learn.update import make_optimizer
 from fastflag.model import packed_attention
+from fastflag.model.joined import JoinedLinear
 from fastflag.model.linear import FrozenLinear
 from fastflag.model.model_config import Settings, json_config
 from fastflag.model.quant import NF4Weight
@@ -62,7 +63,9 @@ def prompts_of(batch: PlanConfig):
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Of the memory that they lie in, each once."""
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def frozen(block) -> list[Tensor]:
@@ -94,6 +97,8 @@ def kept_by_autograd(policy: Policy, prompts) -> int:
     kept: dict[int, Tensor] = {}
     held = [tensor for part in held_by(policy).values() for tensor in part]
     held += [tensor for entry in policy.trunk.cache._entries.values() for tensor in entry]
+    # Not planned: a byte for each output of joined layers and each of them.
+    held += [one._blocks for one in policy.top.modules() if isinstance(one, JoinedLinear)]
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def test_what_it_begins_is_told_first(monkeypatch):
 
 @pytest.fixture
 def few_cases(monkeypatch):
-    monkeypatch.setattr(cases_module, "_FEW", (1, 63))
+    monkeypatch.setattr(cases_module, "FEW", (1, 63))
 
 
 @pytest.mark.usefixtures("few_cases")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import EXACT, Given, prompt_set, texts, tiny
+from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -68,6 +69,27 @@ def test_days_asked_for_give_what_all_of_them_give(form, blocks):
     for gradient in results[1][3:]:
         asked = gradient.flatten(1).any(1).nonzero()[:, 0].tolist()
         assert asked == [*ASKED]
+
+
+@pytest.mark.parametrize("lengths", [(8, 24, 16, 24), (16, 16, 16)])
+def test_blocks_of_a_day_each_are_padded_at_once(lengths):
+    """Without gradients in as many operators for any number of days, whatever their lengths; and
+    the same numbers, zeros where a day has ended."""
+
+    def operators(days):
+        blocks = [block([n], seed=at)[0] for at, n in enumerate(lengths * days)]
+        made = Prefixes(blocks, lengths * days)
+        with torch.no_grad(), profile() as profiled:
+            found = made.whole
+        expected = [torch.zeros_like(side) for side in found]
+        for at, sides in enumerate(blocks):
+            for target, side in zip(expected, sides, strict=True):
+                target[at, :, : side.shape[2]] = side[0]
+        assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
+        names = [event.name for event in profiled.function_events]
+        return sum(names.count(f"aten::{name}") for name in ("cat", "constant_pad_nd", "copy_"))
+
+    assert operators(2) == operators(9) <= 2 * 2
 
 
 class Numbers(TorchDispatchMode):

@@ -400,7 +400,7 @@ def test_a_later_policy_finds_the_trunks_work_done_on_disk(weights, monkeypatch)
     for other in ({"trunk_weights": "bf16"}, {"top_layers": 2}, {"trunk_disk_mb": 0}):
         finds_nothing(**other)
     product = ops.linear
-    monkeypatch.setattr(trunk_module.ops, "linear", lambda *given: product(*given).nextafter(ONE))
+    monkeypatch.setattr(ops, "linear", lambda *given: product(*given).nextafter(ONE))
     finds_nothing()
 
 

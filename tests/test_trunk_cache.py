@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from fastflag.model import ops
-from fastflag.policy import trunk, trunk_cache
+from fastflag.policy import trunk_cache
 from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
 
 
@@ -252,8 +252,8 @@ def test_a_folder_that_can_not_be_made_is_said(tmp_path, caplog):
 )
 def test_a_cpu_of_other_bits_has_files_of_its_own(place, name, monkeypatch):
     """A last bit of a product or of attention is enough."""
-    before, right = trunk._bits_of_a_cpu("fp32"), getattr(place, name)
-    assert trunk._bits_of_a_cpu("fp32") == before
+    before, right = trunk_cache.bits_of_a_cpu("fp32"), getattr(place, name)
+    assert trunk_cache.bits_of_a_cpu("fp32") == before
 
     def other(*arguments, **named):
         made = right(*arguments, **named)
@@ -263,4 +263,4 @@ def test_a_cpu_of_other_bits_has_files_of_its_own(place, name, monkeypatch):
     for op in ops.OPS:
         monkeypatch.setattr(op, "_chosen", {})
     monkeypatch.setattr(place, name, other)
-    assert trunk._bits_of_a_cpu("fp32") != before
+    assert trunk_cache.bits_of_a_cpu("fp32") != before

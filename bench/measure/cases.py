@@ -164,9 +164,25 @@ def _swiglu(model: Model, memory: Memory) -> Inputs:
     return {"gate": gate, "up": up}
 
 
-def _nf4(model: Model, memory: Memory) -> Inputs:
-    """The MLP's gate, which is the largest kind of matrix."""
-    numbers = model.inner * model.width
+def _gate(model: Model) -> int:
+    """Outputs of the MLP's gate."""
+    return model.inner
+
+
+def _gate_up(model: Model) -> int:
+    """Of gate and up joined, as a GPU multiplies (fastflag/model/joined.py)."""
+    return 2 * model.inner
+
+
+def _q_k_v(model: Model) -> int:
+    return (model.heads + 2 * model.kv_heads) * model.head_size
+
+
+Outputs = Callable[[Model], int]
+
+
+def _nf4(model: Model, memory: Memory, outputs: Outputs = _gate) -> Inputs:
+    numbers = outputs(model) * model.width
     return {
         "packed": memory.packed(numbers // 2),
         "absmax": memory.normal(numbers // 64, dtype=torch.float32).abs(),
@@ -188,27 +204,29 @@ def _nf4_dequantise_nested(model: Model, memory: Memory) -> Inputs:
     }
 
 
-def _nf4_linear(rows: int, model: Model, memory: Memory) -> Inputs:
+def _nf4_linear(rows: int, model: Model, memory: Memory, outputs: Outputs = _gate) -> Inputs:
     x = memory.normal(rows, model.width)
-    return _nf4(model, memory) | {"x": x, "outputs": model.inner}
+    return _nf4(model, memory, outputs) | {"x": x, "outputs": outputs(model)}
 
 
-def _lora_linear(model: Model, memory: Memory, rank: int = 16) -> Inputs:
-    """The MLP's gate with an adapter; scale 2."""
+def _lora_linear(model: Model, memory: Memory, rank: int = 16, outputs: Outputs = _gate) -> Inputs:
+    """The MLP's gate with an adapter, or joined matrices with theirs; scale 2."""
     return {
         "x": memory.normal(memory.rows, model.width),
-        "weight": memory.normal(model.inner, model.width, scale=model.width**-0.5),
+        "weight": memory.normal(outputs(model), model.width, scale=model.width**-0.5),
         "absmax": None,
         "a": memory.normal(rank, model.width, dtype=torch.float32, scale=model.width**-0.5),
-        "b": memory.normal(model.inner, rank, dtype=torch.float32),
+        "b": memory.normal(outputs(model), rank, dtype=torch.float32),
         "scale": 2.0,
     }
 
 
-def _lora_linear_nf4(model: Model, memory: Memory) -> Inputs:
-    stored = _nf4(model, memory)
+def _lora_linear_nf4(
+    model: Model, memory: Memory, rank: int = 16, outputs: Outputs = _gate
+) -> Inputs:
+    stored = _nf4(model, memory, outputs)
     weight = {"weight": stored["packed"], "absmax": stored["absmax"]}
-    return _lora_linear(model, memory) | weight
+    return _lora_linear(model, memory, rank, outputs) | weight
 
 
 def _few(inputs: Callable[[Model, Memory], Inputs], model: Model, memory: Memory) -> Inputs:
@@ -290,12 +308,18 @@ _ATTENDED = ("query", "key", "value", "own_key", "own_value")
 _last_token = partial(_prefix_attention, queries=1, places=(SUFFIX - 1,))
 # As the frozen layers take account texts: a tree of pieces, here of two depths, without gradient.
 _pieces = partial(_prefix_attention, queries=8, places=(0, 8))
+_OF_QKV, _OF_GATE_UP = {"rank": 48, "outputs": _q_k_v}, {"rank": 32, "outputs": _gate_up}
 # An op, what is special about its inputs, how they are made, and which of them get a gradient.
 _OF_A_MODEL = (
     (nf4_dequantise, "", _nf4_dequantise, ()),
     (nf4_dequantise, ", nested", _nf4_dequantise_nested, ()),
     *((nf4_linear, f", {n} rows", partial(_nf4_linear, n), ("x",)) for n in (1, 17, 64)),
+    (nf4_linear, ", gate and up", partial(_nf4_linear, 64, outputs=_gate_up), ("x",)),
+    (nf4_linear, ", q, k and v", partial(_nf4_linear, 64, outputs=_q_k_v), ("x",)),
     (lora_linear, "", _lora_linear, ("x", "a", "b")),
+    (lora_linear, ", gate and up", partial(_lora_linear, **_OF_GATE_UP), ("x", "a", "b")),
+    (lora_linear, ", q, k and v", partial(_lora_linear, **_OF_QKV), ("x", "a", "b")),
+    (lora_linear, ", NF4, q, k and v", partial(_lora_linear_nf4, **_OF_QKV), ("x", "a", "b")),
     (lora_linear, ", NF4", _lora_linear_nf4, ("x", "a", "b")),
     (lora_linear, ", 64 rows", partial(_few, _lora_linear), ("x", "a", "b")),
     (lora_linear, ", NF4, 64 rows", partial(_few, _lora_linear_nf4), ("x", "a", "b")),

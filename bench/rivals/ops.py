@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.measure.cases import Case, Inputs
+from bench.rivals import attention
 
 Function = Callable[..., Any]
 """The op's inputs by parameter name -> its outputs."""
@@ -259,38 +260,17 @@ def _(inputs: Inputs) -> Function | None:
     )
 
 
-@_of("prefix_attention", "torch sdpa")
-def _(inputs: Inputs) -> Function:
-    """Each suffix with a copy of its prefix for every query head, so that kernels without
-    grouped-query attention can be taken too; the mask is made beforehand."""
-    count, heads, queries, _ = inputs["query"].shape
-    groups, longest = inputs["key"].shape[1:3]
-    day = _day_of_suffix(inputs)
-    of_head = torch.arange(heads, device=day.device) // (heads // groups)
-    rows = (day[:, None] * groups + of_head).flatten()
-    shared = torch.arange(longest, device=day.device) < inputs["lengths"][day, None]
-    last = inputs["first"][:, None] + torch.arange(queries, device=day.device)
-    own = torch.arange(inputs["own_key"].shape[2], device=day.device) <= last[..., None]
-    visible = torch.cat((shared[:, None].expand(-1, queries, -1), own), dim=-1)[:, None]
-
-    def joined(shared: Tensor, own: Tensor) -> Tensor:
-        copied = shared.flatten(0, 1).index_select(0, rows).unflatten(0, (count, heads))
-        return torch.cat((copied, own.repeat_interleave(heads // groups, dim=1)), dim=2)
-
-    def attend(query, key, value, own_key, own_value, **rest) -> Tensor:
-        keys, values = joined(key, own_key), joined(value, own_value)
-        return functional.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
-
-    return attend
+_of("prefix_attention", "torch sdpa")(attention.by_sdpa)
+_of("prefix_attention", "packed")(attention.packed)
 
 
 @_of("prefix_attention", "flash-attn")
 def _(inputs: Inputs) -> Function:
     """Each suffix after a copy of its prefix, side by side without padding: the causal mask of
     queries at the end of their keys is the one wanted."""
-    attention = symbol("flash_attn", "flash_attn_varlen_func")
+    varlen = symbol("flash_attn", "flash_attn_varlen_func")
     count, _, queries, _ = inputs["query"].shape
-    day = _day_of_suffix(inputs)
+    day = attention.day_of_suffix(inputs)
     rows, offsets = _packed_rows(inputs, day)
     starts = torch.arange(0, (count + 1) * queries, queries, device=day.device).int()
     longest = int(offsets.diff().max())
@@ -301,7 +281,7 @@ def _(inputs: Inputs) -> Function:
         return torch.cat(by_token).index_select(0, rows)
 
     def attend(query, key, value, own_key, own_value, **rest) -> Tensor:
-        made = attention(
+        made = varlen(
             query.transpose(1, 2).flatten(0, 1),
             packed(key, own_key),
             packed(value, own_value),
@@ -314,12 +294,6 @@ def _(inputs: Inputs) -> Function:
         return made.unflatten(0, (count, queries)).transpose(1, 2)
 
     return attend
-
-
-def _day_of_suffix(inputs: Inputs) -> Tensor:
-    """[U] int64"""
-    counts = inputs["starts"].diff().long()
-    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
 def _packed_rows(inputs: Inputs, day: Tensor) -> tuple[Tensor, Tensor]:

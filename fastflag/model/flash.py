@@ -1,12 +1,17 @@
-"""Prefix attention by the package flash-attn (FlashAttention-2, arXiv 2307.08691): one more
-implementation that a proof may take. It has not run on a GPU here.
+"""Attention by the packages flash-attn (FlashAttention-2, arXiv 2307.08691), 3 and 4: more
+implementations that a proof may take. None has run on a GPU here.
 
-Shapes as in attention.py. Each suffix has a copy of its prefix before its own keys, one suffix
-after another without padding; places beyond the last are not read. Nothing waits for the device.
+PyTorch has a registry for 3 and 4 (torch.nn.attention.activate_flash_attention_impl). It changes
+every call of the process's, packed attention's too, so that two could not be timed by turns nor one
+op alone be given one: here their own functions are called.
+
+Shapes as in attention.py. In prefix attention each suffix has a copy of its prefix before its own
+keys, one suffix after another without padding; places beyond the last are not read. Nothing waits
+for the device.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -15,18 +20,46 @@ from torch import Tensor
 
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
+_CAUSAL = {
+    "flash-attn": ("flash_attn", "flash_attn_func"),
+    "flash-attn-3": ("flash_attn_interface", "flash_attn_func"),
+    "flash-attn-4": ("flash_attn.cute", "flash_attn_func"),
+}
+
 
 @cache
-def varlen() -> Callable[..., Any] | None:
-    """flash-attn's function, None where it is not there. That a package of its name is installed
-    is not enough: flash-attn 4 has one without this function."""
+def symbol(module: str, name: str) -> Callable[..., Any] | None:
+    """A package's function, None where it is not there. That a package of its name is installed is
+    not enough: flash-attn 4 has one of 2's name without its functions."""
     try:
-        return import_module("flash_attn").flash_attn_varlen_func
+        return getattr(import_module(module), name)
     except Exception:  # without a GPU, or of another build of torch, it raises anything
         return None
 
 
-def prefix_attention(
+def causal_forms() -> dict[str, Callable[..., Tensor]]:
+    """Causal attention by each of the packages that are there."""
+    found = {name: symbol(*place) for name, place in _CAUSAL.items()}
+    return {name: partial(_causal, one) for name, one in found.items() if one is not None}
+
+
+def prefix_forms() -> dict[str, Callable[..., Tensor]]:
+    """Prefix attention, likewise."""
+    attend = symbol("flash_attn", "flash_attn_varlen_func")
+    return {} if attend is None else {"flash-attn": partial(_prefix, attend)}
+
+
+def _causal(attend: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Tokens come before heads, and query heads share keys, as in attention.py. Version 4 gives the
+    log-sum-exps too, and 3 did."""
+    sides = (side.transpose(1, 2) for side in (query, key, value))
+    # Their backward passes add with atomics otherwise.
+    made = attend(*sides, causal=True, deterministic=True)
+    return (made if isinstance(made, Tensor) else made[0]).transpose(1, 2)
+
+
+def _prefix(
+    attend: Callable[..., Any],
     query: Tensor,
     own_key: Tensor,
     own_value: Tensor,
@@ -36,8 +69,6 @@ def prefix_attention(
 ) -> Tensor:
     """Its causal mask is that of queries at the end of their keys, which is the one wanted: keys of
     a suffix end where its last query is."""
-    attend = varlen()
-    assert attend is not None
     count, _, queries, _ = query.shape
     keys, values = prefixes.whole
     longest, own = keys.shape[2], own_key.shape[2]

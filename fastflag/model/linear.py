@@ -22,13 +22,14 @@ class FrozenLinear(nn.Module):
         self.weight = weight
         self.bias = bias
         self.dtype = dtype
+        self.is_part = False
         self._ready: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
         """Inside, the matrix lies ready; else each forward makes it anew. No gradient comes
-        through it there."""
-        if self._ready is not None:
+        through it there. A part's does not, the whole's does."""
+        if self._ready is not None or self.is_part:
             yield
             return
         self._ready = ops.frozen_linear(self.matrix(self.dtype), self.bias, self.dtype)
@@ -41,6 +42,17 @@ class FrozenLinear(nn.Module):
     def shape(self) -> tuple[int, int]:
         rows, columns = self.weight.shape
         return rows, columns
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def become_part_of(self, whole: "FrozenLinear", first: int) -> None:
+        """From now on the matrix and the bias are views of `whole`'s, from row `first` on."""
+        rows = slice(first, first + self.shape[0])
+        self.weight = whole.weight[rows]
+        self.bias = None if whole.bias is None else whole.bias[rows]
+        self.is_part = True
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W, [O, I]"""
@@ -79,7 +91,9 @@ def unpacked(layer: nn.Module) -> Iterator[None]:
 def matrix_numbers(layer: nn.Module) -> int:
     """How many numbers the frozen matrices of `layer` hold."""
     return sum(
-        math.prod(module.shape) for module in layer.modules() if isinstance(module, FrozenLinear)
+        math.prod(module.shape)
+        for module in layer.modules()
+        if isinstance(module, FrozenLinear) and not module.is_part
     )
 
 
@@ -122,29 +136,13 @@ class LoRALinear(nn.Module):
             return self.base.adapted(x, *self._ready, 1.0)
         return self.base.adapted(x, self.lora_a, self.lora_b, self.scale)
 
+    @property
+    def adapters(self) -> list["LoRALinear"]:
+        return [self]
 
-@contextmanager
-def adapters_cast(layers: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, A and scaled B of every adapter of `layers` lie ready in `dtype`, with gradient: all
-    of them cast in two launches each way, not one by one in every product."""
-    adapters = [module for module in layers.modules() if isinstance(module, LoRALinear)]
-    if not adapters:
-        yield
-        return
-    sides = [adapter.lora_a for adapter in adapters], [adapter.lora_b for adapter in adapters]
-    scale = adapters[0].scale
-    if any(adapter.scale != scale for adapter in adapters):
-        raise ValueError("adapters of several scales")
-    made = []
-    for side, by in zip(sides, (1.0, scale), strict=True):
-        flat = torch.cat([matrix.flatten() for matrix in side])
-        flat = (flat if by == 1.0 else by * flat).to(dtype)
-        parts = flat.split([matrix.numel() for matrix in side])
-        made.append([part.view_as(matrix) for part, matrix in zip(parts, side, strict=True)])
-    try:
-        for adapter, a, b in zip(adapters, *made, strict=True):
-            adapter._ready = a, b
-        yield
-    finally:
-        for adapter in adapters:
-            adapter._ready = None
+    def lay_ready(self, a: Tensor, b: Tensor) -> None:
+        """What is multiplied with until `clear`: A, and B with its scale."""
+        self._ready = a, b
+
+    def clear(self) -> None:
+        self._ready = None

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastflag.model import ops
+from fastflag.model import joined, ops
 from fastflag.model.arithmetic import activations_dtype
 from fastflag.model.shared_prefix import Pieces, Prefixes, SuffixLayout
 from fastflag.model.weights import Weights
@@ -37,6 +37,9 @@ LINEARS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+# Layers of one input. The last block computes queries for fewer tokens than keys (`suffix_pass`).
+_TOGETHER = ("q", "k", "v"), ("gate", "up")
+_OF_LAST = ("k", "v"), ("gate", "up")
 
 
 class Block(nn.Module):
@@ -84,20 +87,24 @@ class Block(nn.Module):
         for short, name in LINEARS.items():
             matrix = weights.tensor(f"model.layers.{index}.{name}.weight", dtype)
             setattr(self, short, make_linear(matrix, optional(f"{name}.bias")))
+        last = index == self.config.layers - 1
+        self.joined = self._joined(_OF_LAST if last else _TOGETHER, device)
 
     def queries_keys_values(self, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """normed [N, T, C] -> queries [N, H, T, E], keys and values, each [N, G, T, E]"""
-        query, key = ops.rotate(self._queries(normed), self._keys(normed), *rotary)
-        return query, key, self._values(normed)
+        query, key, value = self._project(normed, "q", "k", "v")
+        query, key = ops.rotate(self._queries(query), self._keys(key), *rotary)
+        return query, key, self._values(value, key)
 
     def keys_values(self, normed: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """normed [N, T, C] -> keys and values, each [N, G, T, E]"""
-        key, _ = ops.rotate(self._keys(normed), None, *rotary)
-        return key, self._values(normed)
+        key, value = self._project(normed, "k", "v")
+        key, _ = ops.rotate(self._keys(key), None, *rotary)
+        return key, self._values(value, key)
 
     def queries(self, normed: Tensor, rotary: Rotary) -> Tensor:
         """normed [N, T, C] -> [N, H, T, E]"""
-        return ops.rotate(self._queries(normed), None, *rotary)[0]
+        return ops.rotate(self._queries(self.q(normed)), None, *rotary)[0]
 
     def norm(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.input_norm, self.config.rms_eps)
@@ -106,16 +113,36 @@ class Block(nn.Module):
         """The rest of the layer after attention. x [N, T, C], attended [N, H, T, E] -> [N, T, C]"""
         branch = self.o(attended.transpose(1, 2).flatten(2))
         x, normed = ops.add_rms_norm(branch, x, self.mlp_norm, self.config.rms_eps)
-        return x + self.down(ops.swiglu(self.gate(normed), self.up(normed)))
+        return x + self.down(ops.swiglu(*self._project(normed, "gate", "up")))
 
-    def _queries(self, normed: Tensor) -> Tensor:
-        return self._heads(self.q(normed), self.config.heads, self.q_norm)
+    def _project(self, x: Tensor, *names: str) -> Sequence[Tensor]:
+        """What each of these layers makes of x; as one product, where they are joined."""
+        together = "_".join(names)
+        if together in self.joined:
+            return self.joined[together](x)
+        return [getattr(self, name)(x) for name in names]
 
-    def _keys(self, normed: Tensor) -> Tensor:
-        return self._heads(self.k(normed), self.config.kv_heads, self.k_norm)
+    def _joined(self, groups: Sequence[tuple[str, ...]], device: torch.device) -> nn.ModuleDict:
+        """The layers of each group as one, by their names."""
+        made = nn.ModuleDict()
+        for names in groups if joined.taken(device) else ():
+            layers = [getattr(self, name) for name in names]
+            if joined.fit(layers):
+                made["_".join(names)] = joined.JoinedLinear(layers)
+        return made
 
-    def _values(self, normed: Tensor) -> Tensor:
-        return self._heads(self.v(normed), self.config.kv_heads, None)
+    def _queries(self, query: Tensor) -> Tensor:
+        return self._heads(query, self.config.heads, self.q_norm)
+
+    def _keys(self, key: Tensor) -> Tensor:
+        return self._heads(key, self.config.kv_heads, self.k_norm)
+
+    def _values(self, value: Tensor, key: Tensor) -> Tensor:
+        """`key` is rotated. Where that is new memory, a value that is a view would keep all of the
+        product that it is a part of."""
+        if key.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
+            value = value.contiguous()
+        return self._heads(value, self.config.kv_heads, None)
 
     def _heads(self, x: Tensor, heads: int, norm: Tensor | None) -> Tensor:
         x = x.unflatten(-1, (heads, self.config.head_dim))

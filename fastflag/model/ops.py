@@ -22,7 +22,7 @@ from fastflag.kernels import action_head, lora, nf4, rmsnorm, rope
 from fastflag.kernels import prefix_attention as kernel_attention
 from fastflag.kernels import swiglu as swiglu_file
 from fastflag.kernels.compiler import INSTALLED, PRODUCTS_FROM, Assembler, assembler, unusable
-from fastflag.model import attention, bnb, flash, products
+from fastflag.model import adapted, attention, bnb, flash, products
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
 __all__ = [
@@ -75,11 +75,12 @@ class Op:
         torchs: Callable[..., Any],
         triton: Callable[..., Any] | None = None,
         by: str = "torch",
-        flash: Callable[..., Any] | None = None,
+        others: Callable[[], Mapping[str, Callable[..., Any]]] = dict,
         products: bool = False,
     ):
-        """`products` where its kernel has matrix products, for which older GPUs have no code."""
-        self.name, self._flash, self.products = name, flash, products
+        """`others`: packages' implementations that are there, by name. `products` where its kernel
+        has matrix products, for which older GPUs have no code."""
+        self.name, self._others, self.products = name, others, products
         self._torchs, self._triton, self._by = torchs, triton, by
         self._chosen: dict[torch.device, Callable[..., Any]] = {}
 
@@ -96,9 +97,7 @@ class Op:
         found = {"torch": self._torchs}
         if self._triton is not None and INSTALLED:
             found["triton"] = self._triton
-        if self._flash is not None and flash.varlen() is not None:
-            found["flash-attn"] = self._flash
-        return found
+        return {**found, **self._others()}
 
     def take(self, device: torch.device, implementation: str) -> None:
         """On the device from now on, whatever is chosen: for who compares them."""
@@ -131,16 +130,16 @@ class Op:
 
     def choice(self, device: torch.device) -> Choice:
         """Raises InputError where FASTFLAG_KERNELS asks for what there is not."""
-        if self._triton is None:
+        if self._triton is None and not self._others():
             return Choice(self._by, "PyTorch's is the one there is")
         said = f"{_VARIABLE}={os.environ.get(_VARIABLE, 'auto')}"
         asked, named = _asked(said)
         if asked == "torch" or (named and self.name not in named):
             return Choice(self._by, said)
         settled = _settled.get(self.name) if device.type == "cuda" else None
-        if asked == "triton":
+        if asked == "triton" and self._triton is not None:
             return self._triton_for(device, said, settled)
-        refused = self.refusal(device)
+        refused = self.refusal(device) if self._triton is not None else ""
         if settled is None or (refused and settled.implementation == "triton"):
             return Choice(self._by, refused or _unproved(device))
         is_torchs = settled.implementation == "torch"
@@ -240,18 +239,21 @@ def _lora_linear(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    # A GPU's product has two dimensions, so that the adapter's is added in place: in one launch,
-    # and one pass over what nothing has kept.
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    rows = x if on_cpu else x.flatten(0, -2)
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        by = {"dtype": dtype, "bias": None}
+        if absmax is None:
+            product = _linear(x, weight, **by)
+        else:
+            product = _nf4_linear(x, weight, absmax, len(b), dtype)
+        b = b if scale == 1.0 else scale * b
+        return product + _linear(_linear(x, a, **by), b, **by)
+    b = (b if scale == 1.0 else scale * b).to(x.dtype)
     if absmax is None:
-        product = _linear(rows, weight, None, dtype)
+        matrix = partial(weight.to, x.dtype)
     else:
-        product = _nf4_linear(rows, weight, absmax, len(b), dtype)
-    low, b = _linear(rows, a, None, dtype), b if scale == 1.0 else scale * b
-    if on_cpu:
-        return product + _linear(low, b, None, dtype)
-    return product.addmm_(low, b.to(x.dtype).T).unflatten(0, x.shape[:-1])
+        matrix = partial(nf4_dequantise, weight, absmax, (len(b), x.shape[-1]), dtype)
+    made = adapted.product(x.flatten(0, -2), matrix, a.to(x.dtype), b)
+    return made.unflatten(0, x.shape[:-1])
 
 
 def _lora_linear_triton(x: Tensor, *arguments: Any) -> Tensor:
@@ -301,7 +303,12 @@ add_rms_norm = Op("add_rms_norm", rmsnorm.add_rms_norm_reference, rmsnorm.add_rm
 rotate = Op("rotate", rope.rotate_reference, rope.rotate_)
 action_terms = Op("action_terms", action_head.action_terms_reference, action_head.action_terms)
 swiglu = Op("swiglu", swiglu_file.swiglu_reference, swiglu_file.swiglu)
-causal_attention = Op("causal_attention", attention.causal, by="torch scaled_dot_product_attention")
+causal_attention = Op(
+    "causal_attention",
+    attention.causal,
+    by="torch scaled_dot_product_attention",
+    others=flash.causal_forms,
+)
 linear = Op("linear", _linear, by="torch's linear; on a CPU oneDNN's, of fp32 numbers")
 frozen_linear = Op("frozen_linear", _frozen_linear, by="as linear; laid out for oneDNN on a CPU")
 prefix_attention = Op(
@@ -309,7 +316,7 @@ prefix_attention = Op(
     _prefix_attention,
     _prefix_attention_triton,
     by="torch's flash attention and products, on a CPU scaled_dot_product_attention by tiles",
-    flash=flash.prefix_attention,
+    others=flash.prefix_forms,
     products=True,
 )
 

@@ -1,5 +1,6 @@
 """NF4 storage of frozen weights: one of 16 levels times the largest number of its block of 64."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,26 @@ class NF4Weight:
         """weight [out, in], floating point, on the device where it is to stay."""
         rows, columns = weight.shape
         return NF4Weight(*bnb.quantise_nf4(weight), (rows, columns))
+
+    @staticmethod
+    def stacked(weights: Sequence["NF4Weight"]) -> "NF4Weight":
+        """One under another, weights whose rows are whole blocks."""
+        rows = sum(weight.shape[0] for weight in weights)
+        packed = torch.cat([weight.packed for weight in weights])
+        absmax = torch.cat([weight.absmax for weight in weights])
+        return NF4Weight(packed, absmax, (rows, weights[0].shape[1]))
+
+    def __getitem__(self, rows: slice) -> "NF4Weight":
+        """A view of some rows, which are whole blocks."""
+        first, last, _ = rows.indices(self.shape[0])
+        columns = self.shape[1]
+        packed = self.packed[first * columns // 2 : last * columns // 2]
+        absmax = self.absmax[first * columns // bnb.BLOCKSIZE : last * columns // bnb.BLOCKSIZE]
+        return NF4Weight(packed, absmax, (last - first, columns))
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in] in fp32, bf16 or fp16, on the weight's device."""

@@ -6,7 +6,7 @@ Shapes: D prefixes of up to P tokens, U suffixes of S tokens, G key/value heads,
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -98,11 +98,34 @@ def _rows(block: KeysValues) -> Iterator[KeysValues]:
 
 
 def _one_block(blocks: Sequence[KeysValues], size: int) -> KeysValues:
-    """Blocks one after another, with P made `size`."""
-    sized = [(_sized(keys, size), _sized(values, size)) for keys, values in blocks]
-    if len(sized) == 1:
-        return sized[0]
-    return torch.cat([keys for keys, _ in sized]), torch.cat([values for _, values in sized])
+    """Blocks one after another, with P made `size`: all at once, since of a block a day each would
+    be two launches in every layer."""
+    sides = [*zip(*blocks, strict=True)]
+    keys, values = (_stacked(side, size) for side in sides)
+    return keys, values
+
+
+def _stacked(sides: Sequence[Tensor], size: int) -> Tensor:
+    lengths = [side.shape[2] for side in sides]
+    if len({*lengths}) == 1:
+        return _sized(torch.cat([*sides]) if len(sides) > 1 else sides[0], size)
+    if torch.is_grad_enabled() or any(len(side) > 1 for side in sides):
+        # Backward a gather would add up in any order.
+        return torch.cat([_sized(side, size) for side in sides])
+    zeros = sides[0].new_zeros(sides[0].shape[1], 1, sides[0].shape[3])
+    joined = torch.cat([*(side[0] for side in sides), zeros], 1)
+    places = _places((*lengths,), size, joined.device)
+    return joined.index_select(1, places).unflatten(1, (-1, size)).transpose(0, 1)
+
+
+@lru_cache(maxsize=8)
+def _places(lengths: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """Where each of `size` places of each length is, when all are one after another, and zeros are
+    after the last: [D size] int64. Every layer asks for the same."""
+    each, offset = np.array(lengths)[:, None], np.arange(size)
+    first = np.cumsum(each)[:, None] - each
+    places = np.where(offset < each, first + offset, each.sum())
+    return torch.from_numpy(places.ravel()).to(device)
 
 
 def _sized(side: Tensor, size: int) -> Tensor:
@@ -203,6 +226,12 @@ class Pieces:
 def tile_width(tokens: int) -> int:
     """Suffixes of a tile, where they are padded to `tokens`."""
     return _TILE if tokens <= _TILED_TOKENS else 1
+
+
+def alone(side: Tensor) -> Tensor:
+    """The same numbers in memory that holds nothing else: not as a part of a larger product."""
+    storage = side.untyped_storage().nbytes()
+    return side if storage == side.numel() * side.element_size() else side.contiguous()
 
 
 def padded_up(block: Tensor, axis: int, multiple: int) -> Tensor:

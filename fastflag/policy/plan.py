@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fastflag.config import Optimizer, PlanConfig, PolicyConfig
 from fastflag.model.bnb import BLOCKSIZE
+from fastflag.model.joined import can_be
 from fastflag.model.llama import LINEARS
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.shared_prefix import KEY_MULTIPLE, padded_length, round_up, tile_width
@@ -205,7 +206,8 @@ class _Kept:
         read, asked = texts.rows * texts.tokens, texts.rows * queries
         # Linear layers keep their input, one for q, k and v, of which the last tokens' is copied.
         inputs = read + (asked if queries < texts.tokens else 0)
-        total = inputs * width * self._dtype + self._linears(read, ("k", "v"), through)
+        projected = ("k", "v") if last else ("q", "k", "v")
+        total = inputs * width * self._dtype + self._linears(read, projected, through)
         total += self._norm(read, width) if through else 0
         if model.qk_norm:
             total += self._norm(read * model.kv_heads + asked * model.heads, model.head_dim)
@@ -214,26 +216,36 @@ class _Kept:
         total += self._attention(texts, queries, last)
         # gate and up have one input; silu keeps gate, the product silu(gate) and up, down its own.
         total += self._norm(asked, width) + asked * (width + 4 * mlp) * self._dtype
-        total += self._linears(asked, ("q",), through)
-        return total + self._linears(asked, ("o", "gate", "up", "down"), through=True)
+        total += self._linears(asked, ("q",), through) if last else 0
+        for names in (("o",), ("gate", "up"), ("down",)):
+            total += self._linears(asked, names, through=True)
+        return total
 
     def _norm(self, rows: int, columns: int) -> int:
         """The input in fp32, and one over its root mean square."""
         return rows * (columns + 1) * _FP32
 
     def _linears(self, tokens: int, names: tuple[str, ...], through: bool) -> int:
-        """What linear layers keep besides their input: the matrices as they were multiplied, where
-        a gradient goes through, and LoRA's products with A and scaled B. fp32 matrices, and all on
-        a CPU, are multiplied as they lie."""
+        """What linear layers of one input keep besides it: the matrices as they were multiplied,
+        where a gradient goes through, and LoRA's products with A and scaled B. fp32 matrices, and
+        all on a CPU, are multiplied as they lie, but for joined ones."""
         shapes = layer_shapes(self.model)
-        cast = through and self.policy.dtype != "fp32" and self.policy.device != "cpu"
-        numbers = 0
-        for outputs, inputs in (shapes[f"{LINEARS[name]}.weight"] for name in names):
-            if self.policy.adaptation == "full":
-                numbers += outputs * inputs * cast
-            else:
-                numbers += self.policy.lora_rank * (tokens + inputs * cast + outputs)
-        return numbers * self._dtype
+        sides = [shapes[f"{LINEARS[name]}.weight"] for name in names]
+        outputs, inputs = sum(side[0] for side in sides), sides[0][1]
+        joined = self._joined(len(names), inputs)
+        cast = through and self.policy.device != "cpu" and (joined or self.policy.dtype != "fp32")
+        if self.policy.adaptation == "full":
+            return outputs * inputs * cast * self._dtype
+        ranks = len(names) * self.policy.lora_rank
+        of_b = outputs * (ranks if joined else self.policy.lora_rank)
+        return (ranks * (tokens + inputs * cast) + of_b) * self._dtype
+
+    def _joined(self, layers: int, inputs: int) -> bool:
+        """Whether so many adapted layers are one product (model/joined.py)."""
+        policy = self.policy
+        if policy.adaptation == "full" or policy.device == "cpu" or layers == 1:
+            return False
+        return can_be(layers, policy.lora_rank, inputs, packed=policy.adaptation == "qlora")
 
     def _attention(self, texts: _Texts, queries: int, last: bool) -> int:
         """N texts of H query heads and G key/value heads of E numbers, Q queries and K keys a text.

@@ -4,7 +4,6 @@ Shapes: D prefixes, U prompts, C width, A actions.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +15,7 @@ from fastflag.config import PolicyConfig
 from fastflag.files import InputError
 from fastflag.model import ops, packed_attention
 from fastflag.model.arithmetic import DTYPES, device_of, keep_freed_memory, name_of
-from fastflag.model.linear import adapters_cast
+from fastflag.model.joined import adapters_cast
 from fastflag.model.llama import prefix_pass, suffix_pass
 from fastflag.model.proof import choice
 from fastflag.model.recompute import Recompute
@@ -136,9 +135,9 @@ class Policy(nn.Module):
         """`evaluate` on blocks, for each row of the stage: log-probabilities and value, and the
         statistics' mean and deviation. Never waits for the device."""
         lengths = [stage.prefixes.shape[1]] * len(stage.prefixes)
-        # A kernel casts as it reads.
+        # A kernel casts as it reads, and gives the gradient unrounded.
         by_kernel = ops.lora_linear.choice(self.device).implementation == "triton"
-        with nullcontext() if by_kernel else adapters_cast(self.top, self.dtype):
+        with adapters_cast(self.top, torch.float32 if by_kernel else self.dtype):
             _, prefixes = prefix_pass(self.top, stage.prefixes, lengths, keys_values_only=True)
             last = suffix_pass(self.top, stage.suffixes, prefixes, stage.layout, last_only=True)
         features = self._normed(last).index_select(0, stage.place)

@@ -19,12 +19,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastflag import caches
 from fastflag.config import PolicyConfig
-from fastflag.model import ops
-from fastflag.model.arithmetic import DTYPES
 from fastflag.model.linear import matrix_numbers, unpacked
 from fastflag.model.llama import Block, piece_pass, prefix_pass
 from fastflag.model.shared_prefix import (
@@ -33,24 +30,28 @@ from fastflag.model.shared_prefix import (
     Pieces,
     Prefixes,
     SuffixLayout,
+    alone,
     padded_length,
+    round_up,
 )
 from fastflag.model.weights import Weights
-from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles
+from fastflag.policy.trunk_cache import TrunkCache, TrunkFiles, bits_of_a_cpu, bits_of_a_gpu
 from fastflag.prompt.prompts import PromptSet
 
 T = TypeVar("T")
 
 # Counted up when the arithmetic changes in any bit: activations kept on disk are then new.
-_ARITHMETIC = 8
+_ARITHMETIC = 9
 # Prefixes that go through together. Keys and values of 64 prefixes of 150 tokens take 205 MB on
 # SmolLM2-135M, and unpacking the matrices is a sixtieth of the work.
 _TOGETHER = 64
 # Tokens of one pass, over prefixes or texts. On a CPU 256 prompts of 14 tokens over prefixes of 150
 # keep the attention's keys and values near 100 MB a layer on SmolLM2-135M. A GPU takes as many as
-# have an MLP's numbers in so many bytes: each pass is a hundred launches a layer.
+# have an MLP's numbers in so many bytes, and prefixes of up to a multiple of so many tokens: each
+# pass is 60 to a hundred launches a layer.
 _TOKENS = 4096
 _GPU_BYTES = 2**28
+_GPU_TOKENS = 64
 _PIECE = TOKEN_MULTIPLE
 # Pieces that a text in pieces has at most. Stepped texts have 1 or 2, and attend in one go.
 _PIECES = 2
@@ -181,12 +182,14 @@ class Trunk:
 
     def _unread(self, prefixes: list[_Prefix]) -> list[_PrefixWork]:
         """Those of `prefixes` that are yet to go through, in parts of one padded length: each by
-        itself, products of 110 tokens took half as long again (2 cores, AVX2)."""
+        itself, products of 110 tokens took half as long again (2 cores, AVX2). On a GPU, where
+        launches cost more than padding, of about one length."""
         by_size: dict[int, list[_Prefix]] = {}
         for prefix in prefixes:
             if prefix.layers is None:
                 prefix.layers = []
-                by_size.setdefault(padded_length(len(prefix.tokens)), []).append(prefix)
+                size = round_up(len(prefix.tokens), _GPU_TOKENS if self._on_gpu else _PIECE)
+                by_size.setdefault(size, []).append(prefix)
         return [
             _PrefixWork(some, self._embed([prefix.tokens for prefix in some]))
             for size, alike in by_size.items()
@@ -234,16 +237,22 @@ class Trunk:
                 for some in unread:
                     lengths = [len(prefix.tokens) for prefix in some.prefixes]
                     some.hidden, [layer] = prefix_pass([block], some.hidden, lengths)
-                    for row, prefix in enumerate(some.prefixes):
-                        sides = (side[row] for side in layer.blocks[0])
-                        # On a GPU views, whose memory goes with the last one's.
-                        prefix.layers.append(tuple(s if self._on_gpu else s.clone() for s in sides))
+                    both = map(alone, layer.blocks[0]) if self._on_gpu else layer.blocks[0]
+                    for prefix, *sides in zip(some.prefixes, *both, strict=True):
+                        prefix.layers.append(self._held(prefix, *sides))
                 for some in texts:
                     attended = _read(some.prefixes, number)
                     some.hidden = piece_pass(block, some.hidden, attended, some.pieces)
         for some in unread:
             for prefix, hidden in zip(some.prefixes, some.hidden, strict=True):
                 prefix.hidden = hidden[: len(prefix.tokens)].clone()
+
+    def _held(self, prefix: _Prefix, keys: Tensor, values: Tensor) -> KeysValues:
+        """A prefix's row of what a layer made of several. On a GPU views, whose memory goes with
+        the last one's."""
+        size = padded_length(len(prefix.tokens))
+        keys, values = keys[:, :size], values[:, :size]
+        return (keys, values) if self._on_gpu else (keys.clone(), values.clone())
 
     def _ready(self, block: Block) -> AbstractContextManager:
         """Inside, the layer's matrices lie unpacked; after it too, within `unpacked`."""
@@ -311,35 +320,10 @@ def _files(
         config.trunk_weights,
         config.dtype,
         torch.__version__,
-        _bits_of_a_gpu() if device.type == "cuda" else _bits_of_a_cpu(config.dtype),
+        bits_of_a_gpu() if device.type == "cuda" else bits_of_a_cpu(config.dtype),
     )
     name = hashlib.blake2b(repr(made_by).encode(), digest_size=8).hexdigest()
     return TrunkFiles(caches.own("trunk").folder, name, config.trunk_disk_mb * 2**20, device)
-
-
-def _bits_of_a_gpu() -> tuple[object, ...]:
-    """Its kind, the libraries' version, and which kernels are taken there."""
-    taken = [op.choice(torch.device("cuda")).implementation for op in ops.OPS]
-    return torch.cuda.get_device_name(), torch.version.cuda, taken
-
-
-def _bits_of_a_cpu(dtype: str) -> tuple[str, bytes]:
-    """Its vector units, and the bits of a product and of attention in both forms, causal and with a
-    mask: units of bf16 round what others don't, and a folder of the user's may be seen by several
-    machines."""
-    random = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(64, 576, generator=random) for _ in range(2))
-    query, key, value = (torch.randn(1, 3, 144, 64, generator=random) for _ in range(3))
-    mask = torch.arange(144) < 137
-    made = (
-        ops.linear(x, weight, None, DTYPES[dtype]),
-        ops.causal_attention(query, key, value),
-        functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.expand(144, -1)),
-    )
-    digest = hashlib.blake2b(digest_size=8)
-    for numbers in made:
-        digest.update(numbers.contiguous().numpy().tobytes())
-    return torch.backends.cpu.get_cpu_capability(), digest.digest()
 
 
 def _chunks(rows: list[T], size: int) -> Iterator[list[T]]:

@@ -17,6 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
+
+from fastflag.model import ops
+from fastflag.model.arithmetic import DTYPES
 
 # Entries are written together when they reach this size, or on `flush`: a demo's days and texts are
 # thousands of entries, and a dozen files.
@@ -226,3 +230,28 @@ def _remove(path: Path) -> None:
 
 def _size(tensors: tuple[Tensor, ...]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def bits_of_a_gpu() -> tuple[object, ...]:
+    """Its kind, the libraries' version, and which kernels are taken there."""
+    taken = [op.choice(torch.device("cuda")).implementation for op in ops.OPS]
+    return torch.cuda.get_device_name(), torch.version.cuda, taken
+
+
+def bits_of_a_cpu(dtype: str) -> tuple[str, bytes]:
+    """Its vector units, and the bits of a product and of attention in both forms, causal and with a
+    mask: units of bf16 round what others don't, and a folder of the user's may be seen by several
+    machines."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(64, 576, generator=random) for _ in range(2))
+    query, key, value = (torch.randn(1, 3, 144, 64, generator=random) for _ in range(3))
+    mask = torch.arange(144) < 137
+    made = (
+        ops.linear(x, weight, None, DTYPES[dtype]),
+        ops.causal_attention(query, key, value),
+        functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.expand(144, -1)),
+    )
+    digest = hashlib.blake2b(digest_size=8)
+    for numbers in made:
+        digest.update(numbers.contiguous().numpy().tobytes())
+    return torch.backends.cpu.get_cpu_capability(), digest.digest()

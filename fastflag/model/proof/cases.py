@@ -8,7 +8,7 @@ prefixes of P tokens, U suffixes of S tokens, A actions.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,21 +16,13 @@ import torch
 from torch import Tensor
 
 from fastflag.config import PlanConfig
-from fastflag.model.arithmetic import DTYPES
+from fastflag.model.joined import can_be
 from fastflag.model.proof.exact import EXACT
 from fastflag.model.proof.key import Subject
-from fastflag.model.shared_prefix import Prefixes, SuffixLayout, round_up
+from fastflag.model.proof.maker import FEW, FP64, Maker, Tensors
+from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
-Tensors = dict[str, Tensor]
 Function = Callable[..., Any]
-
-# Around the rows of every tile that kernels/ has: 1, and one less and one more than 64 and 128.
-_FEW = (1, 63, 65, 129)
-# Numbers of a sum that are not 0, so that sums of whole numbers stay below 256, where bf16 ends:
-# of -1 and 1 in 64 places no sum exceeds 64.
-_TERMS = 64
-_FP64 = 8 * 12  # bytes of the exact results of one number: a dozen tensors with their gradients
-_NIBBLES = (0, 7, 15)  # NF4's codes of -1, 0 and 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Case:
     """Tensors that get a gradient."""
     whole: bool = False
     """Whole numbers in, and out where they are small."""
-    timed: bool = False
+    timed: bool = True
     """Part of an update; the others are tried alone."""
 
     def outputs(self, function: Function, tensors: Tensors) -> list[Tensor]:
@@ -55,73 +47,17 @@ class Case:
         return [output for output in made if output is not None]
 
 
-@dataclass(frozen=True)
-class Maker:
-    """Makes tensors: of random numbers, or of whole ones."""
-
-    subject: Subject
-    device: torch.device
-    batch: PlanConfig
-    rows: int
-    whole: bool = False
-    generator: torch.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "generator", torch.Generator(self.device).manual_seed(self.rows))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations and of products' factors."""
-        return DTYPES[self.subject.dtype]
-
-    def numbers(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        if self.whole:
-            made = self.below(3, *shape).sub_(1)
-        else:
-            made = torch.randn(shape, device=self.device, generator=self.generator).mul_(scale)
-        return made.to(dtype or self.dtype)
-
-    def factor(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A matrix of a product, [rows, columns], whose results are near 1, or small."""
-        made = self.numbers(rows, columns, dtype=dtype, scale=columns**-0.5)
-        return made.mul_(self._kept(rows, columns).to(made)) if self.whole else made
-
-    def nf4(self, rows: int, columns: int) -> Tensors:
-        """A matrix in NF4."""
-        count = round_up(rows * columns, 64)
-        if self.whole:
-            codes = torch.tensor(_NIBBLES, dtype=torch.uint8, device=self.device)
-            signs = self.below(3, count).sub_(1)
-            signs[: rows * columns].mul_(self._kept(rows, columns).flatten().long())
-            high, low = codes[signs + 1].view(-1, 2).unbind(-1)
-            absmax = torch.ones(count // 64, device=self.device)
-            return {"weight": high << 4 | low, "absmax": absmax}
-        random = torch.rand(count // 64, device=self.device, generator=self.generator)
-        absmax = (random + 0.5) * columns**-0.5
-        return {"weight": self.below(256, count // 2).to(torch.uint8), "absmax": absmax}
-
-    def below(self, limit: int, *shape: int) -> Tensor:
-        """Whole numbers from 0, int64."""
-        return torch.randint(limit, shape, device=self.device, generator=self.generator)
-
-    def heads(self, count: int, number: int, tokens: int) -> Tensor:
-        """[count, number, tokens, E] as a linear layer's output is laid out."""
-        return self.numbers(count, tokens, number, self.subject.head_dim).transpose(1, 2)
-
-    def _kept(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns], 1 in 64 places of each row and of each column at most, on average."""
-        share = min(_TERMS / max(rows, columns), 1.0)
-        return torch.rand(rows, columns, device=self.device, generator=self.generator) < share
-
-
-def cases(op: str, subject: Subject, batch: PlanConfig, device: torch.device) -> Iterator[Case]:
-    """Of an op, one after another, since each may take a part of the memory."""
+def cases(
+    op: str, subject: Subject, batch: PlanConfig, device: torch.device, memory: int = 0
+) -> Iterator[Case]:
+    """Of an op, one after another, since each may take a part of the memory. Of its bytes a half
+    may be held by prefixes longer than the batch's."""
     rows = batch.days * batch.texts * batch.suffix_tokens
     for whole in (False, True) if op in _ADD_AND_MULTIPLY else (False,):
-        for count in (*(few for few in _FEW if few < rows), rows):
-            maker = Maker(subject, device, batch, count, whole)
+        for count in (*(few for few in FEW if few < rows), rows):
+            maker = Maker(subject, device, batch, count, whole, memory)
             for case in _MADE[op](maker):
-                timed = count == rows and not whole
+                timed = case.timed and count == rows and not whole
                 told = f"{case.what}, {count} rows" + (", whole numbers" if whole else "")
                 yield replace(case, what=told.strip(", "), whole=whole, timed=timed)
 
@@ -129,7 +65,7 @@ def cases(op: str, subject: Subject, batch: PlanConfig, device: torch.device) ->
 def fitting(batch: PlanConfig, subject: Subject, memory: int) -> PlanConfig:
     """The batch with as many days as the exact results have room for in half of `memory` bytes."""
     wide = max(subject.mlp_width, 2 * subject.width, 2 * subject.heads * subject.head_dim)
-    day = batch.texts * batch.suffix_tokens * wide * _FP64
+    day = batch.texts * batch.suffix_tokens * wide * FP64
     return replace(batch, days=max(1, min(batch.days, memory // 2 // day)))
 
 
@@ -197,29 +133,32 @@ def _swiglu(make: Maker) -> Iterator[Case]:
     yield Case("", {"gate": gate, "up": up}, **called, trained=("gate", "up"))
 
 
-def _matrices(subject: Subject) -> dict[str, tuple[int, int]]:
-    """The layer's kinds of matrices, [outputs, inputs] of each."""
+def _matrices(subject: Subject, rank: int, packed: bool) -> dict[str, tuple[int, int, int]]:
+    """The kinds of matrices that a GPU multiplies with: outputs, inputs, and the rank of all
+    adapters, of `rank` each, of those that are joined (model/joined.py)."""
     queries, keys = (heads * subject.head_dim for heads in (subject.heads, subject.kv_heads))
-    return {
-        "q": (queries, subject.width),
-        "k": (keys, subject.width),
-        "o": (subject.width, queries),
-        "gate": (subject.mlp_width, subject.width),
-        "down": (subject.width, subject.mlp_width),
-    }
+    width, wide = subject.width, subject.mlp_width
+    groups = {"q_k_v": (queries, keys, keys), "k_v": (keys, keys), "gate_up": (wide, wide)}
+    found = {"q": (queries, width, rank)}
+    for name, outputs in groups.items():
+        if can_be(len(outputs), rank, width, packed):
+            found[name] = (sum(outputs), width, len(outputs) * rank)
+        else:
+            found[name[name.rfind("_") + 1 :]] = (outputs[-1], width, rank)
+    return found | {"o": (width, queries, rank), "down": (width, wide, rank)}
 
 
 def _nf4_dequantise(make: Maker) -> Iterator[Case]:
     """There are no rows: once."""
-    if make.rows != 1 and make.rows in _FEW:
+    if make.rows != 1 and make.rows in FEW:
         return
-    for name, shape in _matrices(make.subject).items():
+    for name, (*shape, _) in _matrices(make.subject, 0, packed=True).items():
         called = _plain("nf4_dequantise", "weight", "absmax", shape=shape, dtype=make.dtype)
         yield Case(name, make.nf4(*shape), **called)
 
 
 def _nf4_linear(make: Maker) -> Iterator[Case]:
-    for name, (outputs, inputs) in _matrices(make.subject).items():
+    for name, (outputs, inputs, _) in _matrices(make.subject, 0, packed=True).items():
         tensors = {"x": make.numbers(make.rows, inputs), **make.nf4(outputs, inputs)}
         called = _plain("nf4_linear", "x", "weight", "absmax", outputs=outputs, dtype=make.dtype)
         yield Case(name, tensors, **called, trained=("x",))
@@ -227,9 +166,9 @@ def _nf4_linear(make: Maker) -> Iterator[Case]:
 
 def _lora_linear(make: Maker) -> Iterator[Case]:
     """Over the kind of matrix that the model is trained with."""
-    rank, single = make.subject.lora_rank, {"dtype": torch.float32}
-    for name, (outputs, inputs) in _matrices(make.subject).items():
-        packed = make.subject.adaptation == "qlora"
+    packed, single = make.subject.adaptation == "qlora", {"dtype": torch.float32}
+    matrices = _matrices(make.subject, make.subject.lora_rank, packed)
+    for name, (outputs, inputs, rank) in matrices.items():
         tensors = {
             "x": make.numbers(make.rows, inputs),
             **(make.nf4(outputs, inputs) if packed else {"weight": make.factor(outputs, inputs)}),
@@ -241,13 +180,36 @@ def _lora_linear(make: Maker) -> Iterator[Case]:
         yield Case(name, tensors, **called, trained=("x", "a", "b"))
 
 
+def _causal_attention(make: Maker) -> Iterator[Case]:
+    """An update's prefixes; and one of few tokens, and of many."""
+    count, tokens = make.batch.days, make.batch.prefix_tokens
+    sizes = [(2, make.rows)] if make.rows in FEW else [(count, tokens)]
+    for number, (rows, size) in enumerate([*sizes, *((1, long) for long in make.long())]):
+        query, key, value = (
+            make.heads(rows, heads, size)
+            for heads in (make.subject.heads, make.subject.kv_heads, make.subject.kv_heads)
+        )
+        tensors = {"query": query, "key": key, "value": value}
+        called = _plain("causal_attention", *tensors)
+        yield Case(f"{size} tokens", tensors, **called, trained=(*tensors,), timed=not number)
+
+
 def _prefix_attention(make: Maker) -> Iterator[Case]:
-    """Prefixes of several lengths, one of them empty; every token of a suffix, and its last one."""
-    tokens, longest = make.batch.suffix_tokens, make.batch.prefix_tokens
+    """Prefixes of several lengths, one of them empty; every token of a suffix, and its last one. An
+    update's suffixes, and a few after long prefixes."""
+    yield from _after_prefixes(make, make.batch.prefix_tokens)
+    for tokens in make.long():
+        few = replace(make, rows=8 * make.batch.suffix_tokens)
+        for case in _after_prefixes(few, tokens):
+            yield replace(case, what=f"{case.what} after {tokens}", timed=False)
+
+
+def _after_prefixes(make: Maker, longest: int) -> Iterator[Case]:
+    tokens = make.batch.suffix_tokens
     suffixes = max(make.rows // tokens, 1)
     prefixes = max(min(suffixes // make.batch.texts, make.batch.days), 2)
     lengths = torch.linspace(0, longest, prefixes).long()
-    if make.rows not in _FEW:  # an update's are all about as long
+    if make.rows not in FEW:  # an update's are all about as long
         lengths = lengths // 8 + longest - longest // 8
     counts = torch.full((prefixes,), suffixes // prefixes)
     counts[-1] += suffixes - int(counts.sum())
@@ -315,6 +277,7 @@ _MADE: dict[str, Callable[[Maker], Iterator[Case]]] = {
     "add_rms_norm": _add_rms_norm,
     "rotate": _rotate,
     "swiglu": _swiglu,
+    "causal_attention": _causal_attention,
     "prefix_attention": _prefix_attention,
     "action_terms": _action_terms,
 }

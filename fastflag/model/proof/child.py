@@ -100,7 +100,7 @@ def prove_op(op: str, request: Request, device: Device, tell: Tell) -> Verdict:
     errors = dict.fromkeys(others, 0.0)
     samples: dict[str, list[Times]] = {name: [] for name in functions}
     batch = fitting(request.batch, request.subject, device.memory)
-    for case in cases(op, request.subject, batch, device.torch):
+    for case in cases(op, request.subject, batch, device.torch, device.memory):
         tell({"begin": op, "implementation": "torch", "case": case.what})
         trial = Trial(case, functions["torch"], device)
         for name in [name for name in others if name not in found]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastflag.model.shared_prefix import Prefixes, SuffixLayout
 
@@ -70,6 +71,27 @@ def rotate(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Some queries after others, whose scores are computed again in the backward pass: those of
+    10,000 tokens would not be held."""
+    groups, tokens = key.shape[1], query.shape[2]
+    shared = query.unflatten(1, (groups, -1)) * query.shape[-1] ** -0.5
+    place = torch.arange(tokens, device=query.device)
+
+    def some(first: int) -> Tensor:
+        rows = slice(first, first + _QUERIES)
+        scores = torch.einsum("nghqe,ngke->nghqk", shared[..., rows, :], key)
+        hidden = place > place[rows, None]
+        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("nghqk,ngke->nghqe", probabilities, value)
+
+    parts = [checkpoint(some, first, use_reentrant=False) for first in range(0, tokens, _QUERIES)]
+    return torch.cat(parts, 3).flatten(1, 2)
+
+
+_QUERIES = 512
 
 
 def prefix_attention(
@@ -135,6 +157,7 @@ EXACT: Mapping[str, Callable[..., Any]] = {
     "add_rms_norm": add_rms_norm,
     "rotate": rotate,
     "swiglu": swiglu,
+    "causal_attention": causal_attention,
     "prefix_attention": prefix_attention,
     "action_terms": action_terms,
 }

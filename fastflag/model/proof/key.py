@@ -21,6 +21,7 @@ from fastflag.model.proof.gpu import Gpu
 
 # Variables that change what Triton compiles, or by what; where it keeps it changes nothing.
 _TRITON = "TRITON_"
+_FLASH = ("flash_attn", "flash_attn_3", "flash_attn_4")  # packages of model/flash.py's functions
 _PLACES = ("TRITON_HOME", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_OVERRIDE_DIR")
 
 
@@ -92,7 +93,7 @@ class Surroundings:
             cudnn=str(torch.backends.cudnn.version()),
             triton=_version("triton"),
             ptxas=_ptxas(gpu.capability),
-            flash_attn=_version("flash_attn"),
+            flash_attn=" ".join(map(_version, _FLASH)),
             bitsandbytes=_version("bitsandbytes"),
             kernels=digest_of_sources(ops.KERNELS),
             model=digest_of_sources(Path(ops.__file__).parent),

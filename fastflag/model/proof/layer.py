@@ -102,8 +102,8 @@ def _work(request: Request, device: Device) -> Callable[[], Work]:
     gradients of its parameters."""
     subject, batch = request.subject, request.batch
     dtype = DTYPES[subject.dtype]
-    block = Block(
-        random_weights(subject, 1, 64), 0, dtype, device.torch, _factory(subject, device.torch)
+    block = Block(  # not a model's last, which has no one product of queries, keys and values
+        random_weights(subject, 2, 64), 0, dtype, device.torch, _factory(subject, device.torch)
     )
     like = {"device": device.torch, "dtype": torch.float32}
     prefixes = torch.randn(batch.days, batch.prefix_tokens, subject.width, **like)
