@@ -96,7 +96,7 @@ WAYS = [
 def test_a_replayed_step_is_the_launched_one_to_the_bit(tiny_model, monkeypatch, changes):
     """Where the samples fill the graph's room; of more room only sums' order is another."""
     monkeypatch.setattr(step, "_room", lambda count, condensed: count)
-    monkeypatch.setattr(step.GraphedStep, "takes", lambda own, *_: own.room == _[-1])
+    monkeypatch.setattr(step.GraphedStep, "takes", lambda own, *asked: own.room == asked[-1])
     tape = Tape()
     optimizer = changes.get("algorithm__optimizer", "fused")
     launched, replayed = (
