@@ -40,7 +40,7 @@ class Samples(Generic[Column]):
     target_spread: Column
     old_log_probability: Column  # of the action, when it was sampled
     before: Before
-    # Of all samples that these are taken from; a scalar tensor where a graph reads it.
+    # Of all samples that these are taken from; a scalar tensor in fp64 where a graph reads it.
     mean_weight: float | Tensor = 1.0
 
     def __len__(self) -> int:
@@ -70,7 +70,8 @@ class Samples(Generic[Column]):
 
     def share(self: "Samples[Tensor]", sums: Tensor) -> Tensor:
         """As `mean`, of what is already multiplied by the weights, [N]."""
-        return sums.sum() / (len(sums) * self.mean_weight)
+        total = len(sums) * self.mean_weight
+        return sums.sum() / (total.to(sums.dtype) if isinstance(total, Tensor) else total)
 
     @staticmethod
     def joined(parts: Sequence["Samples[np.ndarray]"]) -> "Samples[np.ndarray]":

@@ -187,7 +187,7 @@ class _Static:
         self._indices = torch.zeros(2, room, dtype=torch.int64, device=device)
         self._numbers = torch.zeros(6, room, device=device)
         before = Before(torch.zeros(rows, device=device), torch.zeros(rows, actions, device=device))
-        self._mean_weight = torch.ones((), device=device)
+        self._mean_weight = torch.ones((), dtype=torch.float64, device=device)
         columns: list[Any] = [*self._indices, *self._numbers, before, self._mean_weight]
         self.samples: Samples[Tensor] = Samples(*columns)
 
