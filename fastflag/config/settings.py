@@ -166,9 +166,9 @@ class PolicyConfig(Checked):
     device: Device = "auto"
     """Where the policy runs; auto: a CUDA GPU where there is one."""
     kernels: str = "auto"
-    """Triton kernels that a GPU takes: auto, those that a proof found right and faster there
-    (`fastflag doctor --prove`, and training by itself where it is worth it); torch, none; or a
-    list, triton:rms_norm,swiglu. Kept for the run."""
+    """Implementations that a GPU takes beside PyTorch's: auto, those that a proof found right and
+    faster there (`fastflag doctor --prove`, and training by itself where it is worth it); torch,
+    none; or lists, "triton:rms_norm,swiglu flash-attn:causal_attention". Kept for the run."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Whether a GPU replays evaluations and gradient steps as CUDA graphs; auto: where a proof
     found it faster. Kept for the run."""

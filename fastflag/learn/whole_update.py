@@ -16,13 +16,13 @@ from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.learn.whole_lesson import whole_lesson
 from fastflag.model.arithmetic import name_of
 from fastflag.model.ops import Choice
-from fastflag.model.proof.child import Request, Tell, added_up, today
-from fastflag.model.proof.choice import GRAPHS, written
+from fastflag.model.proof.child import Request, Tell, added_up
+from fastflag.model.proof.choice import written
 from fastflag.model.proof.clock import Sample, Times
 from fastflag.model.proof.devices import Device
 from fastflag.model.proof.layer import CHOSEN, LAYER, chosen_by, random_weights
 from fastflag.model.proof.speed import FASTER, faster
-from fastflag.model.proof.verdicts import Found, Outcome, Verdict
+from fastflag.model.proof.verdicts import GRAPHS, Found, Outcome, Verdict, refused, today
 from fastflag.policy.table import Policy
 
 _VOCABULARY = 1024
@@ -73,8 +73,7 @@ def prove_graphs(request: Request, device: Device, tell: Tell) -> Verdict:
 
 
 def _refused(outcome: Outcome, why: str) -> Verdict:
-    found = {"off": Found("right"), "on": Found(outcome, why)}
-    return Verdict(GRAPHS, "off", "off", f"on {outcome}", found, today())
+    return refused(GRAPHS, {"off": Found("right"), "on": Found(outcome, why)})
 
 
 def _itself(work: Callable[[], Any]) -> Callable[[], Any]:

@@ -5,7 +5,6 @@ Whatever else writes to its stdout goes to stderr.
 """
 
 import dataclasses
-import datetime
 import gc
 import json
 import os
@@ -25,7 +24,7 @@ from fastflag.model.proof.devices import Cpu, Cuda, Device
 from fastflag.model.proof.key import Subject
 from fastflag.model.proof.speed import Timed, fastest
 from fastflag.model.proof.trial import Trial
-from fastflag.model.proof.verdicts import Found, Verdict, verdict_of
+from fastflag.model.proof.verdicts import Found, Verdict, refused, today, verdict_of
 from fastflag.model.recompute import ran_out
 
 Tell = Callable[[dict[str, Any]], None]
@@ -86,8 +85,10 @@ def serve(request: Request, tell: Tell, others: Mapping[str, Prove]) -> None:
     device: Device = Cuda() if request.device == "cuda" else Cpu()
     for op in request.ops:
         tell({"begin": op, "implementation": ""})
-        prove = others.get(op, partial(prove_op, op))
-        verdict = prove(request, device, tell)
+        if op in others and (ended := request.failed.get(op)):
+            verdict = refused(op, ended)
+        else:
+            verdict = others.get(op, partial(prove_op, op))(request, device, tell)
         request = dataclasses.replace(request, verdicts=(*request.verdicts, verdict))
         tell({"verdict": dataclasses.asdict(verdict)})
 
@@ -162,8 +163,7 @@ def _verdict(
         error = errors.get(name, 1.0)
         found[name] = Found("right", "", error, device and float(device), host and float(host))
     if len(timed) < 2:
-        refused = [f"{name} {one.outcome}" for name, one in found.items() if one.why]
-        return Verdict(op, "torch", "torch", ", ".join(refused) or "alone", found, today())
+        return refused(op, found)
     (launched, gain), (replayed, alone) = (fastest(timed, way) for way in (False, True))
     if launched == replayed == "torch":
         reason = "none is faster"
@@ -172,10 +172,6 @@ def _verdict(
     else:
         reason = f"{launched} is {gain:.2f} times as fast"
     return Verdict(op, launched, replayed, reason, found, today())
-
-
-def today() -> str:
-    return datetime.date.today().isoformat()
 
 
 def _one_line(error: Exception) -> str:

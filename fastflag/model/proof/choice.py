@@ -6,9 +6,8 @@ from fastflag.files import InputError
 from fastflag.model import ops
 from fastflag.model.ops import Choice
 from fastflag.model.proof.layer import CHOSEN, LAYER
-from fastflag.model.proof.verdicts import Found, Verdict, Verdicts
+from fastflag.model.proof.verdicts import GRAPHS, Found, Verdict, Verdicts
 
-GRAPHS = "graphs"
 KEPT = "as the run began"
 _PROVE = "`fastflag doctor --prove` does it"
 

@@ -19,10 +19,13 @@ from fastflag.model import ops
 from fastflag.model.model_config import ModelConfig
 from fastflag.model.proof.gpu import Gpu
 
+_FLASH = ("flash_attn", "flash_attn_3", "flash_attn_4")  # packages of model/flash.py's functions
 # Variables that change what Triton compiles, or by what; where it keeps it changes nothing.
 _TRITON = "TRITON_"
-_FLASH = ("flash_attn", "flash_attn_3", "flash_attn_4")  # packages of model/flash.py's functions
 _PLACES = ("TRITON_HOME", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "TRITON_OVERRIDE_DIR")
+
+
+_PACKAGE = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Surroundings:
     """Digest of kernels/."""
     model: str
     """Digest of fastflag/model/: PyTorch's side of each comparison, and the judge."""
+    update: str
+    """Digests of fastflag/policy/ and learn/: what graphs hold."""
     flags: str
 
     @staticmethod
@@ -97,6 +102,7 @@ class Surroundings:
             bitsandbytes=_version("bitsandbytes"),
             kernels=digest_of_sources(ops.KERNELS),
             model=digest_of_sources(Path(ops.__file__).parent),
+            update=" ".join(digest_of_sources(_PACKAGE / room) for room in ("policy", "learn")),
             flags=json.dumps(_flags(), sort_keys=True),
         )
 

@@ -26,7 +26,6 @@ from fastflag.model.weights import Weights, expected_shapes
 
 CHOSEN = "chosen"
 LAYER = "layer"
-_NO_SLOWER = 1.0
 
 
 def confirm(request: Request, device: Device, tell: Tell) -> Verdict:
@@ -44,7 +43,7 @@ def confirm(request: Request, device: Device, tell: Tell) -> Verdict:
         tell({"begin": LAYER, "implementation": CHOSEN, "case": way})
         timed = _timed(work, chosen, way == "replayed", request, device)
         gain = faster(timed[CHOSEN], timed["torch"], way == "replayed")
-        taken[way] = CHOSEN if gain >= _NO_SLOWER else "torch"
+        taken[way] = CHOSEN if gain else "torch"
         told.append(f"{way} it is {gain:.2f} times as fast" if gain else f"{way} it is no faster")
         for name, one in timed.items():
             middle = (float(sorted(side)[len(side) // 2]) for side in (one.device, one.host))

@@ -17,7 +17,7 @@ from typing import Any
 
 import fastflag
 from fastflag.model.proof.child import Request
-from fastflag.model.proof.verdicts import Found, Verdict, verdict_of
+from fastflag.model.proof.verdicts import NONE, Found, Verdict, refused, verdict_of
 
 SILENCE = 60.0
 """Seconds without a line, after which the child counts as hanging."""
@@ -80,7 +80,7 @@ def prove(
             yield GivenUp((*left,), f"the child {why}")
             return
         # PyTorch's own, or the preparation: there is nothing to leave out another time.
-        if begun.implementation in ("", "torch"):
+        if begun.implementation in ("", *NONE):
             left.remove(begun.op)
             yield GivenUp((begun.op,), f"the child {why} in PyTorch's own part")
         else:
@@ -97,8 +97,14 @@ def _condemned(failed: dict[str, dict[str, Found]], left: list[str]) -> Iterator
     """Ops that ended a child and are not begun again take PyTorch's."""
     for op in [op for op in left if failed.get(op)]:
         left.remove(op)
-        reason = ", ".join(f"{name} {found.outcome}" for name, found in failed[op].items())
-        yield Verdict(op, "torch", "torch", reason, failed[op], time.strftime("%Y-%m-%d"))
+        yield refused(op, failed[op])
+
+
+def _environment() -> dict[str, str]:
+    """This process's, but for what it asks for: a proof compares all there is."""
+    asked = ("FASTFLAG_KERNELS", "FASTFLAG_GRAPHS")
+    kept = {name: value for name, value in os.environ.items() if name not in asked}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, _places()))}
 
 
 class _Child:
@@ -108,7 +114,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, _places()))},
+            env=_environment(),
             start_new_session=True,
         )
         self._said = b""

@@ -7,7 +7,7 @@ import numpy as np
 
 FASTER = 1.05
 """Times as fast as PyTorch's that an implementation has to be."""
-_LEAST = 20  # percentile of the rounds in which it is no slower
+_LEAST = 20  # percentile of the rounds' ratios that must be above 1
 
 
 @dataclass(frozen=True)

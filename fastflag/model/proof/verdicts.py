@@ -5,6 +5,7 @@ What can't be read counts as not there. What failed is kept as well, and shown.
 """
 
 import dataclasses
+import datetime
 import fcntl
 import json
 import logging
@@ -22,6 +23,10 @@ from fastflag.model.proof.key import Subject, Surroundings, facts, key
 
 Outcome = Literal["right", "wrong", "failed", "faulted", "silent"]
 """right; wrong numbers; it raised an error; its process died; its process said nothing for long."""
+
+GRAPHS = "graphs"
+NONE = ("torch", "off")
+"""What is taken where nothing else is: PyTorch's implementations, and no graphs."""
 
 _LOG = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.5
@@ -55,6 +60,18 @@ class Verdict:
     found: Mapping[str, Found] = field(default_factory=dict)
     when: str = ""
     """The day, 2026-11-29."""
+
+
+def refused(op: str, found: Mapping[str, Found]) -> Verdict:
+    """An op of which everything that was tried is refused."""
+    plain, off = NONE
+    taken = off if op == GRAPHS else plain
+    reason = ", ".join(f"{name} {one.outcome}" for name, one in found.items() if one.why)
+    return Verdict(op, taken, taken, reason or "alone", found, today())
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
 
 
 class Verdicts:
