@@ -15,7 +15,8 @@ from fastflag.model.proof.cases import OPS, cases, fitting
 from fastflag.model.proof.child import Request, prove_op
 from fastflag.model.proof.devices import Cpu
 from fastflag.model.proof.key import Subject
-from fastflag.model.proof.verdicts import Found
+from fastflag.model.proof.layer import CHOSEN, LAYER
+from fastflag.model.proof.verdicts import GRAPHS, Found
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,6 +198,21 @@ def test_what_ended_a_child_is_not_tried_again(monkeypatch):
     verdict = proved(failed={"swiglu": {"triton": fault}})
     assert verdict.launched == "torch" and verdict.found["triton"] == fault
     assert verdict.reason == "triton faulted"
+
+
+def test_what_ended_a_child_by_a_layer_or_graphs_is_not_tried_again():
+    fault = Found("silent", "said nothing for 60 s")
+    failed = {LAYER: {CHOSEN: fault}, GRAPHS: {"on": fault}}
+    request = Request(SUBJECT, (LAYER, GRAPHS), BATCH, "cpu", failed=failed)
+    told = []
+    others = {op: lambda *_: pytest.fail("tried") for op in (LAYER, GRAPHS)}
+    child.serve(request, told.append, others)
+    verdicts = [one["verdict"] for one in told if "verdict" in one]
+    assert [(one["launched"], one["replayed"]) for one in verdicts] == [
+        ("torch", "torch"),
+        ("off", "off"),
+    ]
+    assert [one["reason"] for one in verdicts] == ["chosen silent", "on silent"]
 
 
 def test_what_it_begins_is_told_first(monkeypatch):

@@ -93,6 +93,14 @@ def _other_model_sources(patch, folder):
     patch.setattr(ops, "__file__", str(copied / "ops.py"))
 
 
+def _other_update_sources(patch, folder):
+    for room in ("policy", "learn"):
+        shutil.copytree(key_module._PACKAGE / room, folder / room)
+    with (folder / "learn" / "step.py").open("a") as file:
+        file.write("\n")
+    patch.setattr(key_module, "_PACKAGE", folder)
+
+
 def _other_ptxas(patch, folder):
     patch.setattr(ops, "assembler", lambda architecture: ops.Assembler("/bin/ptxas", "13.1.80"))
 
@@ -108,6 +116,7 @@ CAUSES = {
     "ptxas": _other_ptxas,
     "a kernel": _other_kernels,
     "PyTorch's side": _other_model_sources,
+    "an update": _other_update_sources,
     "tf32": _set_flag("allow_tf32"),
     "cuDNN's tf32": lambda patch, folder: patch.setattr(
         torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32

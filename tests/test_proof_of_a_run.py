@@ -295,6 +295,10 @@ def test_a_run_keeps_what_it_began_with(tiny_model, with_gpu, tmp_path, monkeypa
     # A new run takes what holds now.
     fresh = with_implementations(config, prove_for(config, model, 0, no_bar))
     assert (fresh.policy.kernels, fresh.policy.graphs) == ("triton:rms_norm", "on")
+    # With a budget nothing is replayed, and what is launched counts.
+    bounded = config_of(tiny_model, policy__memory_budget=8)
+    bounded = with_implementations(bounded, prove_for(bounded, model, 0, no_bar))
+    assert (bounded.policy.kernels, bounded.policy.graphs) == ("triton:rms_norm", "off")
     # Named ones are taken, and kept from then on.
     other = dataclasses.replace(
         again, policy=dataclasses.replace(again.policy, kernels="torch", graphs="off")
@@ -334,7 +338,7 @@ def test_a_run_of_before_had_pytorchs(tmp_path):
 def test_the_work_ahead_is_of_updates_and_layers(tiny_model):
     model = open_config(str(tiny_model))
     one = seconds_ahead(config_of(tiny_model, 10), model, 0)
-    assert one == pytest.approx(10 * 500 * 5e-6)  # by launches: the model is tiny
+    assert one == pytest.approx(10 * 198 * 5e-6)  # by launches: the model is tiny
     assert seconds_ahead(config_of(tiny_model, 10), model, 5) == pytest.approx(one / 2)
     twice = config_of(tiny_model, 10, algorithm__update_epochs=2)
     assert seconds_ahead(twice, model, 0) == pytest.approx(2 * one)

@@ -187,6 +187,16 @@ def test_nothing_of_a_child_is_left(tmp_path, end):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_child_hears_no_wish_of_the_environment(monkeypatch):
+    """With FASTFLAG_GRAPHS=on both ways of an update would be replayed."""
+    for name in ("FASTFLAG_KERNELS", "FASTFLAG_GRAPHS"):
+        monkeypatch.setenv(name, "triton" if name.endswith("KERNELS") else "on")
+    start = "told = [name for name in os.environ if name.startswith('FASTFLAG_')]; assert not told"
+    monkeypatch.setenv("HEARD", "1")
+    verdicts, given_up = told_by("pass", start=f"{start}; assert os.environ['HEARD'] == '1'")
+    assert [*verdicts] == [*OPS] and not given_up
+
+
 def test_a_request_is_read_as_it_was_written():
     verdict = Verdict("rms_norm", "triton", "triton", "faster", {"torch": Found("right")})
     request = Request(

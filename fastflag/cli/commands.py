@@ -175,8 +175,8 @@ class Doctor:
     plan: Switch = False
     """What training takes of a GPU's memory instead, by part: in MiB, or with --json in bytes."""
     prove: Switch = False
-    """First have Triton's kernels prove themselves on this GPU, for the model below: right, then
-    faster. What they proved is kept until a driver, a library or a kernel changes."""
+    """First have kernels and CUDA graphs prove themselves on this GPU, for the model below: right,
+    then faster. What they proved is kept until a driver, a library or a kernel changes."""
     forget: Switch = False
     """First forget what kernels proved."""
     policy: tyro.conf.OmitArgPrefixes[PolicyConfig] = field(default_factory=PolicyConfig)

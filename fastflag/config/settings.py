@@ -171,7 +171,8 @@ class PolicyConfig(Checked):
     none; or lists, "triton:rms_norm,swiglu flash-attn:causal_attention". Kept for the run."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Whether a GPU replays evaluations and gradient steps as CUDA graphs; auto: where a proof
-    found it faster. Kept for the run."""
+    found it faster. Never with --memory-budget, since each graph keeps an evaluation. Kept for the
+    run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,8 @@
 """Epochs, minibatches, clipping, optimiser: one lesson in, a better policy out.
 
-No gradient step waits for the device: what it measured is read when all are launched.
+No gradient step of fused AdamW waits for the device: what it measured is read when all are
+launched. An optimiser that is not fused waits for the gradient's norm (step.py), and a target of
+the divergence for each epoch's.
 """
 
 import math
@@ -102,8 +104,8 @@ def update(
         means["grad_norm"] = float(np.mean(norms or [0.0]))
         means["skipped_steps"] = float(len(columns["grad_norm"]) - len(norms))
         means["gradient_scale"] = float(policy.scale.value)
-    first, last = columns["ratio_min"][0], columns["ratio_max"][0]
-    means["first_ratio_error"] = max(1 - first, last - 1)
+    lowest, highest = columns["ratio_min"][0], columns["ratio_max"][0]
+    means["first_ratio_error"] = max(1 - lowest, highest - 1)
     means["explained_variance"] = _explained(samples)
     return means
 

@@ -1,4 +1,5 @@
-"""Every op a layer needs, by one name. Triton or PyTorch is chosen here, once, with the reason.
+"""Every op a layer needs, by one name. PyTorch's, Triton's or flash-attn's implementation is chosen
+here, once, with the reason.
 
 A Triton kernel is taken on a GPU where a proof found it right and faster than PyTorch's there
 (model/proof), and a run keeps what it began with (`settle`). FASTFLAG_KERNELS=triton takes every
