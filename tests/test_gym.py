@@ -7,28 +7,15 @@ import numpy as np
 import oracles
 import portfolio_oracle
 import pytest
+from gym_small import IDS, PORTFOLIO, SINGLE, env_of, settings_of
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AutoresetMode
+from hypothesis import given
+from hypothesis import strategies as st
 
-import fastflag.gym  # noqa: F401, registers the environments
-from fastflag.config import PortfolioConfig, SimulatorConfig
 from fastflag.files import InputError
 from fastflag.market.planted import planted_market
-
-IDS = ("FastFLAG/Single-v0", "FastFLAG/Portfolio-v0")
-
-
-def settings_of(name, seed=0, horizon=7, **changes):
-    """A market with every nuisance, and short episodes."""
-    market = portfolio_oracle.random_market(seed, 3, days=40)
-    if "Single" in name:
-        return {"market": market, "rules": SimulatorConfig(horizon=horizon, **changes)}
-    return {"market": market, "rules": PortfolioConfig(**changes), "horizon": horizon}
-
-
-def env_of(name, **settings):
-    return gymnasium.make(name, **settings).unwrapped
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -48,9 +35,7 @@ def test_environment_i_is_the_single_one_with_its_seed(name, mode):
     """Beside Gymnasium's own loop over single ones, in everything, to the bit. Ruin ends some."""
     settings = settings_of(name, reward="log_return", fee_bps=50.0, ruin=0.9)
     ours = gymnasium.make_vec(name, 5, autoreset_mode=mode, **settings)
-    theirs = gymnasium.make_vec(
-        name, 5, "sync", vector_kwargs={"autoreset_mode": mode}, **settings
-    )
+    theirs = gymnasium.make_vec(name, 5, "sync", vector_kwargs={"autoreset_mode": mode}, **settings)
     assert ours.metadata["autoreset_mode"] is mode
     assert ours.observation_space == theirs.observation_space
     assert ours.action_space == theirs.action_space
@@ -88,8 +73,8 @@ def test_an_episode_that_is_over_needs_a_reset(name):
 @pytest.mark.parametrize("positions", ["long_flat", "long_short"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_single_episode_is_the_slow_twins(fill, positions, seed):
-    settings = settings_of(IDS[0], seed, fill=fill, positions=positions, horizon=20)
-    env = env_of(IDS[0], **settings)
+    settings = settings_of(SINGLE, seed, fill=fill, positions=positions, horizon=20)
+    env = env_of(SINGLE, **settings)
     bars, span = env.view.task.bars, env.view.spans
     random, moments = np.random.default_rng(seed), set()
     for _ in range(4):
@@ -116,8 +101,8 @@ def test_a_single_episode_is_the_slow_twins(fill, positions, seed):
 @pytest.mark.parametrize("positions", ["long_only", "long_short"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_portfolios_episode_is_the_slow_twins(positions, seed):
-    settings = settings_of(IDS[1], seed, positions=positions, horizon=20)
-    env = env_of(IDS[1], **settings)
+    settings = settings_of(PORTFOLIO, seed, positions=positions, horizon=20)
+    env = env_of(PORTFOLIO, **settings)
     names, random = env.view.task.actions, np.random.default_rng(seed)
     for _ in range(2):
         _, info = env.reset(seed=seed)
@@ -144,7 +129,7 @@ def test_bad_input_is_one_line(name):
         gymnasium.make(name, market="moon:AAPL")
     envs = gymnasium.make_vec(name, 3, **settings)
     for options in ({"mask": 1}, {"reset_mask": [True] * 3}, {"reset_mask": np.zeros(3, bool)}):
-        with pytest.raises(ValueError, match="reset_mask|unknown options"):
+        with pytest.raises(ValueError, match=r"reset_mask|unknown options"):
             envs.reset(options=options)
     with pytest.raises(ValueError, match="2 seeds for 3"):
         envs.reset(seed=[1, 2])
@@ -153,3 +138,47 @@ def test_bad_input_is_one_line(name):
         envs.step(np.zeros(2, int))
     with pytest.raises(ValueError, match="actions must lie in"):
         envs.step(np.full_like(envs.action_space.sample(), 9))
+
+
+@given(st.sampled_from(IDS), st.integers(0, 10**6), st.booleans())
+def test_a_masked_action_is_no_action(name, seed, long_short):
+    """Whatever is forbidden leaves the same numbers as Hold or Keep, in the same place."""
+    positions = "long_short" if long_short else "long_flat" if name == SINGLE else "long_only"
+    settings = settings_of(name, seed, positions=positions)
+    envs = [env_of(name, **settings) for _ in range(2)]
+    infos = [env.reset(seed=seed)[1] for env in envs]
+    random, over = np.random.default_rng(seed), False
+    while not over:
+        action = random.integers(len(envs[0].view.task.actions), size=envs[0].action_space.shape)
+        mask = infos[0]["action_mask"]
+        assert np.array_equal(envs[0].action_masks(), mask.reshape(-1))
+        is_allowed = np.take_along_axis(mask, action[..., None], -1)[..., 0]
+        instead = np.where(is_allowed, action, 1)
+        steps = [env.step(each) for env, each in zip(envs, (action, instead), strict=True)]
+        assert data_equivalence(*steps, exact=True)
+        infos, over = [step[-1] for step in steps], steps[0][2] or steps[0][3]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_an_episode_depends_on_its_seed_and_number_alone(name):
+    """Not on what was done before, nor on how many there are, nor on where they were reset."""
+    settings = settings_of(name)
+
+    def starts(envs, seeds):
+        infos = [envs.reset(seed=seeds)[1], *(envs.reset()[1] for _ in range(5))]
+        return np.stack([info["moment"] for info in infos])
+
+    one, many = env_of(name, **settings), gymnasium.make_vec(name, 4, **settings)
+    of_many = starts(many, 20)
+    assert len(np.unique(of_many)) > 4
+    assert np.array_equal(starts(many, [23, 22, 21, 20]), of_many[:, ::-1])
+    for i in range(4):
+        one.step(1) if i and name == SINGLE else None
+        assert np.array_equal(starts(one, 20 + i), of_many[:, i])
+    unseeded = {int(env_of(name, **settings).reset()[1]["moment"]) for _ in range(20)}
+    assert len(unseeded) > 1
+    many.reset(seed=20)
+    mask = np.array([False, True, False, False])
+    _, infos = many.reset(options={"reset_mask": mask})
+    assert infos["moment"].tolist() == [0, of_many[1, 1], 0, 0]
+    assert np.array_equal(infos["_moment"], mask)
