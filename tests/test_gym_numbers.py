@@ -254,3 +254,22 @@ def test_an_episode_in_a_line_and_in_a_picture(name):
     assert (drawn[-1] - drawn[0]) / (frames[0].shape[1] - 24) == pytest.approx(0.4, abs=0.01)
     with pytest.raises(ValueError, match="render_mode"):
         gymnasium.make_vec(name, 2, render_mode="human", **settings)
+
+
+def test_a_portfolios_assets_have_one_closing_time():
+    """One asset trades on Saturdays, so all decide at the day's end: news of 20:00 is today's."""
+    market = portfolio_oracle.random_market(0, 2, 40, missing=0.0)
+    days = market.dates[0] + np.arange(40)
+    weekend = ~np.is_busday(days)
+    columns = {name: getattr(market, name).copy() for name in ("open", "high", "low", "close")}
+    for column in columns.values():
+        column[weekend, 1] = np.nan
+    at = days[8].astype("datetime64[s]") + np.timedelta64(20 * 3600, "s")
+    market = dataclasses.replace(
+        market, dates=days, news=(News(at, at, "S1", "Profit"),), **columns
+    )
+    assert market.calendar == "crypto" and np.is_busday(days[8])
+    env = env_of(PORTFOLIO, market=market, horizon=39, news_buckets=1)
+    shown = [env.reset(seed=0)[0], *(env.step([1, 1])[0] for _ in range(20))]
+    days_of_news = [day for day, each in enumerate(shown) if named(env, each)["S1 news_0"]]
+    assert days_of_news == [8]

@@ -6,16 +6,17 @@ import numpy as np
 from gymnasium.spaces import MultiDiscrete
 
 from fastflag.config import PortfolioConfig, SimulatorConfig
+from fastflag.gym.observe import observe_portfolio_nb
 from fastflag.gym.spaces import (
     NEWS_BUCKETS,
     Column,
-    bounded,
+    bounds,
     days_in,
     market_columns,
     market_numbers,
     market_of,
 )
-from fastflag.market.bars import MARKET_COLUMNS, Market
+from fastflag.market.bars import MARKET_COLUMNS, Hours, Market
 from fastflag.market.compiled.portfolio_constants import GROWTH
 from fastflag.market.portfolio_accounts import PortfolioAccounts
 from fastflag.market.tasks.portfolio import Portfolio
@@ -98,16 +99,10 @@ class PortfolioView:
         self, accounts: PortfolioAccounts, moment: np.ndarray, left: np.ndarray
     ) -> np.ndarray:
         """[B, F] float32, of accounts at `moment` [B] with `left` [B] of their episode."""
-        holding, units = accounts.holding, accounts.pending
-        with np.errstate(divide="ignore", invalid="ignore"):  # without equity
-            weight = holding / accounts.equity[:, None]
-            cash = accounts.cash / accounts.equity
-            growth = np.log(accounts.equity / accounts.starting_cash)
-        slots = [weight, np.sign(holding) * (accounts.ratio - 1), np.isfinite(units), units]
-        slots = np.stack(slots, axis=2).reshape(len(accounts), -1)
-        account = np.column_stack([slots, cash, growth, accounts.sharpe, left])
-        own = bounded(account, self.columns[self.market.shape[1] :])
-        return np.hstack([self.market[moment], own])
+        numbers = np.empty((len(accounts), len(self.columns)), np.float32)
+        low_high = bounds(self.columns[self.market.shape[1] :])
+        observe_portfolio_nb(self.market, accounts.views(), moment, left, *low_high, numbers)
+        return numbers
 
     def masks(self, accounts: PortfolioAccounts, moment: np.ndarray) -> np.ndarray:
         """Actions that would be executed, [B, K, A] bool."""
@@ -134,6 +129,10 @@ def _slot_columns(symbols: tuple[str, ...]) -> tuple[Column, ...]:
 
 
 def _alone(market: Market, k: int) -> Market:
-    """Asset k on all days of the market: `Market.of` keeps those on which it has a row."""
+    """Asset k on all days of the market, with its closing times: `Market.of` keeps the days on
+    which the asset has a row, and takes its calendar from its own bars."""
     columns = {name: getattr(market, name)[:, k : k + 1] for name in MARKET_COLUMNS}
-    return replace(market, symbols=market.symbols[k : k + 1], rows=None, others=(), **columns)
+    hours = Hours(market.calendar, market.hours.close)
+    return replace(
+        market, symbols=market.symbols[k : k + 1], rows=None, hours=hours, others=(), **columns
+    )

@@ -6,10 +6,11 @@ import numpy as np
 from gymnasium.spaces import Discrete
 
 from fastflag.config import DataConfig, PromptConfig, SimulatorConfig
+from fastflag.gym.observe import observe_single_nb
 from fastflag.gym.spaces import (
     NEWS_BUCKETS,
     Column,
-    bounded,
+    bounds,
     days_in,
     market_columns,
     market_numbers,
@@ -17,7 +18,6 @@ from fastflag.gym.spaces import (
 )
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Bars, Market
-from fastflag.market.compiled.constants import HELD_BUCKETS
 from fastflag.market.tasks.single import Single
 from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.tokens import Tokenizer
@@ -112,16 +112,10 @@ class SingleView:
 
     def observe(self, accounts: Accounts, moment: np.ndarray, left: np.ndarray) -> np.ndarray:
         """[B, F] float32, of accounts at `moment` [B] with `left` [B] of their episode."""
-        side = np.sign(accounts.shares)
-        with np.errstate(divide="ignore", invalid="ignore"):  # flat; without equity
-            profit = side * (self.task.bars.mark[moment] / accounts.entry - 1)
-            growth = np.log(accounts.equity / accounts.starting_cash)
-        waits = accounts.pending >= 0
-        held = np.where(side != 0, moment - accounts.opened, 0) / HELD_BUCKETS[-1]
-        order = np.where(waits, accounts.pending - 1, 0)
-        account = (side, np.where(side != 0, profit, 0), held, waits, order, growth)
-        account = np.column_stack([*account, accounts.sharpe, left])
-        return np.hstack([self.market[moment], bounded(account, _ACCOUNT)])
+        numbers = np.empty((len(accounts), len(self.columns)), np.float32)
+        mark, views = self.task.bars.mark, accounts.views()
+        observe_single_nb(self.market, mark, views, moment, left, *bounds(_ACCOUNT), numbers)
+        return numbers
 
     def masks(self, accounts: Accounts, moment: np.ndarray) -> np.ndarray:
         """Actions that would be executed, [B, A] bool."""

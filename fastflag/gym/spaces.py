@@ -2,7 +2,7 @@
 
 import re
 import zlib
-from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -64,21 +64,20 @@ def market_numbers(market: Market, news_buckets: int) -> np.ndarray:
     numbers += [known[f"return_{n}"] / (deviation * np.sqrt(n)) for n in RETURN_BARS]
     numbers += [10 * known["volatility_20"], known["rsi_14"] / 50 - 1, known["drawdown_60"]]
     news = _news_of_days(market, symbol, news_buckets)
-    return bounded(np.column_stack([*numbers, news]), market_columns(news_buckets))
+    whole = np.column_stack([*numbers, news])
+    low, high = bounds(market_columns(news_buckets))
+    return np.clip(np.where(np.isnan(whole), 0.0, whole), low, high).astype(np.float32)
 
 
-def bounded(numbers: np.ndarray, columns: Sequence[Column]) -> np.ndarray:
-    """`numbers` [n, F] within the columns' bounds, 0 for NaN: float32."""
-    return np.clip(np.where(np.isnan(numbers), 0.0, numbers), *_bounds(columns)).astype(np.float32)
-
-
-def box_of(columns: Sequence[Column]) -> Box:
-    return Box(*_bounds(columns), dtype=np.float32)
-
-
-def _bounds(columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
+@cache
+def bounds(columns: tuple[Column, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(lows, highs) [F] float32."""
     _, low, high = zip(*columns, strict=True)
     return np.array(low, np.float32), np.array(high, np.float32)
+
+
+def box_of(columns: tuple[Column, ...]) -> Box:
+    return Box(*bounds(columns), dtype=np.float32)
 
 
 def market_of(market: Market | str) -> Market:
