@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.rivals.simulators import NumPyEnvs
 from fastflag.files import InputError
 from fastflag.market.planted import planted_market
 
@@ -182,3 +183,32 @@ def test_an_episode_depends_on_its_seed_and_number_alone(name):
     _, infos = many.reset(options={"reset_mask": mask})
     assert infos["moment"].tolist() == [0, of_many[1, 1], 0, 0]
     assert np.array_equal(infos["_moment"], mask)
+
+
+def test_ruin_at_the_last_decision_terminates_and_does_not_truncate():
+    falling = 100 * 0.5 ** np.arange(4.0)
+    columns = [(falling, falling, np.ones(4), np.zeros(4), np.ones(4, bool))]
+    market = portfolio_oracle.market_of(columns)
+    for name, action in ((SINGLE, 2), (PORTFOLIO, [2])):
+        settings = settings_of(name, market=market, horizon=1, fill="same_close", ruin=0.9)
+        env = env_of(name, **settings)
+        env.reset(seed=0)
+        assert env.step(action)[2:4] == (True, False)
+        env.reset()
+        assert env.step(np.ones_like(action))[2:4] == (False, True)
+
+
+def test_the_plain_twin_that_speed_is_measured_against_is_the_same():
+    settings = settings_of(SINGLE, market=planted_market(60), horizon=9)
+    ours = gymnasium.make_vec(SINGLE, 5, autoreset_mode=AutoresetMode.SAME_STEP, **settings)
+    plain = NumPyEnvs(ours.view, 5)
+    random, returned = np.random.default_rng(0), [ours.reset(seed=0), plain.reset()]
+    for _ in range(40):
+        (*arrays, infos), (*others, told) = returned
+        for one, other in zip(arrays, others, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+        for name in told:
+            if name != "final_obs":
+                np.testing.assert_allclose(infos[name], told[name], rtol=1e-12)
+        actions = random.integers(3, size=5)
+        returned = [ours.step(actions), plain.step(actions)]
