@@ -5,9 +5,9 @@
 Accounts live 63 days of a random market; each action is drawn from a table with a row of its own
 for every state that can be reached. Once with the arrays that a rollout returns (a new page of
 memory costs more than what is written to it) and once the kernel alone, into arrays that are there
-already. Then Gymnasium's environments: many at once beside their twin in plain NumPy, and one. Times
-are the thread's on the processor, the least of the rounds: who else is on the machine makes them no
-shorter.
+already. Then Gymnasium's environments: many at once beside their twin in plain NumPy, and one.
+Times are the thread's on the processor, the least of the rounds: who else is on the machine makes
+them no shorter.
 """
 
 import argparse
