@@ -25,6 +25,7 @@ setup(
         "fastflag.prompt",
         "fastflag.model",
         "fastflag.model.proof",
+        "fastflag.gym",
         "fastflag.policy",
         "fastflag.learn",
         "fastflag.evaluate",
@@ -55,6 +56,7 @@ setup(
         "rich>=13",
         "plotly>=6",
         "tensorboard>=2.18",
+        "gymnasium>=1.4",
         "bokeh-sampledata==2026.1",
     ],
     extras_require={
@@ -73,6 +75,8 @@ setup(
             "transformers>=5.0",
             "peft>=0.17",
             "empyrical-reloaded>=0.5.12",
+            "stable-baselines3>=2.9",
+            "sb3-contrib>=2.9",
         ],
     },
     classifiers=[

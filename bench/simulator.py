@@ -5,8 +5,9 @@
 Accounts live 63 days of a random market; each action is drawn from a table with a row of its own
 for every state that can be reached. Once with the arrays that a rollout returns (a new page of
 memory costs more than what is written to it) and once the kernel alone, into arrays that are there
-already. Times are the thread's on the processor, the least of the rounds: who else is on the
-machine makes them no shorter.
+already. Then Gymnasium's environments: many at once beside their twin in plain NumPy, and one.
+Times are the thread's on the processor, the least of the rounds: who else is on the machine makes
+them no shorter.
 """
 
 import argparse
@@ -17,9 +18,14 @@ from unittest import mock
 
 import numba
 import numpy as np
+from gymnasium.vector import AutoresetMode
 
 from bench.measure.results import Row, publish
+from bench.rivals.simulators import NumPyEnvs
 from fastflag.config import PortfolioConfig, SimulatorConfig
+from fastflag.gym.env import MarketEnv
+from fastflag.gym.single import SingleView
+from fastflag.gym.vector import MarketVectorEnv
 from fastflag.market.bars import Bars, Market
 from fastflag.market.compiled.portfolio_constants import CODES as SLOT_CODES
 from fastflag.market.tasks import portfolio, single
@@ -79,6 +85,38 @@ def rows_of(
     ]
 
 
+def rows_of_gymnasium(envs: int, rounds: int) -> list[Row]:
+    """Environments as Gymnasium has them, beside the same in plain NumPy, in turns."""
+    market, shape = random_market(1), f"{envs} environments"
+    calls = max(4096 // envs, _STEPS)
+    actions = np.random.default_rng(0).integers(3, size=(calls, envs))
+    view = SingleView.of(market)
+    ours: Any = MarketVectorEnv(view, envs, AutoresetMode.SAME_STEP)
+    plain = NumPyEnvs(view, envs)
+    ours.reset(seed=0), plain.reset()
+
+    def lived(each: Any) -> None:
+        for action in actions:
+            each.step(action)
+
+    def alone() -> None:
+        for action in actions[:, 0]:
+            if any(one.step(action)[2:4]):
+                one.reset()
+
+    one = MarketEnv(view)
+    one.reset(seed=0)
+    taken = [(least(lambda: lived(ours), 1), least(lambda: lived(plain), 1)) for _ in range(rounds)]
+    fast, slow = (envs * calls / min(times) / 1e6 for times in zip(*taken, strict=True))
+    single = calls / least(alone, rounds) / 1e6
+    name, against = "single, Gymnasium", "plain NumPy"
+    return [
+        Row(name, shape, "fastflag, VectorEnv", fast, "M steps/s", fast / slow, against),
+        Row(name, shape, against, slow, "M steps/s"),
+        Row(name, "1 environment", "fastflag, Env", single, "M steps/s"),
+    ]
+
+
 def least(work: Callable[[], Any], rounds: int) -> float:
     """Seconds of this thread on the processor."""
     taken = []
@@ -99,6 +137,7 @@ def main() -> None:
     numba.config.NUMBA_NUM_THREADS = 1
     rows = []
     for envs in chosen.envs:
+        rows += rows_of_gymnasium(envs, chosen.rounds)
         for positions in ("long_flat", "long_short"):
             bars = Bars.from_market(random_market(1), "S0")
             task = Single.of(SimulatorConfig(positions=positions), bars)

@@ -32,7 +32,7 @@ LEVELS = (
     "cli",
     "__main__",
 )
-TO_COME = {"gym", "study", "live"}
+TO_COME = {"study", "live"}
 # Rooms of one level.
 SIBLINGS = ({"model", "gym"}, {"study", "live"})
 KERNELS = "fastflag.kernels"
@@ -335,7 +335,7 @@ def watch(event, arguments):
         done.append(f"{event} {arguments[0]}")
 watching = False
 sys.addaudithook(watch)
-import torch, pandas, numba, rich, plotly, tokenizers
+import torch, pandas, numba, rich, plotly, tokenizers, gymnasium
 for name in ("is_available", "device_count", "_lazy_init"):
     def probed(*_, name=name, real=getattr(torch.cuda, name)):
         done.append(f"torch.cuda.{name}")

@@ -34,8 +34,13 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def shown_blocks() -> list[str]:
+    """Of Python: what trains, and what steps environments."""
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def shown_code(model: Path) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = shown_blocks()
     assert len(code.split("\n\n")[1].splitlines()) <= 10
     called = 'ff.train("runs/python", '
     assert code.count(called) == 1
@@ -55,6 +60,19 @@ def test_the_lines_of_python_as_a_script(folder, tiny_model):
     assert "'cr':" in printed and "entropy" in printed and "buy_and_hold" in printed
     assert re.search(r"\{'Sell': 0\.0, 'Hold': 0\.\d+, 'Buy': 0\.\d+\}\n$", printed)
     assert (folder / "runs" / "python" / "report.html").exists()
+
+
+def test_the_lines_of_gymnasium(folder):
+    _, code = shown_blocks()
+    assert len(code.split("\n\n")[1].splitlines()) <= 6
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\(1024, 79\) 100000\.0\n", done.stdout)
 
 
 def test_the_lines_of_python_in_a_notebook(folder, tiny_model):
@@ -98,7 +116,7 @@ def test_the_rooms_are_there():
 def test_every_file_is_in_the_tree():
     """CONTRIBUTING names each module where it lists the files."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    tree = text.partition("## The house")[2].partition("`market` and `prompt` import")[0]
+    tree = text.partition("## The house")[2].partition("`market`, `prompt` and `gym` import")[0]
     named = {*re.findall(r"\w+", tree)}
     for folder in ("fastflag", "bench/measure", "bench/rivals"):
         stems = {path.stem for path in (ROOT / folder).rglob("*.py")}

@@ -27,15 +27,26 @@ def schedule(
     [num_steps] (first step of an episode), last [num_steps] (truncated after it). Raises InputError
     where no decision fits.
     """
+    starts, length = starts_of(spans, horizon)
+    episode, offset = np.divmod(np.arange(first_step, first_step + num_steps), length)
+    start_of = {k: int(drawn(starts, seed, group, k)[0]) for k in np.unique(episode).tolist()}
+    start = np.array([start_of[k] for k in episode.tolist()], np.int64)
+    return start + offset, offset == 0, offset == length - 1
+
+
+def starts_of(spans: Sequence[range], horizon: int) -> tuple[np.ndarray, int]:
+    """(the moments where all of an episode fits [n] int64, its decisions: min(horizon, the longest
+    span - 1)). Raises InputError where no decision fits."""
     longest = max(map(len, spans))
     length = min(horizon, longest - 1)
     if length < 1:
         raise InputError(f"an episode needs 2 days and a horizon of 1, {longest} days, {horizon}")
-    starts = np.concatenate([np.asarray(span)[: max(len(span) - length, 0)] for span in spans])
-    episode, offset = np.divmod(np.arange(first_step, first_step + num_steps), length)
-    start_of = {
-        k: starts[int(uniform(int(seed) + _START_SEED, group, k)[0] * len(starts))]
-        for k in np.unique(episode).tolist()
-    }
-    start = np.array([start_of[k] for k in episode.tolist()], np.int64)
-    return start + offset, offset == 0, offset == length - 1
+    starts = [np.asarray(span, np.int64)[: max(len(span) - length, 0)] for span in spans]
+    return np.concatenate(starts), length
+
+
+def drawn(starts: np.ndarray, seed: int, group: np.ndarray | int, episode: int) -> np.ndarray:
+    """The first moment of each group's `episode`, one of `starts`: a function of (seed + group,
+    episode) and nothing else, int64 [number of groups]."""
+    numbers = uniform(int(seed) + _START_SEED, group, episode)
+    return starts[(numbers * len(starts)).astype(np.int64)]
