@@ -71,10 +71,10 @@ def _act(
     drawn = uniform(world.seed, environments, group.first_step + step)
     alive = steps.valid[:, step] = group.accounts.alive
     after: list[Accounts] = []
-    if ways is not None:
-        after, reward, terminated = branch(world.task, group.accounts, moment)
-        ways.reward[:, step], ways.terminated[:, step] = reward, terminated
     action = choose(visited.probabilities[row], drawn)
+    if ways is not None:
+        after, reward, terminated = branch(world.task, group.accounts, moment, action)
+        ways.reward[:, step], ways.terminated[:, step] = reward, terminated
     # What a closed account does is Hold, as in a rollout from the table.
     steps.action[:, step] = np.where(alive, action, HOLD)
     reward, terminated = world.task.step(group.accounts, moment, action)

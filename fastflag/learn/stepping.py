@@ -43,7 +43,7 @@ def _branches(
     steps = []
     for step, moment in enumerate(group.moment):
         accounts.reset(np.full(len(accounts), group.restart[step]))
-        after, reward, terminated = branch(task, accounts, moment)
+        after, reward, terminated = branch(task, accounts, moment, action[:, step])
         codes = [task.code(there, moment + 1) for there in after]
         steps.append((row_of[moment + 1, np.stack(codes, 1)], reward, terminated))
         task.step(accounts, moment, action[:, step])

@@ -113,8 +113,8 @@ def _steps(
     generator = torch.Generator().manual_seed(seed)
     history: list[Tensor] = []
     for _ in range(config.update_epochs):
-        for index in _minibatches(len(samples), size, generator):
-            whole = size >= len(samples)
+        for index in _minibatches_of(samples, size, generator):
+            whole = len(index) == len(samples)
             # The index is moved once, not for each column.
             some = samples if whole else samples.take(index.to(samples.row.device))
             learn = partial(_differentiate, optimizer, some, config)
@@ -164,6 +164,15 @@ def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[
     if size >= count:
         return iter([torch.arange(count)])
     return iter(torch.randperm(count, generator=generator).split(size))
+
+
+def _minibatches_of(
+    samples: Samples[Tensor], size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Samples that have one ratio stay together: then `size` counts states."""
+    each = samples.slots if samples.joint else 1
+    for index in _minibatches(len(samples) // each, size, generator):
+        yield (index[:, None] * each + torch.arange(each)).reshape(-1)
 
 
 def _differentiate(
