@@ -50,6 +50,7 @@ from fastflag.market.random_numbers import seed_bits
 from fastflag.market.task import Steps, Timeline
 from fastflag.market.tasks.nights import nights_of
 from fastflag.market.tasks.rolling import checked_cdf, checked_moments, shared
+from fastflag.market.tasks.slot_codes import side_of
 
 __all__ = ["ACTIONS", "KEEP", "NEUTRAL", "OUT", "OVER", "SHORT", "Portfolio"]
 
@@ -65,6 +66,7 @@ class Portfolio:
     """
 
     codes: ClassVar[int] = CODES
+    side_of = staticmethod(side_of)
 
     symbols: tuple[str, ...]
     """K"""
