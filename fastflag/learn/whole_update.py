@@ -92,7 +92,8 @@ def _update(request: Request, policy: Policy) -> Callable[[], Any]:
     """One evaluation and gradient step."""
     algorithm = AlgorithmConfig()
     optimizer = make_optimizer(policy, algorithm)
-    lesson = whole_lesson(request.batch, _VOCABULARY, policy.device)
+    actions = request.subject.actions
+    lesson = whole_lesson(request.batch, _VOCABULARY, policy.device, actions)
 
     def one() -> Any:
         table = policy.evaluate(lesson.prompts)

@@ -57,6 +57,11 @@ __all__ = ["ACTIONS", "KEEP", "NEUTRAL", "OUT", "OVER", "SHORT", "Portfolio"]
 ACTIONS = ("Out", "Keep", "Neutral", "Over", "Short")
 
 
+def actions_of(positions: str) -> tuple[str, ...]:
+    """Four, with `long_short` five."""
+    return ACTIONS if positions == "long_short" else ACTIONS[:SHORT]
+
+
 @dataclass(frozen=True, eq=False)
 class Portfolio:
     """K assets' nights and the rules. B accounts, M moments, which are the market's days.
@@ -95,8 +100,7 @@ class Portfolio:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """Four, with `long_short` five."""
-        return ACTIONS if self.rules.positions == "long_short" else ACTIONS[:SHORT]
+        return actions_of(self.rules.positions)
 
     @property
     def slots(self) -> int:
