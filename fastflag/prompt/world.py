@@ -16,7 +16,7 @@ from fastflag.market.accounts import Accounts, Columns
 from fastflag.market.bars import Bars, Market
 from fastflag.market.periods import days_within
 from fastflag.market.task import Task
-from fastflag.market.tasks.centring import centring_of
+from fastflag.market.tasks.centring import accounts_that_centre
 from fastflag.market.tasks.portfolio import Portfolio
 from fastflag.market.tasks.single import Single
 from fastflag.prompt.prompter import Prompter
@@ -170,7 +170,7 @@ class World:
     def centring_codes(self, moments: Sequence[int]) -> np.ndarray:
         """The account codes whose prompts centre the features at `moments` [n], which are sorted:
         [n, K, CODES] bool."""
-        accounts, moment_of = centring_of(self.task, moments)
+        accounts, moment_of = accounts_that_centre(self.task, moments)
         places, codes = np.searchsorted(moments, moment_of), self.task.code(accounts, moment_of)
         present = self.nowhere(moments)
         places = places.reshape(-1, *(1,) * len(self._slots))
@@ -180,7 +180,7 @@ class World:
     def centring_prompts(self, moments: Sequence[int]) -> PromptSet:
         """The prompts of the accounts that centre the features at `moments`, all of them centring;
         of each moment one at least."""
-        accounts, moment_of = centring_of(self.task, moments)
+        accounts, moment_of = accounts_that_centre(self.task, moments)
         at_each = [accounts.take(np.flatnonzero(moment_of == moment)) for moment in moments]
         sets = [self.shown(some, moment)[0] for some, moment in zip(at_each, moments, strict=True)]
         prompts, _ = merge(sets)

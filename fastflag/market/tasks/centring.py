@@ -72,7 +72,9 @@ def centring_portfolios(
     return accounts, moment
 
 
-def centring_of(task: Task[Any], moments: Sequence[int] | np.ndarray) -> tuple[Columns, np.ndarray]:
+def accounts_that_centre(
+    task: Task[Any], moments: Sequence[int] | np.ndarray
+) -> tuple[Columns, np.ndarray]:
     """What centres the features of a task at `moments`: accounts, and the moment of each."""
     if isinstance(task, Portfolio):
         return centring_portfolios(task, moments)
