@@ -214,7 +214,7 @@ def _tomorrows_indicators(*columns: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.roll(values, -1) for name, values in indicators(*columns).items()}
 
 
-def _tomorrows_mask(task, day, side, real=Single.allowed):
+def _tomorrows_mask(task, day, side, slot=None, real=Single.allowed):
     return real(task, np.minimum(day + 1, DAYS - 1), side)
 
 

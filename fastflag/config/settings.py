@@ -1,6 +1,6 @@
 """What can be set: frozen dataclasses, each default written once, the help text under its field."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from fastflag.config.fields import (
@@ -71,7 +71,8 @@ class SimulatorConfig(Checked):
     """When an order decided at a day's close is filled."""
     positions: Literal["long_flat", "long_short"] = "long_flat"
     """long_flat: Buy spends all cash, Sell liquidates, Hold keeps.
-    long_short: Buy +1, Sell -1, Hold flat."""
+    long_short: Buy +1, Sell -1, Hold flat. A portfolio's assets are held long alone, or also
+    short."""
     reward: Literal["sharpe", "log_return"] = "sharpe"
     """sharpe: the change of the unannualised Sharpe ratio so far; log_return: of log equity."""
     fee_bps: BasisPoints = 1.0
@@ -93,7 +94,26 @@ class SimulatorConfig(Checked):
 
 
 @dataclass(frozen=True)
-class PortfolioConfig(Checked):
+class RebalancingConfig(Checked):
+    """What the task `portfolio` alone has."""
+
+    max_weight: Annotated[float, Range(above=0, at_most=1)] = 1.0
+    """Task portfolio: part of the equity that an order may put into one asset; what is above it
+    stays cash."""
+    rebalance_every: Count = 1
+    """Task portfolio: days from one rebalancing to the next, counted from the first of the data."""
+    borrow_bps: BasisPoints = 50.0
+    """Task portfolio: basis points a year of a short's value, paid a bar at a time."""
+    delisted_after: Count = 20
+    """Task portfolio: days without a bar after which an asset is taken to be delisted and what is
+    held of it is paid out."""
+    delisting_loss: Fraction = 0.3
+    """Task portfolio: part of the last price that is lost then (30%: Shumway, The Delisting Bias in
+    CRSP Data, 1997)."""
+
+
+@dataclass(frozen=True)
+class PortfolioConfig(RebalancingConfig):
     """The rules of the task `portfolio`."""
 
     fill: Literal["next_open", "next_close", "same_close"] = "next_open"
@@ -107,22 +127,25 @@ class PortfolioConfig(Checked):
     """Fee in basis points of the traded value."""
     slippage_bps: BasisPoints = 2.0
     """Basis points of the traded value by which fills are worse than their prices."""
-    borrow_bps: BasisPoints = 50.0
-    """Basis points a year of a short's value, paid a bar at a time."""
-    max_weight: Annotated[float, Range(above=0, at_most=1)] = 1.0
-    """Part of the equity that an order may put into one asset; what is above it stays cash."""
-    rebalance_every: Count = 1
-    """Days from one rebalancing to the next, counted from the first of the data."""
-    delisted_after: Count = 20
-    """Days without a bar after which an asset is taken to be delisted and what is held of it is
-    paid out."""
-    delisting_loss: Fraction = 0.3
-    """Part of the last price that is lost then (30%: Shumway, The Delisting Bias in CRSP Data,
-    1997)."""
     cash: Annotated[float, Range(above=0)] = 100_000.0
     """Starting cash."""
     ruin: Annotated[float, Range(above=0, below=1)] = 0.01
     """Part of the starting cash at or below which the account is closed."""
+
+    horizon: Count = 63
+    """Decisions in an episode; shorter training periods give shorter episodes."""
+
+    @staticmethod
+    def of(simulator: SimulatorConfig, rebalancing: RebalancingConfig) -> "PortfolioConfig":
+        """The rules of a run. Raises InputError for settings that portfolios do not have."""
+        if simulator.lot:
+            raise InputError("portfolios hold fractional shares, --lot")
+        if simulator.dividends != "reinvest":
+            raise InputError("portfolios reinvest dividends, --dividends cash")
+        names = ("fill", "reward", "fee_bps", "slippage_bps", "cash", "ruin", "horizon")
+        shared = {name: getattr(simulator, name) for name in names}
+        positions = "long_short" if simulator.positions == "long_short" else "long_only"
+        return PortfolioConfig(**asdict(rebalancing), **shared, positions=positions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,9 +279,13 @@ class PlanConfig(Checked):
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):
+    task: Literal["single", "portfolio"] = "single"
+    """single: each account trades one symbol, one policy all of them. portfolio: each account holds
+    all symbols of --symbols and cash, and every action sets an asset's part."""
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
+    portfolio: RebalancingConfig = field(default_factory=RebalancingConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from fastflag.config import TrainConfig
-from fastflag.evaluate.episodes import Chooser, Episodes, greedy, run_episodes, sampler
+from fastflag.evaluate.episodes import Episodes, first_greedy, run_episodes, sampler
 from fastflag.evaluate.pooled import Tested, pooled
+from fastflag.evaluate.portfolio_backtest import backtest_portfolio
 from fastflag.evaluate.statistics import Equities, finite_or_none, judged
 from fastflag.files import InputError, write_atomic
 from fastflag.learn.run import learnt_symbols
@@ -20,6 +21,7 @@ from fastflag.market import streams
 from fastflag.market.bars import Market
 from fastflag.market.periods import days_of, split_days
 from fastflag.market.tasks.baselines import fixed_action_equity, random_equities
+from fastflag.market.tasks.portfolio import Portfolio
 from fastflag.market.tasks.single import BUY
 from fastflag.policy.table import Policy
 from fastflag.prompt.world import World
@@ -46,14 +48,6 @@ def period_of(market: Market, config: TrainConfig, split: str) -> str:
     return f"{market.dates[days[0]]}..{market.dates[days[-1]]}"
 
 
-def _first_greedy(others: Chooser) -> Chooser:
-    """The first episode greedily and the others by `others`, in one pass: each day's prompts are
-    then one batch."""
-    return lambda probabilities, number: np.concatenate(
-        [greedy(probabilities[:1], number), others(probabilities[1:], number)]
-    )
-
-
 def backtest(
     policy: Policy,
     world: World,
@@ -62,10 +56,13 @@ def backtest(
     track: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Any]:
     """The document that RUN/backtest.json holds: of one symbol, or of several as `pooled` has them,
-    on training days without those that are held out whole. Raises InputError as `period_of` does,
-    and where no symbol is left or has two bars."""
+    on training days without those that are held out whole, or of a portfolio. Raises InputError as
+    `period_of` does, and where no symbol is left or has two bars."""
     market, learnt = world.market, learnt_symbols(config, world.market)
     period = period_of(market, config, split)
+    if isinstance(world.task, Portfolio):
+        (days,) = world.within(period)
+        return backtest_portfolio(policy, world, days, config, split, RANDOM_EPISODES, track)
     some = learnt if split == "train" else market.symbols
     if not some:
         names = ", ".join(market.symbols)
@@ -73,7 +70,8 @@ def backtest(
     spans = {n: days for n, days in enumerate(world.within(period)) if market.symbols[n] in some}
     if len(market.symbols) == 1:
         return _of_symbol(policy, world, 0, spans[0], config, split, track)[0]
-    enough = {n: days for n, days in spans.items() if world.task.bars.tradable[days].sum() > 1}
+    bars = world.single.bars
+    enough = {n: days for n, days in spans.items() if bars.tradable[days].sum() > 1}
     left_out = [market.symbols[n] for n in spans if n not in enough]
     if not enough:
         raise InputError(f"fewer than 2 bars of {', '.join(left_out)}, --split {period}")
@@ -93,11 +91,11 @@ def _of_symbol(
     track: Callable[[Iterable[int]], Iterable[int]],
 ) -> Tested:
     """One symbol's, alone with the policy at its moments `days`."""
-    market, task = world.market.each[number], world.task
+    market, task = world.market.each[number], world.single
     # Each symbol's chances are its own: drawn by the same numbers they would rise and fall as one.
     seed = world.seed + number * _SEEDS_APART
     drawn = sampler(streams.sampled_episodes(seed), config.backtest_episodes)
-    chooser = _first_greedy(drawn)
+    chooser = first_greedy(drawn)
     both = run_episodes(policy, world, days, 1 + config.backtest_episodes, chooser, track)
     best = both.part(slice(0, 1))
     equities = Equities(
@@ -144,7 +142,7 @@ def write_backtest(run: Path, document: dict[str, Any]) -> None:
 def _trades(lived: Episodes, world: World, days: range, dates: np.ndarray) -> list[dict[str, Any]]:
     """The fills by which the first account's position changed sign: the day's open or close, before
     slippage, and the shares held after it. Ruin closes an account without one."""
-    fill, bars = world.task.rules.fill, world.task.bars
+    fill, bars = world.single.rules.fill, world.single.bars
     price = bars.open if fill == "next_open" else bars.close
     delay = 0 if fill == "same_close" else 1
     side = np.sign(lived.shares[0]).astype(int)

@@ -33,6 +33,7 @@ def decide(
     """
     if position not in ("flat", "long", "short"):
         raise InputError(f"a position is flat, long or short, not {position!r}, --position")
+    task = world.single
     if len(world.market.symbols) > 1:
         known = ", ".join(world.market.symbols)
         raise InputError(f"a decision is of one symbol of {known}: name it, --symbol")
@@ -42,12 +43,12 @@ def decide(
     if position == "flat":
         if entry or since:
             raise InputError("a flat position has no entry: give --position, --entry or --since")
-        accounts = world.task.start(1)
+        accounts = task.start(1)
     else:
         accounts = _holding(world, day, position, entry, since)
     prompts, row = world.shown(accounts, day)
     table = policy.evaluate(prompts, policy.running.current())
-    probabilities, actions = table.probabilities[row], world.task.actions
+    probabilities, actions = table.probabilities[row], task.actions
     return {
         "date": str(world.market.dates[day]),
         "action": actions[greedy(probabilities, 0)[0]],
@@ -58,7 +59,8 @@ def decide(
 
 def _holding(world: World, day: int, position: str, entry: float, since: str) -> Accounts:
     """One account at the close of `day` that put all its cash into a position."""
-    if position == "short" and world.task.rules.positions == "long_flat":
+    task = world.single
+    if position == "short" and task.rules.positions == "long_flat":
         raise InputError("the run's policy never sells short (long_flat), --position short")
     if not entry:
         raise InputError(f"a {position} position needs the price it was entered at, --entry")
@@ -67,13 +69,13 @@ def _holding(world: World, day: int, position: str, entry: float, since: str) ->
     opened = _day(world.market, since, "--since")
     if opened > day:
         raise InputError(f"{since} is after the decision's day, --since")
-    if not world.task.bars.tradable[opened]:
+    if not task.bars.tradable[opened]:
         raise InputError(f"nothing traded on {since}, --since")
     side = 1 if position == "long" else -1
-    shares_of_one = world.task.growth(opened, day)
-    accounts = world.task.start(1)
+    shares_of_one = task.growth(opened, day)
+    accounts = task.start(1)
     accounts.enter(np.array([side]), np.array([entry / shares_of_one]), np.array([opened]))
-    accounts.equity = accounts.cash + accounts.shares * world.task.bars.mark[day]
+    accounts.equity = accounts.cash + accounts.shares * task.bars.mark[day]
     return accounts
 
 

@@ -41,6 +41,13 @@ def backtest_figures(backtest: dict[str, Any]) -> dict[str, Figure]:
     if "groups" in backtest:
         return _figures_of_several(backtest)
     days = _rising(backtest)
+    if "assets" in backtest:
+        return {
+            "equity": _equity(backtest, days),
+            "drawdown": _drawdown(backtest, days),
+            "weights": _weights(backtest, days),
+            "luck": _luck(backtest),
+        }
     return {
         "equity": _equity(backtest, days),
         "drawdown": _drawdown(backtest, days),
@@ -182,6 +189,19 @@ def _actions(backtest: dict[str, Any], days: list[str]) -> Figure:
     caption = "Of the greedy run's prompts, one a decision."
     axis = {**_PERCENT, "range": [0, 1]}
     return Figure("Action probabilities", caption, traces, {"yaxis": axis})
+
+
+def _weights(backtest: dict[str, Any], days: list[str]) -> Figure:
+    """What a portfolio held of each asset: areas where none is short, else lines."""
+    columns = _array(backtest["policies"]["greedy"]["weights"]).T
+    draw = _area if backtest["positions"] == "long_only" else _line
+    traces = [
+        # plotly draws <a> and <b> in names as markup.
+        draw(days, column, escape(name), colour)
+        for column, name, colour in zip(columns, backtest["assets"], cycle(_COLOURS), strict=False)
+    ]
+    caption = "Of the greedy run's equity, at each close; the rest is cash."
+    return Figure("Weights", caption, traces, {"yaxis": _PERCENT})
 
 
 def _luck(backtest: dict[str, Any]) -> Figure:

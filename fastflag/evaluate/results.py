@@ -67,6 +67,8 @@ class Backtest:
             return pandas.concat(frames, names=["symbol", "date"])
 
         document = self.document
+        if "assets" in document:
+            return self._of_portfolio()
         greedy, held = (document["policies"][name] for name in ("greedy", "buy_and_hold"))
         frame = pandas.DataFrame(
             {
@@ -81,6 +83,23 @@ class Backtest:
         for place, name in enumerate(document["action_names"]):
             frame[name] = [*(row[place] for row in greedy["probabilities"]), float("nan")]
         return frame
+
+    def _of_portfolio(self) -> "DataFrame":
+        """A row a day: equity of each policy, and of the greedy one the weight of each asset."""
+        import pandas
+
+        policies = self.document["policies"]
+        equity = {name: each["equity"] for name, each in policies.items()}
+        weights = zip(*policies["greedy"]["weights"], strict=True)
+        weight = dict(zip(self.document["assets"], weights, strict=True))
+        columns = {"equity": equity, "weight": weight}
+        frames = {
+            name: pandas.DataFrame(
+                each, index=pandas.DatetimeIndex(self.document["dates"], name="date")
+            )
+            for name, each in columns.items()
+        }
+        return pandas.concat(frames, axis=1)
 
     def _repr_html_(self) -> str:
         """What the numbers allow one to say, equity, and the metrics."""

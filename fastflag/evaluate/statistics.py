@@ -29,12 +29,8 @@ class Equities:
 
 def judged(equities: Equities, calendar: Calendar) -> dict[str, dict[str, Any]]:
     """The parts `policies`, `sampled` and `random` of a backtest's document."""
-
-    def all_metrics(equity: np.ndarray) -> dict[str, dict[str, Any]]:
-        return {name: _finite(metrics(equity, name, calendar)) for name in CONVENTIONS}
-
-    greedy = all_metrics(equities.greedy)
-    sampled = [all_metrics(equity) for equity in equities.sampled]
+    greedy = all_metrics(equities.greedy, calendar)
+    sampled = [all_metrics(equity, calendar) for equity in equities.sampled]
     sharpes = np.array([sharpe(metrics(each, "standard", calendar)) for each in equities.random])
     median = float(np.median([sharpe(entry["standard"]) for entry in sampled]))
     return {
@@ -42,7 +38,7 @@ def judged(equities: Equities, calendar: Calendar) -> dict[str, dict[str, Any]]:
             "greedy": {"equity": equities.greedy.tolist(), "metrics": greedy},
             "buy_and_hold": {
                 "equity": equities.held.tolist(),
-                "metrics": all_metrics(equities.held),
+                "metrics": all_metrics(equities.held, calendar),
             },
         },
         "sampled": {
@@ -61,6 +57,11 @@ def judged(equities: Equities, calendar: Calendar) -> dict[str, dict[str, Any]]:
             },
         },
     }
+
+
+def all_metrics(equity: np.ndarray, calendar: Calendar) -> dict[str, dict[str, Any]]:
+    """Of equity [n], by each convention."""
+    return {name: _finite(metrics(equity, name, calendar)) for name in CONVENTIONS}
 
 
 def sharpe(values: dict[str, Any]) -> float:

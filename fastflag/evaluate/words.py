@@ -44,7 +44,8 @@ def verdict(backtest: dict[str, Any]) -> tuple[str, list[str]]:
             f"With actions sampled, the mean Sharpe ratio of {sampled['episodes']:,} episodes is "
             f"{number(spread['mean'])}."
         )
-    constant, exposure = _exposure(backtest)
+    several = "assets" in backtest
+    constant, exposure = ("", _invested(backtest)) if several else _exposure(backtest)
     told += [
         f"Of {chance['episodes']:,} random policies under the same rules, the greedy one is ahead "
         f"of {percent(percentile, 1)}; their middle 90% reach from {number(reach['p05'])} to "
@@ -144,6 +145,28 @@ def _exposure(backtest: dict[str, Any]) -> tuple[str, str]:
     if long > 0 and trades == 1:
         return "Bought once and held: buy-and-hold, begun later", sentence
     return "", sentence
+
+
+def _invested(backtest: dict[str, Any]) -> str:
+    """Of a portfolio: what it held, and how it compares with equal parts of all."""
+    weights = np.array(backtest["policies"]["greedy"]["weights"][1:])
+    equal = backtest["policies"]["equal_weight"]["metrics"]["standard"]
+    traded = np.abs(np.diff(weights, axis=0)).sum(1).mean() if len(weights) > 1 else 0.0
+    return (
+        f"Of its equity {np.abs(weights).sum(1).mean():.0%} was invested, and its parts moved by "
+        f"{traded:.1%} of it a day, drift included. Equal parts of all {weights.shape[1]} assets "
+        f"returned {percent(equal['cr'], 1)} at {number(equal['sr'])}; against them, "
+        f"{_paired(backtest['paired']['equal_weight'])}."
+    )
+
+
+def _paired(paired: dict[str, Any]) -> str:
+    mean, error = paired["mean"], paired["standard_error"]
+    told = f"a day's return is on average {number(1e4 * mean, 1)} basis points higher"
+    if error is None:
+        return told
+    low, high = (number(1e4 * (mean + side * 1.96 * error), 1) for side in (-1, 1))
+    return f"{told} (95% interval {low} to {high})"
 
 
 def _cautions(backtest: dict[str, Any], sharpe: float | None) -> list[str]:

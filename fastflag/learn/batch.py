@@ -1,34 +1,37 @@
 """What environments did, and which of them live the same moments.
 
-Shapes: B environments, H steps, U prompts, A actions.
+Shapes: B environments, H steps, U prompts, K slots (of a task of one symbol at a time the axis is
+not there), A actions, W = K x A ways (learn/decision.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from fastflag.config import RolloutConfig
 from fastflag.files import InputError
-from fastflag.market.accounts import Accounts
+from fastflag.market.accounts import Accounts, Columns
 from fastflag.market.schedule import schedule
 from fastflag.market.task import Steps
 from fastflag.prompt.prompts import PromptSet
 from fastflag.prompt.world import World
 
+_Accounts = TypeVar("_Accounts", bound=Columns)
 Phase = Callable[[str], AbstractContextManager[None]]
 """Times what is done inside, under a name."""
 
 
 @dataclass(frozen=True)
 class Branches:
-    """Where every action would have led from each state."""
+    """Where every way would have led from each state."""
 
-    next_row: np.ndarray  # [B, H, A] int32
-    reward: np.ndarray  # [B, H, A] float64
-    terminated: np.ndarray  # [B, H, A] bool
+    next_row: np.ndarray  # [B, H, W, K] int32
+    reward: np.ndarray  # [B, H, W] float64
+    terminated: np.ndarray  # [B, H, W] bool
 
     @staticmethod
     def empty(environments: int, steps: int, actions: int) -> "Branches":
@@ -53,7 +56,7 @@ class Batch:
     prompts: PromptSet
     initial: Tensor  # [U, A], log-probabilities of the untrained policy
     steps: Steps
-    log_probability: np.ndarray  # [B, H] fp32, of the action, as it was drawn
+    log_probability: np.ndarray  # [B, H, K] fp32, of the action, as it was drawn
     truncated: np.ndarray  # [B, H] bool
     branches: Branches | None
 
@@ -62,14 +65,14 @@ class Batch:
 class Group:
     """Environments that live the same moments."""
 
-    accounts: Accounts
+    accounts: Columns
     first_env: int
     first_step: int
     moment: np.ndarray  # [H]
     restart: np.ndarray  # [H] bool
     last: np.ndarray  # [H] bool
 
-    def episodes(self, fresh: Accounts) -> Iterator[tuple[range, Accounts]]:
+    def episodes(self, fresh: Columns) -> Iterator[tuple[range, Columns]]:
         """The stretches of consecutive moments that it lives through, the state after the last
         decision included, each with the accounts that enter it: its own, or after a restart
         `fresh`."""
@@ -85,7 +88,7 @@ class Group:
         return [
             replace(
                 self,
-                accounts=Accounts(
+                accounts=type(self.accounts)(
                     **{name: array[at : at + size] for name, array in arrays.items()}
                 ),
                 first_env=self.first_env + at,
@@ -99,7 +102,12 @@ class Group:
 
 
 def start_accounts(config: RolloutConfig, cash: float) -> list[Accounts]:
-    """One Accounts a start group.
+    """One Accounts a start group, of the task `single`."""
+    return start_all(config, lambda size: Accounts.start(size, cash))
+
+
+def start_all(config: RolloutConfig, start: Callable[[int], _Accounts]) -> list[_Accounts]:
+    """The accounts of each start group, as a task starts so many.
 
     Raises InputError where the environments do not divide into the groups.
     """
@@ -109,11 +117,11 @@ def start_accounts(config: RolloutConfig, cash: float) -> list[Accounts]:
             f"num_envs {config.num_envs} must be a multiple of start_groups "
             f"{config.start_groups}, --num-envs"
         )
-    return [Accounts.start(size, cash) for _ in range(config.start_groups)]
+    return [start(size) for _ in range(config.start_groups)]
 
 
 def start_groups(
-    world: World, spans: Sequence[range], accounts: list[Accounts], num_steps: int, done: int
+    world: World, spans: Sequence[range], accounts: Sequence[Columns], num_steps: int, done: int
 ) -> list[Group]:
     """The groups of an update before which `done` were, and the moments of `spans` that each
     lives."""
@@ -125,7 +133,7 @@ def start_groups(
     return groups
 
 
-def episodes_of(world: World, groups: list[Group]) -> Iterator[tuple[range, Accounts]]:
+def episodes_of(world: World, groups: list[Group]) -> Iterator[tuple[range, Columns]]:
     """The episodes of all groups."""
     fresh = world.task.start(1)
     return (episode for group in groups for episode in group.episodes(fresh))

@@ -7,9 +7,10 @@ file is refused rather than resumed. Nothing executable is ever loaded.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load, save
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from fastflag.files import InputError, read_json, reading, write_atomic
-from fastflag.market.accounts import Accounts
+from fastflag.market.accounts import Accounts, Columns
 from fastflag.policy.table import Policy
+
+_Accounts = TypeVar("_Accounts", bound=Columns)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def write_checkpoint(
     fingerprint: str,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    accounts: list[Accounts],
+    accounts: Sequence[Columns],
 ) -> None:
     """Raises OSError where the disk is full or the folder can't be written; the checkpoint before
     stays."""
@@ -210,11 +213,13 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def restore_accounts(checkpoint: Checkpoint, groups: int, where: Path) -> list[Accounts]:
-    """Raises InputError where an account's array is missing."""
+def restore_accounts(
+    checkpoint: Checkpoint, groups: int, where: Path, kind: type[_Accounts] = Accounts
+) -> list[_Accounts]:
+    """Raises InputError where an account's array is missing, or is of accounts of another kind."""
     try:
         return [
-            Accounts.from_arrays(
+            kind.from_arrays(
                 {
                     name: tensor.numpy().copy()
                     for name, tensor in _under(checkpoint.tensors, f"accounts.{group}.").items()

@@ -8,7 +8,7 @@ import numpy as np
 from fastflag.learn.batch import Branches, Group, Lived, Phase, moments_of
 from fastflag.learn.decision import branch, choose
 from fastflag.learn.visited import Visited
-from fastflag.market.accounts import Accounts
+from fastflag.market.accounts import Columns
 from fastflag.market.random_numbers import uniform
 from fastflag.market.task import Steps
 from fastflag.market.tasks.single import HOLD
@@ -62,7 +62,7 @@ def _empty_part(world: World, group: Group, branches: bool) -> Lived:
 
 def _act(
     world: World, group: Group, part: Lived, step: int, visited: Visited
-) -> list[tuple[Accounts, int]]:
+) -> list[tuple[Columns, int]]:
     """One step of a group from the rows that its accounts are in; returns what is to be observed:
     with branches where each action would have led, then where it went."""
     steps, ways = part
@@ -70,11 +70,11 @@ def _act(
     environments = group.first_env + np.arange(len(group.accounts))
     drawn = uniform(world.seed, environments, group.first_step + step)
     alive = steps.valid[:, step] = group.accounts.alive
-    after: list[Accounts] = []
-    if ways is not None:
-        after, reward, terminated = branch(world.task, group.accounts, moment)
-        ways.reward[:, step], ways.terminated[:, step] = reward, terminated
+    after: list[Columns] = []
     action = choose(visited.probabilities[row], drawn)
+    if ways is not None:
+        after, reward, terminated = branch(world.task, group.accounts, moment, action)
+        ways.reward[:, step], ways.terminated[:, step] = reward, terminated
     # What a closed account does is Hold, as in a rollout from the table.
     steps.action[:, step] = np.where(alive, action, HOLD)
     reward, terminated = world.task.step(group.accounts, moment, action)
@@ -82,7 +82,7 @@ def _act(
     return [(some, moment + 1) for some in (*after, group.accounts)]
 
 
-def _observe(visited: Visited, world: World, shown: list[tuple[Accounts, int]]) -> list[np.ndarray]:
+def _observe(visited: Visited, world: World, shown: list[tuple[Columns, int]]) -> list[np.ndarray]:
     """The rows [B] in the table to come of what each of the accounts shows at its moment; prompts
     not met before are evaluated, all at once."""
     if not shown:

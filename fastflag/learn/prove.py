@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from fastflag.config import PlanConfig, PolicyConfig, TrainConfig
 from fastflag.learn.whole_update import prove_graphs
+from fastflag.market.tasks.portfolio import actions_of
 from fastflag.market.tasks.single import ACTIONS
 from fastflag.model import ops
 from fastflag.model.arithmetic import device_of
@@ -45,14 +46,15 @@ class Proof:
     verdicts: Verdicts
 
     @staticmethod
-    def of(policy: PolicyConfig, model: ModelConfig) -> "Proof | None":
-        """None where it does not run on an NVIDIA GPU. A dtype that is left open is the one that
-        such a GPU is fast in: measuring it would take the GPU first."""
+    def of(policy: PolicyConfig, model: ModelConfig, actions: int = len(ACTIONS)) -> "Proof | None":
+        """For a task of so many actions. None where it does not run on an NVIDIA GPU. A dtype that
+        is left open is the one that such a GPU is fast in: measuring it would take the GPU first.
+        """
         found = None if policy.device == "cpu" else gpu.first()
         if found is None or device_of(policy.device).type == "cpu":
             return None
         dtype = policy.dtype if policy.dtype != "auto" else "bf16" if found.bf16 else "fp32"
-        subject = Subject.of(model, policy, dtype, len(ACTIONS))
+        subject = Subject.of(model, policy, dtype, actions)
         return Proof(found, Verdicts(subject, Surroundings.of(found)))
 
     @property
@@ -89,7 +91,9 @@ def prove_for(
     and graphs are both named."""
     if config.policy.kernels != "auto" and config.policy.graphs != "auto":
         return None
-    proof = Proof.of(config.policy, model)
+    of_portfolio = config.task == "portfolio"
+    names = actions_of(config.simulator.positions) if of_portfolio else ACTIONS
+    proof = Proof.of(config.policy, model, len(names))
     worth = seconds_ahead(config, model, done) > _WORTH * SECONDS
     if proof is not None and worth and ops.left_open() and proof.missing:
         proof.run(begun)

@@ -1,6 +1,6 @@
 """Table + simulator -> batches: what many environments did over the same moments.
 
-Shapes: B environments, H steps, U prompts, M moments, A actions.
+Shapes: B environments, H steps, U prompts, M moments, A actions; K slots of a portfolio.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from fastflag.learn.batch import Batch, Branches, Group, Lived, Phase, episodes_
 from fastflag.learn.day_by_day import live_day_by_day
 from fastflag.learn.speculation import visited_prompts
 from fastflag.learn.stepping import step_through
-from fastflag.market.accounts import Accounts
+from fastflag.market.accounts import Columns
 from fastflag.market.task import Steps
 from fastflag.policy.table import Policy, Table
 from fastflag.prompt.prompts import PromptSet
@@ -29,7 +29,7 @@ def rollout(
     policy: Policy,
     world: World,
     spans: Sequence[range],
-    accounts: list[Accounts],
+    accounts: Sequence[Columns],
     config: TrainConfig,
     done: int,
     phase: Phase,
@@ -49,7 +49,7 @@ def rollout(
         lived = list(zip(groups, parts, strict=True))
         return table, iter([_batch(table, prompts, initial, lived, phase)])
     with phase("evaluate"):
-        if _speculates(policy, config):
+        if _speculates(policy, world, config):
             table, prompts, row_of = visited_prompts(policy, world, groups, branches)
         else:
             prompts, row_of = world.possible(episodes_of(world, groups))
@@ -61,13 +61,15 @@ def rollout(
     return table, iter([_batch(table, prompts, initial, list(parts), phase)])
 
 
-def _speculates(policy: Policy, config: TrainConfig) -> bool:
+def _speculates(policy: Policy, world: World, config: TrainConfig) -> bool:
     """Whether visited prompts are looked for, and not all that can be reached evaluated at once.
 
     256 environments visit a third of what they could reach (63 days of AAPL). A GPU takes one large
-    evaluation in less time than several small ones.
+    evaluation in less time than several small ones. Of a portfolio's slot hundreds of codes can be
+    reached, for its weight hangs on all others.
     """
-    return policy.device.type == "cpu" and _steps(config) < _MANY_STEPS
+    few = policy.device.type == "cpu" and _steps(config) < _MANY_STEPS
+    return few or world.task.slots > 1
 
 
 def _steps(config: TrainConfig) -> int:
@@ -86,7 +88,7 @@ def _batch(
     with phase("rollout"):
         steps = Steps.joined([steps for _, (steps, _) in parts])
         ways = [ways for _, (_, ways) in parts if ways is not None]
-        truncated = [np.broadcast_to(group.last, lived.row.shape) for group, (lived, _) in parts]
+        truncated = [np.broadcast_to(group.last, lived.valid.shape) for group, (lived, _) in parts]
         return Batch(
             prompts,
             initial,
@@ -108,7 +110,7 @@ def _from_table(
     """What the groups do, a number of environments at a time."""
     cdf = table.probabilities.cumsum(1)
     for group in groups:
-        for some in group.slices(max(_PIECE_STEPS // len(group.moment), 1)):
+        for some in group.slices(max(_PIECE_STEPS // len(group.moment) // world.task.slots, 1)):
             with phase("rollout"):
                 lived = step_through(world, some, cdf, row_of, branches)
             yield some, lived

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastflag
-from fastflag.config import TrainConfig, from_run, to_dict
+from fastflag.config import PortfolioConfig, TrainConfig, from_run, to_dict
 from fastflag.files import InputError, read_json, reading, write_atomic
 from fastflag.learn.checkpoint import read_checkpoint, read_trained, restore_policy
 from fastflag.market import streams
@@ -176,8 +176,11 @@ def _held_out(config: TrainConfig) -> tuple[str, ...]:
 
 
 def training_spans(world: World, config: TrainConfig) -> list[range]:
-    """The moments that are learnt from, of each symbol that is. Raises InputError where one is held
-    out that is not there, where all are, and where one has fewer training days than an episode."""
+    """The moments that are learnt from, of each symbol that is; of portfolios those of the market.
+    Raises InputError where one is held out that is not there, where all are, and where one has
+    fewer training days than an episode."""
+    if config.task == "portfolio":
+        return world.within(config.data.train)
     for name in _held_out(config):
         world.market.column(name)
     learnt, names = learnt_symbols(config, world.market), world.market.symbols
@@ -291,8 +294,7 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
             f"the tokenizer knows token {tokenizer.largest}, the model {weights.config.vocabulary} "
             f"tokens, {weights.source}"
         )
-    symbol, seed = config.data.symbol, streams.environments(config.seed)
-    world = World.of(config.prompt, market, symbol, config.simulator, tokenizer, seed)
+    world = _world(config, market, tokenizer)
     action_words = world.prompter.action_words
     action_tokens = [int(tokenizer.encode(word)[0]) for word in action_words]
     if config.policy.head == "lm" and len({*action_tokens}) < len(action_tokens):
@@ -303,6 +305,17 @@ def build(config: TrainConfig, market: Market, weights: Weights) -> tuple[World,
         )
     initial = streams.initial_weights(config.seed)
     return world, Policy(weights, config.policy, action_tokens, initial)
+
+
+def _world(config: TrainConfig, market: Market, tokenizer: Tokenizer) -> World:
+    seed = streams.environments(config.seed)
+    if config.task == "single":
+        symbol, rules = config.data.symbol, config.simulator
+        return World.of(config.prompt, market, symbol, rules, tokenizer, seed)
+    if config.data.split_by_symbol:
+        raise InputError("a portfolio holds all its symbols, --split-by-symbol")
+    rules = PortfolioConfig.of(config.simulator, config.portfolio)
+    return World.of_portfolio(config.prompt, market, rules, tokenizer, seed)
 
 
 def load_policy(run: Path, config: TrainConfig, market: Market) -> tuple[World, Policy]:

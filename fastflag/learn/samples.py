@@ -1,6 +1,6 @@
 """What an update learns from: rows of the table, actions, and what they came to. Pure.
 
-Shapes: N samples, U rows of the table, A actions.
+Shapes: N samples, U rows of the table, K slots of a state, A actions.
 """
 
 from collections.abc import Sequence
@@ -42,6 +42,11 @@ class Samples(Generic[Column]):
     before: Before
     # Of all samples that these are taken from; a scalar tensor in fp64 where a graph reads it.
     mean_weight: float | Tensor = 1.0
+    slots: int = 1
+    """K of each state: a sum over a state's slots is so many times the samples' mean."""
+    joint: bool = False
+    """The K slots of a state lie one after another, and have one ratio: of the probability of all
+    their actions together."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -63,14 +68,14 @@ class Samples(Generic[Column]):
     def take(self, index: Column) -> "Samples[Column]":
         return replace(self, **{name: column[index] for name, column in self.columns().items()})
 
-    def mean(self: "Samples[Tensor]", values: Tensor) -> Tensor:
-        """values [N] -> scalar, by weight. Divides by N x the mean weight of all samples, so that a
-        minibatch's mean is an unbiased estimate of theirs."""
-        return self.share(self.weight * values)
+    def mean(self: "Samples[Tensor]", values: Tensor, times: int = 1) -> Tensor:
+        """values [N] -> scalar, by weight, so many times. Divides by N x the mean weight of all
+        samples, so that a minibatch's mean is an unbiased estimate of theirs."""
+        return self.share(self.weight * values, times)
 
-    def share(self: "Samples[Tensor]", sums: Tensor) -> Tensor:
+    def share(self: "Samples[Tensor]", sums: Tensor, times: int = 1) -> Tensor:
         """As `mean`, of what is already multiplied by the weights, [N]."""
-        total = len(sums) * self.mean_weight
+        total = len(sums) * self.mean_weight / times
         return sums.sum() / (total.to(sums.dtype) if isinstance(total, Tensor) else total)
 
     @staticmethod
@@ -112,6 +117,7 @@ class Samples(Generic[Column]):
             target_spread,
             old_log_probability[present],
             self.before,
+            slots=self.slots,
         )
 
     def placed(self: "Samples[np.ndarray]") -> "Samples[Tensor]":
@@ -126,4 +132,10 @@ class Samples(Generic[Column]):
             name: tensor(name, column) for name, column in self.columns().items()
         }
         mean_weight = float(self.weight.mean()) if len(self) else 1.0
-        return Samples(**columns, before=self.before, mean_weight=mean_weight)
+        return Samples(
+            **columns,
+            before=self.before,
+            mean_weight=mean_weight,
+            slots=self.slots,
+            joint=self.joint,
+        )

@@ -65,11 +65,14 @@ def replayed(
     config: AlgorithmConfig,
 ) -> Taken | None:
     """A step on the samples at `index` [N], which is on the host, whose rows are those of `table`:
-    by a graph. None where the table is no evaluation's that was replayed last, where this can't
-    be captured, and where the optimiser has not stepped yet: its state would begin anew each time.
+    by a graph. None where the table is no evaluation's that was replayed last, where a state has
+    several slots, where this can't be captured, and where the optimiser has not stepped yet: its
+    state would begin anew each time.
     """
     graphs, replay = policy.graphs, table.replay
     if graphs is None or graphs.problem or replay is None or not replay.current:
+        return None
+    if samples.slots > 1:  # room that is left would be filled with parts of a state
         return None
     evaluation = replay.evaluation
     inside = _captures(optimizer)

@@ -16,6 +16,7 @@
 """
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 
 from fastflag.config import TrainConfig
 from fastflag.files import InputError
-from fastflag.learn.batch import start_accounts
+from fastflag.learn.batch import start_all
 from fastflag.learn.checkpoint import (
     read_checkpoint,
     restore_accounts,
@@ -51,7 +52,7 @@ from fastflag.learn.run import (
 )
 from fastflag.learn.update import make_optimizer, set_learning_rates, update
 from fastflag.market import streams
-from fastflag.market.accounts import Accounts
+from fastflag.market.accounts import Columns
 from fastflag.market.bars import Market
 from fastflag.market.calendar import ANNUAL_DAYS
 from fastflag.model.weights import Weights
@@ -82,7 +83,7 @@ def train(
     spans, test_spans = training_spans(world, config), world.within(config.data.test)
     policy.check_length(world.prompter.longest([*chain(*spans, *test_spans)]))
     optimizer = make_optimizer(policy, config.algorithm)
-    accounts = start_accounts(config.rollout, config.simulator.cash)
+    accounts = start_all(config.rollout, world.task.start)
     annual = ANNUAL_DAYS[market.calendar]
     phase = PhaseTimer()
     with claim(run, config, resume, fingerprints(config, market)) as resumes:
@@ -91,7 +92,8 @@ def train(
             checkpoint = read_checkpoint(run)
             restore_policy(checkpoint, policy, weights.fingerprint, run)
             restore_optimizer(checkpoint, optimizer, run)
-            accounts = restore_accounts(checkpoint, config.rollout.start_groups, run)
+            groups, kind = config.rollout.start_groups, type(accounts[0])
+            accounts = restore_accounts(checkpoint, groups, run, kind)
             start = checkpoint.updates
         print(f"news: {world.prompter.training_news(spans)}", flush=True)
         with Log(run, start, config.updates) as log:
@@ -117,11 +119,11 @@ def one_update(
     optimizer: torch.optim.Optimizer,
     world: World,
     spans: list[range],
-    accounts: list[Accounts],
+    accounts: Sequence[Columns],
     config: TrainConfig,
     done: int,
     phase: PhaseTimer,
-) -> tuple[list[Accounts], Lesson, dict[str, float]]:
+) -> tuple[list[Columns], Lesson, dict[str, float]]:
     """One more update, where `done` are done: where the accounts are then, what was learnt from,
     and the statistics of learning it.
 
@@ -140,7 +142,7 @@ def one_update(
 def _record(
     done: int,
     lesson: Lesson,
-    accounts: list[Accounts],
+    accounts: Sequence[Columns],
     annual: int,
     statistics: dict[str, float],
     elapsed: float,

@@ -126,7 +126,7 @@ def _steps(
     generator = torch.Generator().manual_seed(seed)
     history: list[Tensor] = []
     for _ in range(config.update_epochs):
-        for index in _minibatches(len(samples), size, generator):
+        for index in _minibatches_of(samples, size, generator):
             learn = partial(_learn, policy, optimizer, lesson, rows, index, config)
             taken = policy.recompute.attempt(learn) if history else learn(table)
             policy.recompute.commit()
@@ -180,3 +180,12 @@ def _minibatches(count: int, size: int, generator: torch.Generator) -> Iterator[
     if size >= count:
         return iter([torch.arange(count)])
     return iter(torch.randperm(count, generator=generator).split(size))
+
+
+def _minibatches_of(
+    samples: Samples[Tensor], size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Samples that have one ratio stay together: then `size` counts states."""
+    each = samples.slots if samples.joint else 1
+    for index in _minibatches(len(samples) // each, size, generator):
+        yield (index[:, None] * each + torch.arange(each)).reshape(-1)

@@ -10,9 +10,10 @@ from fastflag.market.tasks.single import ACTIONS
 from fastflag.prompt.prompts import PromptSet
 
 
-def whole_lesson(batch: PlanConfig, vocabulary: int, device: torch.device) -> Lesson:
+def whole_lesson(
+    batch: PlanConfig, vocabulary: int, device: torch.device, actions: int = len(ACTIONS)
+) -> Lesson:
     """Of random tokens, with advantages at random."""
-    actions = len(ACTIONS)
     random = np.random.default_rng(0)
     prefixes, suffixes = (
         tuple(random.integers(1, vocabulary, (count, length)).astype(np.int32))

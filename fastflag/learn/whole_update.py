@@ -103,7 +103,8 @@ def _update(request: Request, policy: Policy) -> Callable[[], Any]:
     """One evaluation and gradient step."""
     algorithm = AlgorithmConfig()
     optimizer = make_optimizer(policy, algorithm)
-    lesson = whole_lesson(request.batch, _VOCABULARY, policy.device)
+    actions = request.subject.actions
+    lesson = whole_lesson(request.batch, _VOCABULARY, policy.device, actions)
     updates = _WARM_UP + request.rounds
     numbers = iter(range(updates))
 

@@ -1,8 +1,9 @@
 """Who trades: accounts, as flat arrays. B accounts."""
 
 import dataclasses
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -57,7 +58,13 @@ _Columns = TypeVar("_Columns", bound="Columns")
 class Columns:
     """Arrays of B accounts: the fields of a dataclass, accounts along the first axis."""
 
+    fresh: ClassVar[dict[str, Any]]
+    """What an account starts with, besides its cash."""
+    starting_cash: np.ndarray
     cash: np.ndarray
+    equity: np.ndarray
+    sharpe: np.ndarray
+    alive: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name: the accounts' own, not copies."""
@@ -80,9 +87,21 @@ class Columns:
             array[...] = given
         return self
 
+    @classmethod
+    @abstractmethod
+    def from_arrays(cls: type[_Columns], arrays: dict[str, np.ndarray]) -> _Columns:
+        """Accounts from copies of what `arrays()` gave; ValueError as `filled` raises it."""
+
     def take(self: _Columns, rows: np.ndarray) -> _Columns:
         """Copies of the accounts in `rows`."""
         return type(self)(**{name: array[rows].copy() for name, array in self.arrays().items()})
+
+    def reset(self, mask: np.ndarray) -> None:
+        """Starts the accounts in `mask` [B] (bool) anew, in place."""
+        mask = np.asarray(mask, np.bool_)
+        for name, value in self.fresh.items():
+            getattr(self, name)[mask] = value
+        self.cash[mask] = self.equity[mask] = self.starting_cash[mask]
 
     def __len__(self) -> int:
         return len(self.cash)
@@ -95,6 +114,8 @@ def _fields(columns: Any) -> tuple[dataclasses.Field, ...]:
 @dataclass
 class Accounts(Columns):
     """B accounts; arrays [B], histories [B, HISTORY] with the newest step last."""
+
+    fresh = _FRESH
 
     starting_cash: np.ndarray
     cash: np.ndarray
@@ -147,13 +168,6 @@ class Accounts(Columns):
         )
         accounts.reset(np.ones(num_accounts, np.bool_))
         return accounts
-
-    def reset(self, mask: np.ndarray) -> None:
-        """Starts the accounts in `mask` [B] (bool) anew, in place."""
-        mask = np.asarray(mask, np.bool_)
-        for name, value in _FRESH.items():
-            getattr(self, name)[mask] = value
-        self.cash[mask] = self.equity[mask] = self.starting_cash[mask]
 
     def enter(self, side: np.ndarray, price: np.ndarray, day: np.ndarray) -> None:
         """Puts the equity of accounts that hold cash alone into a position, in place and free of

@@ -172,6 +172,19 @@ class Market:
             **{name: getattr(self, name)[np.ix_(days, columns)] for name in MARKET_COLUMNS},
         )
 
+    def on_all_days(self, symbol: str) -> "Market":
+        """The market of one symbol on every day of this one, whether it has a row or not. Raises
+        InputError as `column` does."""
+        n = self.column(symbol)
+        own = self.symbols[n]
+        return replace(
+            self,
+            symbols=(own,),
+            rows=None,
+            others=tuple((name, day) for name, day in self.first_bars.items() if name != own),
+            **{name: getattr(self, name)[:, n : n + 1] for name in MARKET_COLUMNS},
+        )
+
     @cached_property
     def each(self) -> tuple["Market", ...]:
         """N, each symbol's own market, as `of` has it; that of one symbol is itself."""

@@ -46,6 +46,8 @@ _FRESH = {
 class PortfolioAccounts(Columns):
     """B accounts; arrays [B], those of assets [B, K]."""
 
+    fresh = _FRESH
+
     starting_cash: np.ndarray
     cash: np.ndarray
     equity: np.ndarray
@@ -87,13 +89,6 @@ class PortfolioAccounts(Columns):
         )
         accounts.reset(np.ones(num_accounts, np.bool_))
         return accounts
-
-    def reset(self, mask: np.ndarray) -> None:
-        """Starts the accounts in `mask` [B] (bool) anew, in place."""
-        mask = np.asarray(mask, np.bool_)
-        for name, value in _FRESH.items():
-            getattr(self, name)[mask] = value
-        self.cash[mask] = self.equity[mask] = self.starting_cash[mask]
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "PortfolioAccounts":

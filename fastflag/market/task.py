@@ -6,7 +6,8 @@ symbol too, and an episode is a range inside one span.
 
 Shapes: M moments, N symbols, B accounts, K slots, H steps, A actions, U rows of a policy's table. A
 task with slots, as a portfolio's assets, shows each of them and asks an action of each; `Single`,
-which has one, leaves the axis K out, and its arrays are of the same order.
+which has one, leaves the axis K out of codes, actions, rows and `row_of`; its arrays are of the
+same order.
 """
 
 from collections.abc import Sequence
@@ -95,6 +96,23 @@ class Steps:
 _Accounts = TypeVar("_Accounts", bound=Columns)
 
 
+class TaskRules(Protocol):
+    """What is set of every task."""
+
+    @property
+    def positions(self) -> str: ...
+
+    @property
+    def cash(self) -> float:
+        """What an account starts with."""
+        ...
+
+    @property
+    def horizon(self) -> int:
+        """Decisions in an episode."""
+        ...
+
+
 class Task(Protocol[_Accounts]):
     """Bars, rules and the kernel that lives by them: what always travels together.
 
@@ -105,6 +123,9 @@ class Task(Protocol[_Accounts]):
 
     codes: ClassVar[int]
     """What a stepped text can say of a slot."""
+
+    @property
+    def rules(self) -> TaskRules: ...
 
     @property
     def timeline(self) -> Timeline: ...
@@ -125,8 +146,15 @@ class Task(Protocol[_Accounts]):
         """-> int32 [B, K]"""
         ...
 
-    def allowed(self, moment: np.ndarray | int, side: np.ndarray) -> np.ndarray:
-        """Actions that would be executed, bool [n, K, A], by the sides [n, K] of what is held."""
+    def side_of(self, codes: np.ndarray) -> np.ndarray:
+        """-1, 0 or 1 of what is held, of each of `codes` [...]: int8 [...]."""
+        ...
+
+    def allowed(
+        self, moment: np.ndarray | int, side: np.ndarray, slot: np.ndarray | int | None = None
+    ) -> np.ndarray:
+        """Actions that would be executed, bool [n, A], at `moment` in `slot` by the sides [n] of
+        what is held; without `slot` of all of them, [n, K, A] by [n, K]."""
         ...
 
     def reachable(self, moments: range, accounts: _Accounts) -> np.ndarray:

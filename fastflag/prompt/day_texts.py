@@ -20,11 +20,11 @@ SHORTEST_CUT = 8
 class DayTexts:
     """Texts of the days of a market of one symbol; headlines are made once and kept."""
 
-    def __init__(self, config: PromptConfig, market: Market, positions: str, tokenizer: Tokenizer):
-        """`positions` is the position mode."""
+    def __init__(self, config: PromptConfig, market: Market, rules: str, tokenizer: Tokenizer):
+        """`rules` are the task's, by their name in a layout."""
         (self.symbol,) = market.symbols
         self.config, self.layout = config, LAYOUTS[config.layout]
-        self._market, self._positions, self._tokenizer = market, positions, tokenizer
+        self._market, self._rules, self._tokenizer = market, rules, tokenizer
         self._bars = Bars.from_market(market, self.symbol)
         self._bar_days = np.flatnonzero(self._bars.tradable)
         self._shares = np.cumprod(self._bars.split)  # of day t for each share of the first day
@@ -39,7 +39,7 @@ class DayTexts:
 
     def prefix(self, day: int) -> str:
         """The text of a day, which every account of it reads."""
-        return self.layout.prefix(self._facts(day), self._positions)
+        return self.layout.prefix(self._facts(day), self._rules)
 
     def headlines(self, day: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Headlines in day's prompt, newest first: (of today, of the window's earlier days).

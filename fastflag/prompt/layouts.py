@@ -11,7 +11,16 @@ import numpy as np
 
 # How an action is written, by its name. All are single tokens of SmolLM2, with and without the
 # space; " Sell" would be two.
-ACTION_WORDS = {"Sell": "sell", "Hold": "hold", "Buy": "buy"}
+ACTION_WORDS = {
+    "Sell": "sell",
+    "Hold": "hold",
+    "Buy": "buy",
+    "Out": "out",
+    "Keep": "keep",
+    "Neutral": "neutral",
+    "Over": "over",
+    "Short": "short",
+}
 _SIDES = {-1: "short", 0: "flat", 1: "long"}
 
 
@@ -51,9 +60,11 @@ class AccountFacts:
 @dataclass(frozen=True)
 class Layout:
     prefix: Callable[[DayFacts, str], str]
-    """Of a day and the position mode."""
+    """Of a day and the rules, by their name."""
     stepped: Callable[[int, float, int], str]
     """Of side, profit and bars held."""
+    slot: Callable[[int, float, float], str]
+    """Of a portfolio's asset: side, its size in equal parts of the equity, and profit."""
     exact: Callable[[AccountFacts], str]
     action_words: dict[str, str]
     """What continues a prompt, by the action's name."""
@@ -61,9 +72,14 @@ class Layout:
     """The paper's template has none."""
 
 
+_PARTS = (
+    "its part of the portfolio is neutral, over (double) or out (none); keep leaves it as it is"
+)
 _RULES = {
     "long_flat": "buy spends all cash, sell sells all, hold keeps",
     "long_short": "buy is long, sell is short, hold is flat",
+    "portfolio long_only": _PARTS,
+    "portfolio long_short": f"{_PARTS}; short sells it short",
 }
 
 
@@ -75,9 +91,9 @@ _INDICATORS = (
 )
 
 
-def _default_prefix(day: DayFacts, positions: str) -> str:
+def _default_prefix(day: DayFacts, rules: str) -> str:
     asset = f"{day.symbol} on {day.date}" if day.symbol else "one asset"
-    lines = [f"Trade {asset}: {_RULES[positions]}."]
+    lines = [f"Trade {asset}: {_RULES[rules]}."]
     if not day.tradable:
         lines.append("The market is closed today.")
     if day.prices:
@@ -103,6 +119,12 @@ def _default_stepped(side: int, profit: float, held: int) -> str:
     return f"Account: {_SIDES[side]} {_days(held)}, {profit:+.1%}. Action:"
 
 
+def _default_slot(side: int, size: float, profit: float) -> str:
+    if side == 0:
+        return "Holding: none. Action:"
+    return f"Holding: {_SIDES[side]} {size:g} parts, {profit:+.0%}. Action:"
+
+
 def _default_exact(account: AccountFacts) -> str:
     parts = [f"Account: {_SIDES[account.side]}", f"cash {_fixed(account.cash, '.2f')}"]
     if account.side != 0:
@@ -111,14 +133,14 @@ def _default_exact(account: AccountFacts) -> str:
     return ", ".join([*parts, f"value {_fixed(account.value, '.2f')}"]) + ". Action:"
 
 
-def _paper_prefix(day: DayFacts, positions: str) -> str:
+def _paper_prefix(day: DayFacts, rules: str) -> str:
     closed = "" if day.tradable else '"market_closed": true, '
     prices = ", ".join(_cut(price, 6) for price in day.prices)
     return (
         "You are a trader. Buy when the asset is undervalued on historical trends, sell when it is "
         "overvalued or risky, hold when uncertain. Maximise long-term return, manage risk, "
         "minimise costs, follow momentum.\n"
-        f"Legal actions: {_RULES[positions]}.\n"
+        f"Legal actions: {_RULES[rules]}.\n"
         f'State: {{{closed}"historical_prices": [{prices}],\n'
     )
 
@@ -129,6 +151,11 @@ _PAPER_ANSWER = '}\nAnswer in JSON with one key, Action: {"Action": "'
 def _paper_stepped(side: int, profit: float, held: int) -> str:
     open_position = f', "profit": "{profit:+.1%}", "days_held": {held}' if side else ""
     return f'"account_status": {{"position": "{_SIDES[side]}"{open_position}}}' + _PAPER_ANSWER
+
+
+def _paper_slot(side: int, size: float, profit: float) -> str:
+    held = f', "size": {size:g}, "profit": "{profit:+.0%}"' if side else ""
+    return f'"account_status": {{"position": "{_SIDES[side]}"{held}}}' + _PAPER_ANSWER
 
 
 def _paper_exact(account: AccountFacts) -> str:
@@ -148,11 +175,14 @@ LAYOUTS = {
     "default": Layout(
         _default_prefix,
         _default_stepped,
+        _default_slot,
         _default_exact,
         {action: f" {word}" for action, word in ACTION_WORDS.items()},
         has_news=True,
     ),
-    "paper": Layout(_paper_prefix, _paper_stepped, _paper_exact, ACTION_WORDS, has_news=False),
+    "paper": Layout(
+        _paper_prefix, _paper_stepped, _paper_slot, _paper_exact, ACTION_WORDS, has_news=False
+    ),
 }
 
 

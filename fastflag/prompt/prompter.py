@@ -1,18 +1,23 @@
 """How the world is told: a moment as a prefix, an account as the suffix that ends at the action.
 
 A prompt is a prefix and a suffix, tokenised apart and joined. The text of a moment is made of its
-symbol's bars up to it and of news available by its close.
+symbol's bars up to it and of news available by its close; a portfolio's moment has one for each
+slot.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from fastflag.config import PromptConfig
 from fastflag.market.accounts import Accounts
 from fastflag.market.bars import Market
-from fastflag.market.compiled.constants import CODES, HISTORY, PROFIT_STEP
-from fastflag.market.tasks.account_codes import decode
+from fastflag.market.compiled.constants import HISTORY, PROFIT_STEP
+from fastflag.market.compiled.portfolio_constants import PROFIT_STEPS, WEIGHT_STEPS
+from fastflag.market.task import Task
+from fastflag.market.tasks import account_codes, slot_codes
+from fastflag.market.tasks.portfolio import Portfolio
 from fastflag.market.tasks.single import Single
 from fastflag.prompt.day_texts import SHORTEST_CUT, DayTexts
 from fastflag.prompt.layouts import LAYOUTS, NO_MORE_DIGITS, AccountFacts
@@ -23,15 +28,17 @@ class Prompter:
     """Texts and tokens of a task's moments and accounts; tokens are made once and kept."""
 
     def __init__(
-        self, config: PromptConfig, task: Single, markets: Sequence[Market], tokenizer: Tokenizer
+        self, config: PromptConfig, task: Task[Any], markets: Sequence[Market], tokenizer: Tokenizer
     ):
-        """`markets` are the task's symbols', in the order of its spans."""
+        """`markets` are the task's symbols', in the order of its spans or of its slots."""
         self.config = config
         self.tokenizer = tokenizer
         self.layout = LAYOUTS[config.layout]
-        self.days = [DayTexts(config, each, task.rules.positions, tokenizer) for each in markets]
+        self._of_slots = isinstance(task, Portfolio)
+        rules = f"portfolio {task.rules.positions}" if self._of_slots else task.rules.positions
+        self.days = [DayTexts(config, each, rules, tokenizer) for each in markets]
         self._task, self._news = task, markets[0].news
-        self._prefixes: dict[int, np.ndarray] = {}
+        self._prefixes: dict[tuple[int, int], np.ndarray] = {}
         self._suffixes: dict[int, np.ndarray] = {}
 
     @property
@@ -39,9 +46,9 @@ class Prompter:
         """The task's actions, in its order, as they continue a prompt of this layout."""
         return tuple(self.layout.action_words[action] for action in self._task.actions)
 
-    def headlines(self, moment: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def headlines(self, moment: int, slot: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Headlines in a moment's prompt, as `DayTexts.headlines` has them."""
-        days, day = self._day(moment)
+        days, day = self._day(moment, slot)
         return days.headlines(day)
 
     def training_news(self, spans: Sequence[range]) -> str:
@@ -50,9 +57,11 @@ class Prompter:
             return f"not read by --layout {self.config.layout}"
         if self.config.news_tokens <= SHORTEST_CUT:
             return f"not read with --news-tokens {self.config.news_tokens}"
-        counts = [self._news_counts(span) for span in spans]
+        slots = range(self._task.slots)
+        counts = [self._news_counts(span, slot) for span in spans for slot in slots]
         came, days_with, told = (sum(column) for column in zip(*counts, strict=True))
-        days, symbols = sum(map(len, spans)), [each.symbol for each in self.days]
+        days = sum(map(len, spans)) * len(slots)
+        symbols = [each.symbol for each in self.days]
         line = (
             f"{came:,} headlines on {days_with:,} of {days:,} training days, "
             f"{told:,} in their day's prompt"
@@ -62,15 +71,21 @@ class Prompter:
         others = sum(item.symbol not in ("", *symbols) for item in self._news)
         return line + (f"; {others:,} of other symbols than {', '.join(symbols)}" if others else "")
 
-    def prefix_text(self, moment: int) -> str:
-        days, day = self._day(moment)
+    def prefix_text(self, moment: int, slot: int = 0) -> str:
+        days, day = self._day(moment, slot)
         return days.prefix(day)
 
-    def prefix(self, moment: int) -> np.ndarray:
+    def prefix(self, moment: int, slot: int = 0) -> np.ndarray:
         """Token ids [n] int32 of a moment's prefix."""
-        if moment not in self._prefixes:
-            self._prefixes[moment] = self.tokenizer.encode(self.prefix_text(moment))
-        return self._prefixes[moment]
+        if (moment, slot) not in self._prefixes:
+            text = self.prefix_text(moment, slot)
+            self._prefixes[moment, slot] = self.tokenizer.encode(text)
+        return self._prefixes[moment, slot]
+
+    def prefixes(self, moments: Sequence[int]) -> list[np.ndarray]:
+        """Those of all slots at `moments`, slot by slot at each."""
+        slots = range(self._task.slots)
+        return [self.prefix(moment, slot) for moment in moments for slot in slots]
 
     def longest(self, moments: Sequence[int]) -> int:
         """Tokens of the longest prompt of `moments`. Exact accounts can't be listed: for them it is
@@ -78,12 +93,15 @@ class Prompter:
         if self.config.account == "exact":
             suffix = len(self._longest_exact_text().encode())
         else:
-            suffix = max(len(self.suffix(code)) for code in range(CODES))
-        return max(len(self.prefix(moment)) for moment in moments) + suffix
+            suffix = max(len(self.suffix(code)) for code in range(self._task.codes))
+        return max(map(len, self.prefixes(moments))) + suffix
 
     def stepped_text(self, code: int) -> str:
         """The suffix of an account code of the simulator."""
-        side, step, held = decode(code)
+        if self._of_slots:
+            side, weight, profit = slot_codes.decode(code)
+            return self.layout.slot(side, weight / WEIGHT_STEPS, profit / PROFIT_STEPS)
+        side, step, held = account_codes.decode(code)
         return self.layout.stepped(side, step * PROFIT_STEP, held)
 
     def suffix(self, code: int) -> np.ndarray:
@@ -94,6 +112,7 @@ class Prompter:
 
     def exact_text(self, accounts: Accounts, b: int, moment: int) -> str:
         """The suffix of account b at a moment, in raw numbers."""
+        assert isinstance(self._task, Single)  # which alone has exact accounts
         shares, mark = float(accounts.shares[b]), float(self._task.bars.mark[moment])
         side = int(np.sign(shares))
         rewards, net_values, actions = (
@@ -130,11 +149,11 @@ class Prompter:
         )
         return self.layout.exact(facts)
 
-    def _day(self, moment: int) -> tuple[DayTexts, int]:
+    def _day(self, moment: int, slot: int) -> tuple[DayTexts, int]:
         """The symbol's texts, and which of its days it is."""
         timeline = self._task.timeline
-        return self.days[timeline.symbol[moment]], moment - int(timeline.first[moment])
+        return self.days[timeline.symbol[moment] + slot], moment - int(timeline.first[moment])
 
-    def _news_counts(self, span: range) -> tuple[int, int, int]:
-        days, first = self._day(span.start)
+    def _news_counts(self, span: range, slot: int) -> tuple[int, int, int]:
+        days, first = self._day(span.start, slot)
         return days.news_counts(range(first, first + len(span)))

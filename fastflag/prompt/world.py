@@ -1,19 +1,23 @@
 """What accounts are shown: a task, and how it is told.
 
-Shapes: B accounts, M moments, U prompts, A actions.
+Shapes: B accounts, M moments, K slots, U prompts, A actions. A task of one symbol at a time leaves
+the axis K out: rows and codes are [B], the row of each moment and code [M, CODES].
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from fastflag.config import PromptConfig, SimulatorConfig
-from fastflag.market.accounts import Accounts
+from fastflag.config import PortfolioConfig, PromptConfig, SimulatorConfig
+from fastflag.files import InputError
+from fastflag.market.accounts import Accounts, Columns
 from fastflag.market.bars import Bars, Market
 from fastflag.market.periods import days_within
-from fastflag.market.tasks.account_codes import side_of
-from fastflag.market.tasks.centring import centring_accounts
+from fastflag.market.task import Task
+from fastflag.market.tasks.centring import accounts_that_centre
+from fastflag.market.tasks.portfolio import Portfolio
 from fastflag.market.tasks.single import Single
 from fastflag.prompt.prompter import Prompter
 from fastflag.prompt.prompts import PromptSet, merge
@@ -22,10 +26,10 @@ from fastflag.prompt.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class World:
-    task: Single
+    task: Task[Any]
     prompter: Prompter
     market: Market
-    """Of all its symbols; those of the timeline's spans are `market.each`."""
+    """Of all its symbols; those of the timeline's spans are `markets`."""
     seed: int
 
     @staticmethod
@@ -46,33 +50,70 @@ class World:
         task = Single.of(rules, *(Bars.from_market(each, each.symbols[0]) for each in markets))
         return World(task, Prompter(config, task, markets, tokenizer), market, seed)
 
+    @staticmethod
+    def of_portfolio(
+        config: PromptConfig,
+        market: Market,
+        rules: PortfolioConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+    ) -> "World":
+        """All symbols of a market as the slots of each account. Raises InputError for exact
+        accounts."""
+        if config.account == "exact":
+            raise InputError("portfolios are told in steps, --account exact")
+        task, symbols = Portfolio.of(rules, market), market.symbols
+        prompter = Prompter(config, task, [*map(market.on_all_days, symbols)], tokenizer)
+        return World(task, prompter, market, seed)
+
+    @property
+    def markets(self) -> tuple[Market, ...]:
+        """Those of the timeline's spans: each symbol's, or the one of all of them together."""
+        return (self.market,) if len(self.task.timeline.spans) == 1 else self.market.each
+
+    @property
+    def single(self) -> Single:
+        """The task where it is that. Raises InputError where it is another."""
+        if not isinstance(self.task, Single):
+            raise InputError("not yet there for portfolios, --task portfolio")
+        return self.task
+
     def within(self, period: str) -> list[range]:
-        """N, each symbol's moments in a period "A..B"; none where it has no day there."""
+        """Each span's moments in a period "A..B"; none where it has no day there."""
         spans = self.task.timeline.spans
-        days = [days_within(each, period) for each in self.market.each]
+        days = [days_within(each, period) for each in self.markets]
         return [span[day.start : day.stop] for span, day in zip(spans, days, strict=True)]
 
     def dates(self, span: range) -> np.ndarray:
-        """[len(span)] datetime64[D], of moments of one symbol."""
+        """[len(span)] datetime64[D], of moments of one span."""
         timeline = self.task.timeline
-        dates = self.market.each[timeline.symbol[span.start]].dates
+        dates = self.markets[timeline.symbol[span.start]].dates
         return dates[np.array(span) - timeline.first[span.start]]
 
-    def shown(self, accounts: Accounts, moment: int) -> tuple[PromptSet, np.ndarray]:
-        """The distinct prompts of these accounts at `moment`, and each account's row [B] int32.
+    def shown(self, accounts: Columns, moment: int) -> tuple[PromptSet, np.ndarray]:
+        """The distinct prompts of these accounts at `moment`, and each account's rows [B, K] int32.
         None of them centres."""
         if self.prompter.config.account == "exact":
+            assert isinstance(accounts, Accounts)
             return self._exact(accounts, moment)
         codes = self.task.code(accounts, moment)
-        present = np.zeros((1, self.task.codes), bool)
-        present[0, codes] = True
+        present = self.nowhere([moment])
+        present[0][of_codes(codes)] = True
         prompts, row_of = self.stepped([moment], present)
-        return prompts, row_of[0, codes]
+        return prompts, row_of[0][of_codes(codes)]
 
-    def possible(self, episodes: Iterable[tuple[range, Accounts]]) -> tuple[PromptSet, np.ndarray]:
+    def nowhere(self, moments: Sequence[int] | np.ndarray) -> np.ndarray:
+        """No code at any of `moments` [n]: [n, K, CODES] bool, all False."""
+        return np.zeros((len(moments), *self._slots, self.task.codes), bool)
+
+    @property
+    def _slots(self) -> tuple[int, ...]:
+        return () if isinstance(self.task, Single) else (self.task.slots,)
+
+    def possible(self, episodes: Iterable[tuple[range, Columns]]) -> tuple[PromptSet, np.ndarray]:
         """Every prompt that accounts could be shown in `episodes`, whatever they do: moments and
-        who is there at the first of them. -> (prompts, the row of each moment and code, [M, CODES]
-        int32, -1 where there is none)"""
+        who is there at the first of them. -> (prompts, the row of each moment and code, [M, K,
+        CODES] int32, -1 where there is none)"""
         reached: dict[int, np.ndarray] = {}
         for lived, accounts in episodes:
             for moment, codes in zip(lived, self.task.reachable(lived, accounts), strict=True):
@@ -83,9 +124,9 @@ class World:
         return prompts, self.over_timeline(moments, row_of)
 
     def over_timeline(self, moments: Sequence[int], row_of: np.ndarray) -> np.ndarray:
-        """Rows of `moments` [n] and codes, [n, CODES], in a table of all moments: [M, CODES] int32,
-        -1 elsewhere."""
-        whole = np.full((len(self.task.timeline), self.task.codes), -1, np.int32)
+        """Rows of `moments` [n] and codes, [n, K, CODES], in a table of all moments: [M, K, CODES]
+        int32, -1 elsewhere."""
+        whole = np.full((len(self.task.timeline), *row_of.shape[1:]), -1, np.int32)
         whole[moments] = row_of
         return whole
 
@@ -97,9 +138,9 @@ class World:
     ) -> tuple[PromptSet, np.ndarray]:
         """The distinct prompts of account codes at `moments` [n], which are distinct.
 
-        `present` is [n, CODES] bool, and so is `centring`: the codes whose prompts centre the
-        features; they are added. -> (prompts, the row of each moment and code, [n, CODES] int32, -1
-        where absent). Moments that read alike, as two without a bar may, share their prompts.
+        `present` is [n, K, CODES] bool, and so is `centring`: the codes whose prompts centre the
+        features; they are added. -> (prompts, the row of each moment and code, [n, K, CODES] int32,
+        -1 where absent). Moments that read alike, as two without a bar may, share their prompts.
         Raises ValueError for a moment that is named twice.
         """
         moments = np.asarray(moments, dtype=np.int64)
@@ -107,19 +148,20 @@ class World:
             raise ValueError("a moment is named twice")
         if centring is None:
             centring = np.zeros_like(present)
-        where, codes = np.nonzero(present | centring)
+        # A place is a slot at a moment, and has a prefix of its own.
+        where, codes = np.nonzero((present | centring).reshape(-1, self.task.codes))
         text_of_code, suffixes = self._suffixes(np.unique(codes))
         pairs = np.stack([where, text_of_code[codes]], axis=1).astype(np.int32)
         pairs, first, rows = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
         row_of = np.full(present.shape, -1, dtype=np.int32)
-        row_of[where, codes] = rows.reshape(-1)
-        side = side_of(codes)
+        row_of.reshape(-1, self.task.codes)[where, codes] = rows.reshape(-1)
+        side, (at, slot) = self.task.side_of(codes), np.divmod(where, self.task.slots)
         prompts = PromptSet(
-            prefixes=tuple(self.prompter.prefix(moment) for moment in moments.tolist()),
+            prefixes=tuple(self.prompter.prefixes(moments.tolist())),
             suffixes=suffixes,
             pairs=pairs,
             side=side[first],
-            allowed=self.task.allowed(moments[where], side)[first],
+            allowed=self.task.allowed(moments[at], side, slot)[first],
             centring=np.unique(row_of[centring]),
         )
         prompts, (place,) = merge([prompts])
@@ -127,16 +169,18 @@ class World:
 
     def centring_codes(self, moments: Sequence[int]) -> np.ndarray:
         """The account codes whose prompts centre the features at `moments` [n], which are sorted:
-        [n, CODES] bool."""
-        accounts, moment_of = centring_accounts(self.task, moments)
-        codes = np.zeros((len(moments), self.task.codes), bool)
-        codes[np.searchsorted(moments, moment_of), self.task.code(accounts, moment_of)] = True
-        return codes
+        [n, K, CODES] bool."""
+        accounts, moment_of = accounts_that_centre(self.task, moments)
+        places, codes = np.searchsorted(moments, moment_of), self.task.code(accounts, moment_of)
+        present = self.nowhere(moments)
+        places = places.reshape(-1, *(1,) * len(self._slots))
+        present[(places, *of_codes(codes))] = True
+        return present
 
     def centring_prompts(self, moments: Sequence[int]) -> PromptSet:
         """The prompts of the accounts that centre the features at `moments`, all of them centring;
         of each moment one at least."""
-        accounts, moment_of = centring_accounts(self.task, moments)
+        accounts, moment_of = accounts_that_centre(self.task, moments)
         at_each = [accounts.take(np.flatnonzero(moment_of == moment)) for moment in moments]
         sets = [self.shown(some, moment)[0] for some, moment in zip(at_each, moments, strict=True)]
         prompts, _ = merge(sets)
@@ -174,3 +218,8 @@ class World:
             centring=np.zeros(0, dtype=np.int32),
         )
         return prompts, np.array([row_of_key[key] for key in keys], dtype=np.int32)
+
+
+def of_codes(codes: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where accounts' codes [B] or [B, K] are among those of a moment, [CODES] or [K, CODES]."""
+    return (codes,) if codes.ndim == 1 else (np.arange(codes.shape[1]), codes)

@@ -1,10 +1,15 @@
 """Which accounts centre the features: one of each side at every moment, whatever was visited."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from fastflag.market.accounts import Accounts
+from fastflag.market.accounts import Accounts, Columns
+from fastflag.market.compiled.portfolio_constants import GONE, GROWTH
+from fastflag.market.portfolio_accounts import PortfolioAccounts
+from fastflag.market.task import Task
+from fastflag.market.tasks.portfolio import Portfolio
 from fastflag.market.tasks.single import BUY, HOLD, SELL, Single
 
 # Holding periods in days, cycled over the moments, so that the centring statistics cover positions
@@ -39,6 +44,42 @@ def centring_accounts(
             task.step(accounts, now, keeping)
     there = np.flatnonzero(np.sign(accounts.shares) == side)
     return accounts.take(there), moment[there]
+
+
+def centring_portfolios(
+    task: Portfolio, moments: Sequence[int] | np.ndarray
+) -> tuple[PortfolioAccounts, np.ndarray]:
+    """The same of portfolios: equal parts of the equity in every asset, on each side, that were
+    held for some days, of another number in each slot.
+
+    Nothing is held of an asset before its first bar and from its delisting on.
+    """
+    moments = np.asarray(moments, np.int64)
+    sides = np.array([0, 1, -1] if task.rules.positions == "long_short" else [0, 1])
+    side, moment = np.repeat(sides, len(moments)), np.tile(moments, len(sides))
+    slots = np.arange(task.slots)
+    age = moment[:, None] - task.first_bars
+    held = np.clip(_HELD[(moment[:, None] + slots) % len(_HELD)], 0, np.maximum(age, 0))
+    there, ratio = age >= 0, np.ones(held.shape)
+    for ago in range(1, held.max(initial=0) + 1):
+        night = task.nights[np.maximum(moment - ago, 0)]
+        ratio *= np.where(ago <= held, night[..., GROWTH], 1.0)
+        there &= (ago > held) | (night[..., GONE] == 0.0)
+    accounts = task.start(len(moment))
+    accounts.holding[...] = there * side[:, None] * accounts.equity[:, None] / task.slots
+    accounts.ratio[...] = np.where(accounts.holding != 0.0, ratio, 1.0)
+    accounts.cash -= accounts.holding.sum(1)
+    return accounts, moment
+
+
+def accounts_that_centre(
+    task: Task[Any], moments: Sequence[int] | np.ndarray
+) -> tuple[Columns, np.ndarray]:
+    """What centres the features of a task at `moments`: accounts, and the moment of each."""
+    if isinstance(task, Portfolio):
+        return centring_portfolios(task, moments)
+    assert isinstance(task, Single)
+    return centring_accounts(task, moments)
 
 
 def _first_bars(task: Single) -> np.ndarray:

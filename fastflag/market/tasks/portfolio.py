@@ -50,10 +50,16 @@ from fastflag.market.random_numbers import seed_bits
 from fastflag.market.task import Steps, Timeline
 from fastflag.market.tasks.nights import nights_of
 from fastflag.market.tasks.rolling import checked_cdf, checked_moments, shared
+from fastflag.market.tasks.slot_codes import side_of
 
 __all__ = ["ACTIONS", "KEEP", "NEUTRAL", "OUT", "OVER", "SHORT", "Portfolio"]
 
 ACTIONS = ("Out", "Keep", "Neutral", "Over", "Short")
+
+
+def actions_of(positions: str) -> tuple[str, ...]:
+    """Four, with `long_short` five."""
+    return ACTIONS if positions == "long_short" else ACTIONS[:SHORT]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +71,7 @@ class Portfolio:
     """
 
     codes: ClassVar[int] = CODES
+    side_of = staticmethod(side_of)
 
     symbols: tuple[str, ...]
     """K"""
@@ -93,8 +100,7 @@ class Portfolio:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """Four, with `long_short` five."""
-        return ACTIONS if self.rules.positions == "long_short" else ACTIONS[:SHORT]
+        return actions_of(self.rules.positions)
 
     @property
     def slots(self) -> int:

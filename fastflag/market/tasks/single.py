@@ -51,6 +51,7 @@ from fastflag.market.compiled.lanes import LANES
 from fastflag.market.compiled.rollout import equities_nb, rollout_nb
 from fastflag.market.random_numbers import seed_bits
 from fastflag.market.task import Steps, Timeline
+from fastflag.market.tasks.account_codes import side_of
 from fastflag.market.tasks.rolling import checked_cdf, checked_moments, shared
 
 __all__ = ["ACTIONS", "BUY", "HOLD", "SELL", "Single"]
@@ -68,6 +69,7 @@ class Single:
     """
 
     codes: ClassVar[int] = CODES
+    side_of = staticmethod(side_of)
 
     bars: Bars
     rules: SimulatorConfig
@@ -118,7 +120,9 @@ class Single:
             shares = shares * np.prod(1.0 + bars.payable[paid] / bars.close[paid])
         return float(shares)
 
-    def allowed(self, moment: np.ndarray | int, side: np.ndarray) -> np.ndarray:
+    def allowed(
+        self, moment: np.ndarray | int, side: np.ndarray, slot: np.ndarray | int | None = None
+    ) -> np.ndarray:
         """Actions that would be executed, bool [n, 3], at `moment` (one or [n]) by accounts whose
         positions have the sign of `side` [n].
 
