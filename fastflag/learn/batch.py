@@ -1,7 +1,7 @@
 """What environments did, and which of them live the same moments.
 
 Shapes: B environments, H steps, U prompts, K slots (of a task of one symbol at a time the axis is
-not there), A actions, W ways (K x A, learn/decision.py).
+not there), A actions, W ways, one a slot and action (learn/decision.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence

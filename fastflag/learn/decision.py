@@ -1,6 +1,6 @@
 """A decision of many accounts: what they choose, and where each action leads.
 
-Shapes: B accounts, K slots (one: the axis is not there), A actions, W ways (K x A).
+Shapes: B accounts, K slots (one: the axis is not there), A actions, W ways, one a slot and action.
 """
 
 from typing import TypeVar
