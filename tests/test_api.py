@@ -467,14 +467,19 @@ def test_a_config_that_was_changed_by_hand_is_told(run, caplog, capsys):
 def test_a_dtype_left_open_by_hand_is_refused(run):
     edit(run, "policy", dtype="auto")
     for act in (ff.open, longer):
-        with pytest.raises(ff.InputError, match=r"'policy\.dtype' of a run is bf16 or fp32, not"):
+        with pytest.raises(
+            ff.InputError, match=r"'policy\.dtype' of a run is bf16, fp16 or fp32, not"
+        ):
             act(run)
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"policy": PolicyConfig(dtype="fp8")}, "'dtype' must be one of auto, bf16, fp32, not"),
+        (
+            {"policy": PolicyConfig(dtype="fp8")},
+            "'dtype' must be one of auto, bf16, fp16, fp32, not",
+        ),
         ({"policy": PolicyConfig(adaptation="half")}, "'adaptation' must be one of lora, qlora"),
         ({"policy": PolicyConfig(model=None)}, "'model' must be text, not None, plan()"),
         ({"policy": {"top_layers": 2}}, "a configuration is a PolicyConfig, not {'top_layers': 2}"),

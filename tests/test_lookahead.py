@@ -27,7 +27,7 @@ from fastflag.market.sources import load
 from fastflag.market.tasks.single import Single
 from fastflag.model.weights import open_weights
 from fastflag.policy.table import Policy
-from fastflag.prompt import prompter as prompter_module
+from fastflag.prompt import day_texts
 from fastflag.prompt.tokens import Tokenizer
 from fastflag.prompt.world import World
 
@@ -234,7 +234,7 @@ def _bars_of_tomorrow(market: Market, symbol: str) -> Bars:
 _closes = Market.__dict__["closes"].func
 LEAKS: dict[str, Callable[[], mock._patch]] = {
     "indicators of tomorrow": lambda: mock.patch.object(
-        prompter_module, "indicators", _tomorrows_indicators
+        day_texts, "indicators", _tomorrows_indicators
     ),
     "a mask of tomorrow": lambda: mock.patch.object(Single, "allowed", _tomorrows_mask),
     "prices of tomorrow": lambda: mock.patch.object(Bars, "from_market", _bars_of_tomorrow),
@@ -322,9 +322,7 @@ def test_decide_on_a_file_cut_at_the_day(write, account, stack, tmp_path):
         cut = load(write(market, tmp_path / "cut" / "one.csv", day))
         assert str(cut.dates[-1]) == date
         for held in ((), ("long", 50.0, since), ("short", 40.0, since)):
-            decision = decide(stack.policy, world, whole, date, *held)
-            assert decision == decide(
-                stack.policy, stack.world(cut, prompt, rules), cut, date, *held
-            )
+            decision = decide(stack.policy, world, date, *held)
+            assert decision == decide(stack.policy, stack.world(cut, prompt, rules), date, *held)
             decisions.add(json.dumps(decision))
     assert len(decisions) == 3 * len(tradable[1::3])
