@@ -211,6 +211,9 @@ class _Kept:
         total += self._norm(read, width) if through else 0
         if model.qk_norm:
             total += self._norm(read * model.kv_heads + asked * model.heads, model.head_dim)
+            if self._dtype == _FP32 and self._joined(len(projected), width):
+                # Its input is a view of the joined product, which is kept with the values in it.
+                total += read * model.kv_heads * model.head_dim * _FP32
         if not queries:
             return total
         total += self._attention(texts, queries, last)
