@@ -39,7 +39,9 @@ def planted(monkeypatch, function, op="swiglu"):
 
 
 def test_there_are_cases_of_every_op_that_has_a_kernel():
-    assert {*OPS} == {op.name for op in ops.OPS if len(op.implementations) > 1}
+    """Or may have one, by a package that is not here."""
+    assert {*OPS} == {op.name for op in ops.OPS if op._triton or op._others is not dict}
+    assert {*OPS} >= {op.name for op in ops.OPS if len(op.implementations) > 1}
 
 
 def one_wrong_row(gate, up):
