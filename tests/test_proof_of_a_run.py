@@ -149,6 +149,19 @@ def test_what_is_asked_for_is_not_proved(
     assert not children
 
 
+def test_a_layer_and_graphs_are_proved_again_with_what_they_are_made_of(tiny_model, with_gpu):
+    proof = proof_of(tiny_model)
+    for op in to_prove():
+        kept(tiny_model, op)
+    assert proof.missing == ()
+    for gone, missing in (("swiglu", ("swiglu", LAYER, GRAPHS)), (LAYER, (LAYER, GRAPHS))):
+        proof.verdicts._path(gone).unlink()
+        assert proof.missing == missing
+        kept(tiny_model, gone)
+    proof.verdicts._path(GRAPHS).unlink()
+    assert proof.missing == (GRAPHS,)
+
+
 def test_of_two_at_once_one_proves(tiny_model, with_gpu, children):
     """The one that waited for the lock reads what the other has found."""
     one, other = proof_of(tiny_model), proof_of(tiny_model)

@@ -22,7 +22,8 @@ VERDICT = Verdict(
     reason="1.4 times as fast on the device",
     found={
         "torch": Found("right", "", 1.0, 3e-5, 1e-5),
-        "triton": Found("wrong", "output 0: row 7 is off by 3", 900.0),
+        "triton": Found("right", "", 0.9, 2e-5, 2e-5),
+        "flash-attn": Found("wrong", "output 0 is off by 3 in row 7", 900.0),
     },
     when="2026-11-29",
 )
@@ -176,3 +177,27 @@ def test_the_file_says_what_it_holds_for(kept):
     (path,) = kept.folder.iterdir()
     facts = json.loads(path.read_text())["facts"]
     assert facts["driver"] == "580.65.06" and facts["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one: one.update(when=None),
+        lambda one: one["found"]["triton"].update(device="5us"),
+        lambda one: one["found"]["triton"].update(error="x"),
+        lambda one: one["found"]["triton"].update(outcome="wrong"),
+    ],
+    ids=["when", "a time", "an error", "taken and wrong"],
+)
+def test_a_verdict_of_another_form_is_none(kept, change):
+    taken = dataclasses.replace(
+        VERDICT, launched="triton", found={"triton": Found("right", "", 0.5, 1e-5, 1e-5)}
+    )
+    kept.keep(taken)
+    assert kept.read(taken.op) == taken
+    path = kept._path(taken.op)
+    document = json.loads(path.read_text())
+    change(document["verdict"])
+    path.chmod(0o644)
+    path.write_text(json.dumps(document))
+    assert kept.read(taken.op) is None

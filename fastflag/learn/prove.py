@@ -59,7 +59,12 @@ class Proof:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        return tuple(op for op in to_prove() if self.verdicts.read(op) is None)
+        """What has no verdict; and a layer and graphs where what they would be made of is among
+        it, since theirs are of what was chosen then."""
+        missing = {op for op in to_prove() if self.verdicts.read(op) is None}
+        missing |= {LAYER, GRAPHS} if missing - {LAYER, GRAPHS} else set()
+        missing |= {GRAPHS} if LAYER in missing else set()
+        return tuple(op for op in to_prove() if op in missing)
 
     def run(self, begun: Callable[[str, int, int], None]) -> None:
         """Proves what has no verdict and keeps what is found. `begun` is told what is done, and
@@ -67,7 +72,7 @@ class Proof:
         waiting = "waiting for another process's proof on this GPU"
         with locked(self.gpu.uuid, lambda: begun(waiting, 0, 1)):
             missing = self.missing  # the other process may have found it
-            kept = tuple(filter(None, map(self.verdicts.read, to_prove())))
+            kept = tuple(filter(None, map(self.verdicts.read, {*to_prove()} - {*missing})))
             request = child.Request(self.verdicts.subject, missing, verdicts=kept)
             done = 0
             for told in parent.prove(COMMAND, request) if missing else ():

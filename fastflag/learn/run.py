@@ -64,7 +64,9 @@ def changed_by_hand(run: Path) -> str:
     # Where things lie; what they hold is known by their fingerprints.
     for section, name in (("data", "data"), ("data", "news"), ("policy", "model")):
         now[section][name] = stored[section][name]
-    now["policy"]["device"] = stored["policy"]["device"]
+    # A run that goes on may take others of these.
+    for name in ("device", *_MAY_CHANGE):
+        now["policy"][name] = stored["policy"][name]
     return _first_difference(now, stored)
 
 

@@ -34,7 +34,8 @@ class GradientScale(nn.Module):
     def undo(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divides the gradients of the layers' `parameters`."""
         gradients = [each.grad for each in parameters if each.grad is not None]
-        torch._foreach_mul_(gradients, self.value.reciprocal())
+        if gradients:  # of heads alone there are none
+            torch._foreach_mul_(gradients, self.value.reciprocal())
 
     @torch.no_grad()
     def track(self, finite: Tensor) -> None:

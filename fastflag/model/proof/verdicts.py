@@ -196,13 +196,28 @@ def verdict_of(values: Mapping[str, Any]) -> Verdict:
     return Verdict(**rest, found=found)
 
 
+def _is_of_form(verdict: Verdict) -> bool:
+    """Whether texts are texts and figures numbers, and nothing is taken that was found wrong."""
+    texts = [verdict.launched, verdict.replayed, verdict.reason, verdict.when]
+    figures = []
+    for found in verdict.found.values():
+        texts += [found.outcome, found.why]
+        figures += [found.error, found.device, found.host]
+    numbers = (one is None or type(one) in (int, float) for one in figures)
+    refused = {name for name, found in verdict.found.items() if found.outcome != "right"}
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(numbers)
+        and not refused & {verdict.launched, verdict.replayed}
+    )
+
+
 def _verdict(document: dict[str, Any], op: str) -> Verdict | None:
     try:
         verdict = verdict_of(document["verdict"])
     except (KeyError, TypeError, AttributeError, ValueError):
         verdict = None
-    texts = () if verdict is None else (verdict.launched, verdict.replayed, verdict.reason)
-    if verdict is None or verdict.op != op or not all(isinstance(text, str) for text in texts):
+    if verdict is None or verdict.op != op or not _is_of_form(verdict):
         _LOG.warning("a verdict of %s is not read: it is of another form", op)
         return None
     return verdict
