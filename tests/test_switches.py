@@ -33,7 +33,7 @@ def unshared(prompts: PromptSet) -> PromptSet:
 def without_sharing(monkeypatch):
     evaluate = Policy.evaluate
 
-    def evaluate_alone(self, prompts, statistics=None, days=None):
+    def evaluate_alone(self, prompts, statistics=None, read=None):
         return evaluate(self, unshared(prompts), statistics)
 
     monkeypatch.setattr(Policy, "evaluate", evaluate_alone)
