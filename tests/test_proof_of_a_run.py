@@ -343,7 +343,8 @@ def test_on_a_cpu_a_run_keeps_pytorchs(tiny_model, tmp_path):
 
 
 def test_a_run_of_before_had_pytorchs(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"fastflag": "0.1.0", "policy": {"dtype": "bf16"}}))
+    document = {"fastflag": "0.1.0", "policy": {"dtype": "bf16"}}
+    (tmp_path / "config.json").write_text(json.dumps(document))
     policy = run_module.read_config(tmp_path).policy
     assert (policy.kernels, policy.graphs) == ("torch", "off")
 
