@@ -11,6 +11,7 @@ import fastflag as ff
 from fastflag import cli
 from fastflag.config import PortfolioConfig, RebalancingConfig
 from fastflag.evaluate.backtest import backtest
+from fastflag.evaluate.episodes import run_episodes, sampler
 from fastflag.files import InputError
 from fastflag.learn.batch import start_all
 from fastflag.learn.lesson import estimate
@@ -313,3 +314,34 @@ def test_what_portfolios_do_not_have_is_refused(tiny_model, tmp_path, settings, 
     with pytest.raises(InputError, match=told) as caught:
         ff.train(tmp_path / "run", portfolio(tiny_model), **settings)
     assert "\n" not in str(caught.value)
+
+
+def changed_after(market, day):
+    """Other prices, holes, dividends and splits after the close of `day`; no news."""
+    late = np.arange(len(market.dates)) > day
+    arrays = {}
+    for name in ("open", "high", "low", "close"):
+        values = getattr(market, name) * np.where(late, 1.4, 1.0)[:, None]
+        values[late & (np.arange(len(late)) % 3 == 0), 0] = np.nan
+        arrays[name] = values
+    arrays["dividend"] = market.dividend + late[:, None] * 0.7
+    arrays["split"] = market.split * np.where(late, 2.0, 1.0)[:, None]
+    known = tuple(item for item in market.news if item.available <= market.closes[day])
+    return dataclasses.replace(market, news=known, **arrays)
+
+
+@pytest.mark.parametrize("fill", ["next_open", "same_close"])
+def test_what_comes_bears_on_no_decision(tiny_model, fill):
+    """To the bit: what is shown, answered, done and owned up to a day's close."""
+    config = portfolio(tiny_model, simulator__fill=fill, simulator__positions="long_short")
+    days, last = range(20, 32), 26
+    lived = []
+    for market in (three_markets(), changed_after(three_markets(), last)):
+        world, policy = made(config, market)
+        lived.append(run_episodes(policy, world, days, 3, sampler(world.seed, 3)))
+    one, other = lived
+    upto = last - days.start + 1
+    for name in ("probabilities", "action", "equity", "shares"):
+        first, second = getattr(one, name), getattr(other, name)
+        np.testing.assert_array_equal(first[:, :upto], second[:, :upto])
+        assert (first[:, upto:] != second[:, upto:]).any()
