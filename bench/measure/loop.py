@@ -88,7 +88,7 @@ class Trainer:
             self.policy,
             self.optimizer,
             self.world,
-            self.days,
+            [self.days],
             self.accounts,
             self.config,
             self.updates,
