@@ -329,8 +329,10 @@ import importlib, json, os, re, sys
 CACHES = re.compile("__pycache__|/numba/")  # whether machine code can be kept there is tried
 done = []
 def watch(event, arguments):
+    # What is opened by its number was opened by its name before, as Python's machine code is.
     writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and (
-        not CACHES.search(str(arguments[0])) and str(arguments[0]) != os.devnull)
+        not CACHES.search(str(arguments[0])) and str(arguments[0]) != os.devnull
+        and not isinstance(arguments[0], int))
     if watching and (writes or event in ("subprocess.Popen", "os.system", "socket.connect")):
         done.append(f"{event} {arguments[0]}")
 watching = False
