@@ -249,7 +249,7 @@ def test_the_return_is_the_mean_of_the_environments_reward_sums(tiny_model, tmp_
 def test_lines_of_updates_to_be_done_again_are_dropped(tmp_path):
     lines = [json.dumps({"step": step}) for step in range(4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "ret')
-    with Log(tmp_path, start=3, steps=9):
+    with Log(tmp_path, start=3, updates=9):
         pass
     assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:3]) + "\n"
 
