@@ -197,6 +197,15 @@ def test_a_child_hears_no_wish_of_the_environment(monkeypatch):
     assert [*verdicts] == [*OPS] and not given_up
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+def test_a_child_is_of_this_package_wherever_it_is_started(tmp_path, monkeypatch):
+    (tmp_path / "fastflag").mkdir()
+    (tmp_path / "fastflag" / "__init__.py").write_text("raise SystemExit('of another checkout')")
+    monkeypatch.chdir(tmp_path)
+    verdicts, given_up = told_by("pass", start="import fastflag")
+    assert [*verdicts] == [*OPS] and not given_up
+
+
 def test_a_request_is_read_as_it_was_written():
     verdict = Verdict("rms_norm", "triton", "triton", "faster", {"torch": Found("right")})
     request = Request(

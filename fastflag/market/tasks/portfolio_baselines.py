@@ -10,11 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from fastflag.files import InputError
+from fastflag.market import streams
 from fastflag.market.compiled.portfolio_constants import GROWTH, OPEN
 from fastflag.market.tasks.portfolio import Portfolio
 
-# They must not draw the numbers that the rollouts of the same seed draw.
-_RANDOM_SEED = 0x524E << 48
 _BARS = 60
 
 
@@ -22,7 +21,7 @@ def random_equities(task: Portfolio, moments: range, episodes: int, seed: int) -
     """Equity at each of `moments`, [episodes, len(moments)], of accounts that start at the first
     and draw each slot's action uniformly from those allowed. Episode i of seed s is episode 0 of
     s + i."""
-    return task.equities(moments, episodes, int(seed) + _RANDOM_SEED)
+    return task.equities(moments, episodes, streams.random_policies(seed))
 
 
 def equal_weight_equity(task: Portfolio, moments: range) -> np.ndarray:

@@ -101,10 +101,11 @@ def _condemned(failed: dict[str, dict[str, Found]], left: list[str]) -> Iterator
 
 
 def _environment() -> dict[str, str]:
-    """This process's, but for what it asks for: a proof compares all there is."""
+    """This process's, but for what it asks for: a proof compares all there is. Nor is the package
+    looked for in the working folder, where another version may lie."""
     asked = ("FASTFLAG_KERNELS", "FASTFLAG_GRAPHS")
     kept = {name: value for name, value in os.environ.items() if name not in asked}
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, _places()))}
+    return kept | {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, _places()))}
 
 
 class _Child:
