@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from precision import compute_as_on_a_gpu
-from small import small_config, small_market
+from small import small_config, small_market, small_world
 from tape import Tape
 from test_proof_key import GPU
 from test_proof_parent import CHILD
@@ -322,8 +322,6 @@ def test_a_run_keeps_what_it_began_with(tiny_model, with_gpu, tmp_path, monkeypa
 
 
 def test_a_policy_takes_the_runs_and_says_so_again(tiny_model, monkeypatch):
-    from small import small_world
-
     config = config_of(tiny_model, policy__kernels="triton:swiglu", policy__graphs="off")
     _, policy, _ = small_world(config, small_market())
     assert ops.swiglu.choice(CUDA) == Choice("triton", "as the run began")
@@ -510,3 +508,18 @@ def test_the_child_is_a_program():
     told = [*prove(module.COMMAND, request, silence=120.0)]
     assert isinstance(told[-1], Verdict) and told[-1].found["torch"].outcome == "right"
     assert told[-1].launched == "torch"
+
+
+def test_a_cpu_opens_a_run_that_took_what_is_not_here(tiny_model):
+    """Such as flash-attn, on the GPU where it was trained."""
+    there = "another:causal_attention,swiglu"
+    with pytest.raises(InputError, match="no 'another' implementation of 'causal_attention' here"):
+        parsed(there)
+    config, named = (config_of(tiny_model, policy__kernels=kernels) for kernels in ("torch", there))
+    tables = []
+    for each in (config, named):
+        world, policy, days = small_world(each, small_market())
+        tables.append(policy.evaluate(world.centring_prompts([*days])))
+    assert torch.equal(tables[0].log_probabilities, tables[1].log_probabilities)
+    with pytest.raises(InputError, match="implementation of 'swigloo'"):
+        parsed("another:swigloo", there=False)

@@ -97,7 +97,8 @@ class Policy(nn.Module):
         super().__init__()
         self.device = device_of(config.device)
         self.config = config = replace(config, device=name_of(self.device))
-        ops.settle(choice.parsed(config.kernels))  # before anything is named by it
+        self._implementations = choice.parsed(config.kernels, self.device.type == "cuda")
+        ops.settle(self._implementations)  # before anything is named by it
         self.model = weights.config
         split = self.model.trunk_layers(config.top_layers, weights.source)
         self.dtype = DTYPES[config.dtype]
@@ -192,7 +193,7 @@ class Policy(nn.Module):
         never changes a row, on a CPU not in its last bit. Raises ValueError without statistics and
         centring prompts, InputError for a prompt that the model can't read.
         """
-        ops.settle(choice.parsed(self.config.kernels))  # another policy may have had others
+        ops.settle(self._implementations)  # another policy may have had others
         whole = read is None and statistics is None and torch.is_grad_enabled()
         if self.graphs and whole:
             self.recompute.restart()

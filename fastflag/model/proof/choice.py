@@ -82,9 +82,10 @@ def written(chosen: Mapping[str, Choice]) -> str:
     return " ".join(f"{one}:{','.join(names)}" for one, names in by.items()) or "torch"
 
 
-def parsed(text: str) -> dict[str, Choice]:
-    """Of `written`; of auto there is none. Raises InputError for what is not so written, and ops
-    and implementations that are not there."""
+def parsed(text: str, there: bool = True) -> dict[str, Choice]:
+    """Of `written`; of auto there is none. Raises InputError for what is not so written, for ops
+    that there are not, and for implementations that are not here, where they must be `there`: a
+    CPU takes none of them."""
     if text in ("auto", "torch"):
         return {op.name: Choice("torch", KEPT) for op in ops.OPS} if text == "torch" else {}
     known = {op.name: op for op in ops.OPS}
@@ -92,7 +93,8 @@ def parsed(text: str) -> dict[str, Choice]:
     for part in text.split():
         taken, _, names = part.partition(":")
         for name in names.split(","):
-            if name not in known or taken not in known[name].implementations:
+            missing = there and taken not in known.get(name, ops.linear).implementations
+            if name not in known or missing:
                 raise InputError(
                     f"there is no {taken!r} implementation of {name!r} here: auto, torch or a list "
                     f"such as triton:rms_norm,swiglu is expected, --kernels {text}"
