@@ -11,7 +11,7 @@ from bench.measure.results import Row
 from fastflag.market.tasks.single import ACTIONS
 from fastflag.model.llama import prefix_pass, suffix_pass
 from fastflag.model.shared_prefix import SuffixLayout
-from fastflag.policy.heads import Reference, Statistics
+from fastflag.policy.heads import Centring, Statistics
 from fastflag.policy.table import Policy, Table
 from fastflag.policy.trunk import digest_of
 from fastflag.prompt.prompts import PromptSet
@@ -94,7 +94,7 @@ def _evaluate_all_tokens(policy: Policy, prompts: PromptSet) -> Table:
     last = suffix_pass(policy.top, suffixes, keys_values, layout)
     features = last[torch.arange(len(last)), lengths - 1].float() + 0 * whole.sum()
     sides = prompts.side[order].astype(np.int64) + 1
-    statistics = Statistics.of(features, Reference.of(np.arange(len(order)), sides, policy.device))
+    statistics = Statistics.of(features, Centring.of(np.arange(len(order)), sides, policy.device))
     side = torch.from_numpy(sides)
     value = policy.value_head(statistics.centre(features, side), side)[:, 0]
     return Table(features, value, statistics)
